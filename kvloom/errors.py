@@ -1,0 +1,23 @@
+"""Errors users meet: each message is one sentence that names the field and the remedy."""
+
+from __future__ import annotations
+
+
+class PlanError(ValueError):
+    """A plan (or a file that should hold one) is wrong."""
+
+
+class ModelError(ValueError):
+    """A model cannot be served as asked, or does not match the plan."""
+
+
+class CacheError(RuntimeError):
+    """A cache operation is impossible in the cache's present state."""
+
+
+class DataError(ValueError):
+    """A text, token or result file is missing, cut short or of the wrong kind."""
+
+
+class MissingExtraError(ImportError):
+    """An optional package is absent; the message names the extra that installs it."""

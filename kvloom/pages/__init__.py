@@ -1,0 +1,69 @@
+"""The page format: the only description of where a code, a scale, a position lies."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvloom.pages._format import (
+    BITS,
+    GROUP_SIZES,
+    HEAD_DIM_STEP,
+    PAGE_TOKENS,
+    Format,
+    Grouping,
+    Role,
+    check_format,
+    page_tokens_of,
+)
+from kvloom.pages._fragment import Plane, source_index
+from kvloom.pages._layout import PageLayout, SideLayout, page_layout, page_nbytes, side_nbytes
+
+if TYPE_CHECKING:
+    from kvloom.pages._handle import ExactKV, HeadPages, PagedKV
+    from kvloom.pages._pack import pack_side, plane_matrix, unpack_params, unpack_raw, unpack_side
+
+# The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
+_TENSOR_HOMES = {
+    "ExactKV": "kvloom.pages._handle",
+    "HeadPages": "kvloom.pages._handle",
+    "PagedKV": "kvloom.pages._handle",
+    "pack_side": "kvloom.pages._pack",
+    "plane_matrix": "kvloom.pages._pack",
+    "unpack_params": "kvloom.pages._pack",
+    "unpack_raw": "kvloom.pages._pack",
+    "unpack_side": "kvloom.pages._pack",
+}
+
+__all__ = [
+    "BITS",
+    "GROUP_SIZES",
+    "HEAD_DIM_STEP",
+    "PAGE_TOKENS",
+    "ExactKV",
+    "Format",
+    "Grouping",
+    "HeadPages",
+    "PageLayout",
+    "PagedKV",
+    "Plane",
+    "Role",
+    "SideLayout",
+    "check_format",
+    "pack_side",
+    "page_layout",
+    "page_nbytes",
+    "page_tokens_of",
+    "plane_matrix",
+    "side_nbytes",
+    "source_index",
+    "unpack_params",
+    "unpack_raw",
+    "unpack_side",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TENSOR_HOMES:
+        raise AttributeError(f"module 'kvloom.pages' has no attribute {name!r}")
+    return getattr(importlib.import_module(_TENSOR_HOMES[name]), name)

@@ -1,0 +1,100 @@
+"""How one tensor of a layer (its keys or its values) is stored: the smallest fact every room shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvloom.errors import PlanError
+
+Grouping = Literal["per_channel", "per_token"]
+Role = Literal["key", "value"]
+
+BITS = (1, 2, 3, 4, 5, 6, 8, 16)
+GROUP_SIZES = (16, 32, 64, 128, 256)
+PASSTHROUGH_BITS = 16
+PAGE_TOKENS = 64
+HEAD_DIM_STEP = 16
+
+# A code of b bits is stored as planes of power-of-two width, low bits first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2.
+_PLANES: dict[int, tuple[int, ...]] = {
+    1: (1,),
+    2: (2,),
+    3: (2, 1),
+    4: (4,),
+    5: (4, 1),
+    6: (4, 2),
+    8: (8,),
+    16: (),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """Number format of one side (keys or values) of a page, with every size resolved.
+
+    Attributes:
+        bits: Code width; 16 is a passthrough in the compute dtype.
+        grouping: ``per_channel``: a group is ``group_size`` consecutive tokens of one channel;
+            ``per_token``: ``group_size`` consecutive channels of one token.
+        group_size: Elements that share a scale.
+        symmetric: The grid is centred on zero and no zero point is stored.
+        codec: Name of the number format in the codecs room.
+    """
+
+    bits: int
+    grouping: Grouping
+    group_size: int
+    symmetric: bool = False
+    codec: str = "affine"
+
+    @property
+    def is_passthrough(self) -> bool:
+        """Whether elements are kept as they come, in the compute dtype."""
+        return self.bits == PASSTHROUGH_BITS
+
+    @property
+    def levels(self) -> int:
+        """Largest code, ``2**bits - 1``."""
+        return int(2**self.bits) - 1
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths of the stored bit planes, low bits first; they add up to ``bits``."""
+        return _PLANES[self.bits]
+
+    @property
+    def num_params(self) -> int:
+        """fp16 numbers stored per group: scale, and the zero point unless symmetric."""
+        if self.is_passthrough:
+            return 0
+        return 1 if self.symmetric else 2
+
+
+def page_tokens_of(*formats: Format) -> int:
+    """Tokens in a page that holds these formats: 64, or the largest ``per_channel`` group.
+
+    Source: ``page-format.md``, "Layout": a page is 64 tokens, or the keys' token-group size if that is larger.
+    """
+    spans = (f.group_size for f in formats if f.grouping == "per_channel" and not f.is_passthrough)
+    return max([PAGE_TOKENS, *spans])
+
+
+def check_format(fmt: Format, head_dim: int) -> None:
+    """Raise PlanError if ``fmt`` cannot be laid out for ``head_dim``."""
+    if head_dim % HEAD_DIM_STEP or head_dim <= 0:
+        raise PlanError(
+            f"head_dim {head_dim} is not a positive multiple of {HEAD_DIM_STEP}, the width of a tensor-core tile; "
+            "kvloom cannot pack this model's cache."
+        )
+    if fmt.is_passthrough:
+        return
+    if fmt.grouping == "per_token" and head_dim % fmt.group_size:
+        raise PlanError(
+            f"group_size {fmt.group_size} does not divide head_dim {head_dim}; "
+            'per_token groups are consecutive channels of one token: choose a divisor or "head_dim".'
+        )
+    if fmt.grouping == "per_channel" and fmt.group_size not in GROUP_SIZES:
+        raise PlanError(
+            f"group_size {fmt.group_size} is not one of {GROUP_SIZES}, the token counts a per_channel group may span."
+        )

@@ -1,0 +1,41 @@
+"""Shared by all tests: no network, the `gpu` marker, the packaged model."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if "gpu" in item.keywords]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def fetched() -> None:
+    """What needs the packaged model and texts asks for this; `make test` fetches them first."""
+    from kvloom.assets import essays_dir, model_dir
+
+    if not (model_dir().is_dir() and essays_dir().is_dir()):
+        pytest.skip("the packaged model is not fetched: run `make assets`")
+
+
+@pytest.fixture(scope="session")
+def smollm2(fetched: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The packaged model in float32 on the CPU, and its tokenizer. Do not change it."""
+    from kvloom.assets import load_model
+
+    return load_model(device="cpu")

@@ -1,0 +1,114 @@
+"""The page format: bit for bit against the slow encoder, no wasted bit, exact sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.errors import PlanError
+from kvloom.kernels import backend
+from kvloom.pages import Format, Plane, page_layout, page_tokens_of, plane_matrix, source_index, unpack_side
+from tests.pages.reference import encode_side, fragment_bit
+
+BITS = (1, 2, 3, 4, 5, 6, 8)
+HEAD_DIMS = (16, 64, 80, 96, 128, 256)
+
+
+@st.composite
+def formats(draw: st.DrawFn, head_dim: int) -> Format:
+    grouping = draw(st.sampled_from(["per_channel", "per_token"]))
+    sizes = [16, 32, 64, 128, 256] if grouping == "per_channel" else [s for s in (16, 32, 64, 128, head_dim) if head_dim % s == 0]
+    return Format(draw(st.sampled_from(BITS)), grouping, draw(st.sampled_from(sizes)), draw(st.booleans()))
+
+
+@given(data=st.data(), seed=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_encoder_equals_the_obvious_one_bit_for_bit(data: st.DataObject, seed: int) -> None:
+    head_dim = data.draw(st.sampled_from(HEAD_DIMS[:4]))
+    key, value = data.draw(formats(head_dim)), data.draw(formats(head_dim))
+    layout = page_layout(key, value, head_dim)
+    x = torch.randn(2, layout.page_tokens, head_dim, generator=torch.Generator().manual_seed(seed)) * 3
+    x[:, :, 1] += 40  # an outlier channel
+    x[:, 3] = 0.7  # a constant token
+    page = backend(torch.device("cpu")).encode(x[None, :1], x[None, 1:], layout)[0, 0, 0].numpy().tobytes()
+    assert page == encode_side(x[0].numpy(), "key", key) + encode_side(x[1].numpy(), "value", value)
+    assert len(page) == layout.nbytes
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_every_bit_of_a_plane_holds_one_element(role: str, bits: int, head_dim: int) -> None:
+    rows, cols = (64, head_dim) if role == "key" else (head_dim, 64)
+    plane = Plane(role, rows, cols, bits, 0, 0)
+    index = source_index(plane)
+    assert index.size * bits == 8 * plane.nbytes == rows * cols * bits
+    assert np.array_equal(np.sort(index.ravel()), np.arange(rows * cols))
+    for element in range(0, rows * cols, 37):
+        byte, field = np.argwhere(index == element)[0]
+        assert 8 * byte + bits * field == fragment_bit(role, rows, cols, bits, element // cols, element % cols)
+
+
+def test_the_documented_layout_of_head_dim_128() -> None:
+    """page-format.md: keys [m-tile][lane][row-half][bits words], channel 32t + (w*KJ + j)*2 + h at bit b*j + 16h."""
+    for bits in (2, 4):
+        index = source_index(Plane("key", 64, 128, bits, 0, 0))
+        per_half = 16 // bits
+        for mtile, lane, r, w, j, h in [(0, 0, 0, 0, 0, 0), (1, 7, 1, bits - 1, per_half - 1, 1), (3, 31, 0, 1, 1, 0)]:
+            g, t = divmod(lane, 4)
+            bit = 32 * (((mtile * 32 + lane) * 2 + r) * bits + w) + bits * j + 16 * h
+            element = index[bit // 8, bit % 8 // bits]
+            assert divmod(int(element), 128) == (16 * mtile + 8 * r + g, 32 * t + (w * per_half + j) * 2 + h)
+    assert page_layout(Format(4, "per_channel", 64), Format(4, "per_token", 128), 128).nbytes == 8960
+    assert page_layout(Format(2, "per_channel", 64), Format(2, "per_token", 128), 128).nbytes == 4864
+
+
+@given(data=st.data(), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_codes_come_back(data: st.DataObject, seed: int) -> None:
+    head_dim = data.draw(st.sampled_from(HEAD_DIMS))
+    fmt = data.draw(formats(head_dim))
+    layout = page_layout(fmt, fmt, head_dim)
+    key, value = torch.randn(2, 1, 1, 2 * layout.page_tokens, head_dim, generator=torch.Generator().manual_seed(seed))
+    pages = backend(key.device).encode(key, value, layout)
+    again = backend(key.device).encode(key.clone(), value.clone(), layout)
+    assert torch.equal(pages, again)
+    for side in (layout.key, layout.value):
+        codes, _ = unpack_side(pages, side)
+        assert int(codes.max()) <= fmt.levels
+        matrix = codes if side.role == "key" else codes.transpose(-1, -2)
+        total = torch.zeros(matrix.shape)
+        for plane in side.planes:
+            values, order = plane_matrix(pages[..., plane.offset : plane.offset + plane.nbytes].reshape(-1, plane.nbytes), plane, torch.float32)
+            natural = torch.empty_like(values)
+            natural[..., order] = values
+            total += natural.view(matrix.shape) * 2**plane.shift
+        assert torch.equal(total, matrix.float())
+
+
+def test_three_bits_are_three_bits() -> None:
+    fmt = Format(3, "per_channel", 64, symmetric=True)
+    layout = page_layout(fmt, fmt, 128)
+    assert layout.key.nbytes == 64 * 128 * 3 // 8 + 128 * 2
+
+
+def test_a_page_is_as_long_as_the_largest_per_channel_group() -> None:
+    assert page_tokens_of(Format(2, "per_channel", 32), Format(2, "per_token", 128)) == 64
+    assert page_tokens_of(Format(2, "per_channel", 128), Format(2, "per_token", 64)) == 128
+    assert page_tokens_of(Format(2, "per_token", 64), Format(4, "per_channel", 256)) == 256
+
+
+@pytest.mark.parametrize(
+    ("fmt", "head_dim", "names"),
+    [
+        (Format(4, "per_token", 64), 80, "group_size 64 does not divide head_dim 80"),
+        (Format(4, "per_channel", 64), 72, "head_dim 72"),
+        (Format(4, "per_channel", 48), 64, "group_size 48"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(fmt: Format, head_dim: int, names: str) -> None:
+    with pytest.raises(PlanError, match=names):
+        page_layout(fmt, fmt, head_dim)
