@@ -1,0 +1,35 @@
+"""The plan: what each layer and head stores."""
+
+from __future__ import annotations
+
+from kvloom.plan._bytes import full_pages, head_layouts, itemsize
+from kvloom.plan._fingerprint import Fingerprint
+from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
+from kvloom.plan._spec import (
+    Evict,
+    HeadPlan,
+    LayerPlan,
+    TensorSpec,
+    Window,
+    format_layers,
+    parse_layers,
+)
+
+__all__ = [
+    "Evict",
+    "Fingerprint",
+    "GroupSize",
+    "HeadPlan",
+    "LayerPlan",
+    "Plan",
+    "Prefill",
+    "Provenance",
+    "TensorSpec",
+    "Window",
+    "format_layers",
+    "full_pages",
+    "head_layouts",
+    "itemsize",
+    "parse_layers",
+    "plan_schema",
+]

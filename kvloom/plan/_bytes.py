@@ -1,0 +1,55 @@
+"""Exact bytes of a layer, by the same layout arithmetic that allocates its pages."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from kvloom.pages import PageLayout, page_layout, page_tokens_of
+from kvloom.plan._spec import LayerPlan, Window
+
+_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def itemsize(dtype: object) -> int:
+    """Bytes of a compute dtype given by name or as a torch dtype.
+
+    Raises:
+        ValueError: It is not a floating-point dtype a model computes in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _ITEMSIZE:
+        raise ValueError(f"dtype {name!r} is not one of {sorted(_ITEMSIZE)}")
+    return _ITEMSIZE[name]
+
+
+@lru_cache(maxsize=4096)
+def _layouts(entry_key: str, kv_heads: int, head_dim: int, size: int) -> tuple[PageLayout, ...]:
+    layer = LayerPlan.model_validate_json(entry_key)
+    formats = [tuple(spec.format(head_dim) for spec in layer.head(h)) for h in range(kv_heads)]
+    tokens = page_tokens_of(*(fmt for pair in formats for fmt in pair))
+    return tuple(page_layout(key, value, head_dim, size, tokens) for key, value in formats)
+
+
+def head_layouts(layer: LayerPlan, kv_heads: int, head_dim: int, size: int) -> tuple[PageLayout, ...]:
+    """Page layout of each KV head of a layer; all have the layer's one ``page_tokens``.
+
+    Raises:
+        PlanError: A spec does not fit ``head_dim``.
+    """
+    return _layouts(layer.model_dump_json(), kv_heads, head_dim, size)
+
+
+def full_pages(window: Window, tokens: int, page_tokens: int) -> int:
+    """Pages a sequence of ``tokens`` has filled: what remains after sinks and the newest exact tokens, in whole pages."""
+    sinks = min(tokens, window.sinks)
+    keep = max(window.recent, math.ceil(window.recent_ratio * tokens))
+    return max(0, tokens - sinks - keep) // page_tokens
+
+
+def layer_nbytes(layer: LayerPlan, kv_heads: int, head_dim: int, batch: int, tokens: int, size: int) -> int:
+    """Bytes resident for one layer: page records and exact tokens, keys and values."""
+    layouts = head_layouts(layer, kv_heads, head_dim, size)
+    pages = full_pages(layer.window, tokens, layouts[0].page_tokens)
+    exact = tokens - pages * layouts[0].page_tokens
+    return batch * (pages * sum(layout.nbytes for layout in layouts) + exact * 2 * kv_heads * head_dim * size)

@@ -1,0 +1,250 @@
+"""The plan: what each layer and head stores, validated, versioned, one JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError, model_validator
+
+from kvloom.errors import PlanError
+from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes
+from kvloom.plan._fingerprint import Fingerprint
+from kvloom.plan._spec import GroupSize, LayerPlan, PlanModel, TensorSpec, Window, format_layers
+
+Prefill = Literal["exact", "quantized"]
+
+
+class Provenance(PlanModel):
+    """Where a plan comes from: enough to make it again, and the solver's certificate."""
+
+    signal: str | None = None
+    solver: str | None = None
+    budget: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    predicted_loss: float | None = None
+    certificate: dict[str, Any] | None = None
+
+
+class Plan(PlanModel):
+    """What each full-attention layer of one model stores.
+
+    Attributes:
+        schema_version: Version of this schema.
+        model: The model the plan is for; another is refused.
+        layers: Entries that together cover every packed layer exactly once.
+        prefill: ``exact``: the tokens of one forward pass attend to each other exactly, to earlier ones as stored.
+            ``quantized``: every token attends to what decoding token by token would have shown it, so that results
+            do not depend on how a prompt was cut.
+        provenance: How the plan was made.
+    """
+
+    schema_version: Literal[1] = 1
+    model: Fingerprint
+    layers: tuple[LayerPlan, ...]
+    prefill: Prefill = "exact"
+    provenance: Provenance | None = None
+
+    @model_validator(mode="after")
+    def _covers_model(self) -> Plan:
+        owners: dict[int, int] = {}
+        for n, entry in enumerate(self.layers):
+            for i in entry.indices:
+                if i not in self.model.packed_layers:
+                    raise ValueError(
+                        f"layers[{n}].layers names layer {i}, which is not one of the model's full-attention layers "
+                        f"{format_layers(list(self.model.packed_layers))}"
+                    )
+                if i in owners:
+                    raise ValueError(f"layers[{n}].layers names layer {i}, already given by layers[{owners[i]}]")
+                owners[i] = n
+            for head in entry.heads:
+                if not 0 <= head < self.model.num_kv_heads:
+                    raise ValueError(
+                        f"layers[{n}].heads names KV head {head}; the model has {self.model.num_kv_heads} (0-based)"
+                    )
+            try:
+                head_layouts(entry, self.model.num_kv_heads, self.model.head_dim, 2)
+            except PlanError as error:
+                raise ValueError(f"layers[{n}]: {error}") from None
+        missing = [i for i in self.model.packed_layers if i not in owners]
+        if missing:
+            raise ValueError(
+                f"layers leaves out layer {format_layers(missing)}; every full-attention layer needs an entry"
+            )
+        return self
+
+    @classmethod
+    def uniform(
+        cls,
+        model: Any,
+        key_bits: int = 4,
+        value_bits: int = 2,
+        *,
+        key_group_size: GroupSize = 64,
+        value_group_size: GroupSize = "head_dim",
+        window: Window | None = None,
+        prefill: Prefill = "exact",
+    ) -> Plan:
+        """The same specs in every layer: keys ``per_channel``, values ``per_token`` (KIVI, arXiv 2402.02750).
+
+        Args:
+            model: A transformers model or config, or a `Fingerprint`.
+            key_bits: Bits of the keys.
+            value_bits: Bits of the values.
+            key_group_size: Tokens that share a key scale.
+            value_group_size: Channels that share a value scale.
+            window: Exact tokens; none by default.
+            prefill: See the class.
+
+        Raises:
+            PlanError: A width or group size is not one kvloom packs.
+        """
+        fingerprint = model if isinstance(model, Fingerprint) else Fingerprint.of(model)
+        key = _spec(bits=key_bits, grouping="per_channel", group_size=key_group_size)
+        value = _spec(bits=value_bits, grouping="per_token", group_size=value_group_size)
+        specs = dict.fromkeys(fingerprint.packed_layers, (key, value))
+        return cls.from_specs(fingerprint, specs, window=window, prefill=prefill)
+
+    @classmethod
+    def from_specs(
+        cls,
+        model: Fingerprint,
+        specs: Mapping[int, tuple[TensorSpec, TensorSpec]],
+        *,
+        window: Window | None = None,
+        prefill: Prefill = "exact",
+        provenance: Provenance | None = None,
+    ) -> Plan:
+        """Plan from layer -> (key, value) specs; layers with equal specs share an entry."""
+        groups: dict[tuple[TensorSpec, TensorSpec], list[int]] = {}
+        for layer in sorted(specs):
+            groups.setdefault(specs[layer], []).append(layer)
+        entries = [
+            {
+                "layers": format_layers(layers),
+                "key": key,
+                "value": value,
+                "window": window or Window(),
+            }
+            for (key, value), layers in groups.items()
+        ]
+        return _validate(
+            {"model": model, "layers": entries, "prefill": prefill, "provenance": provenance},
+            "the plan",
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: The file is missing, is not JSON, or a field is wrong; the message names the field.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror}.") from None
+        except ValueError as error:
+            raise PlanError(f"{path} is not a JSON plan (cut short, or another kind of file): {error}.") from None
+        return _validate(data, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, fields at their defaults left out."""
+        text = self.model_dump_json(indent=2, exclude_defaults=True)
+        data = {"schema_version": self.schema_version, **json.loads(text)}
+        Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @cached_property
+    def _by_layer(self) -> dict[int, LayerPlan]:
+        return {i: entry for entry in self.layers for i in entry.indices}
+
+    def spec(self, layer: int) -> LayerPlan:
+        """The entry that covers ``layer``.
+
+        Raises:
+            PlanError: The plan does not cover it.
+        """
+        if layer not in self._by_layer:
+            raise PlanError(f"the plan has no entry for layer {layer}; it covers {self.model.packed_layers}.")
+        return self._by_layer[layer]
+
+    def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
+        """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
+
+        Args:
+            batch: Sequences.
+            tokens: Tokens of each, padding included.
+            dtype: Compute dtype (name or torch dtype) of what stays exact; None takes the model's.
+
+        Returns:
+            Bytes, equal to the live storage of a `LoomCache` filled to that length. Sliding-window and other stock
+            layers are not the plan's and are not counted.
+        """
+        size = itemsize(dtype or self.model.dtype)
+        heads, dim = self.model.num_kv_heads, self.model.head_dim
+        return sum(layer_nbytes(self.spec(i), heads, dim, batch, tokens, size) for i in self.model.packed_layers)
+
+    def true_bits(self, tokens: int, dtype: Any = None) -> float:
+        """8 x bytes / cached elements at ``tokens``: everything resident counts."""
+        if tokens <= 0:
+            raise PlanError(f"true_bits needs at least one token, not {tokens}.")
+        elements = 2 * len(self.model.packed_layers) * self.model.num_kv_heads * tokens * self.model.head_dim
+        return 8 * self.nbytes(1, tokens, dtype) / elements
+
+    def describe(self, tokens: int = 32768) -> str:
+        """The plan in words: a line an entry, then bytes and true bits at ``tokens``."""
+        model = self.model
+        lines = [
+            f"{model.architecture}: {len(model.packed_layers)} of {model.num_layers} layers packed, "
+            f"{model.num_kv_heads} KV heads of {model.head_dim}, prefill {self.prefill}"
+        ]
+        for entry in self.layers:
+            window = entry.window
+            recent = f"{window.recent_ratio:g} of all" if window.recent_ratio else str(window.recent)
+            heads = f", {len(entry.heads)} heads apart" if entry.heads else ""
+            lines.append(
+                f"  layers {entry.layers}: keys {entry.key.label}, values {entry.value.label}, "
+                f"exact: {window.sinks} sinks, {recent} recent{heads}"
+            )
+        lines.append(
+            f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "
+            f"{self.true_bits(tokens):.2f} true bits (scales, zero points and windows counted)"
+        )
+        return "\n".join(lines)
+
+
+def plan_schema() -> dict[str, Any]:
+    """JSON schema of a plan file."""
+    schema = Plan.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "kvloom plan"
+    return schema
+
+
+def _spec(**fields: Any) -> TensorSpec:
+    try:
+        return TensorSpec.model_validate(fields)
+    except ValidationError as error:
+        raise PlanError(_message(error, "the spec")) from None
+
+
+def _validate(data: Any, where: str) -> Plan:
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise PlanError(_message(error, where)) from None
+
+
+def _message(error: ValidationError, where: str) -> str:
+    """First problem of a validation error as one sentence that names the field."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "the whole"
+    text = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    given = problem.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    more = f"; {error.error_count() - 1} more problem(s)" if error.error_count() > 1 else ""
+    return f"{where}: field {field}: {text}{shown}{more}."

@@ -1,0 +1,166 @@
+"""What one tensor, one head, one layer stores: the validated leaves of a plan."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kvloom.pages import GROUP_SIZES, Format, Grouping
+
+Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
+GroupSize = Literal[16, 32, 64, 128, 256, "head_dim"]
+
+_GROUPING_LABEL = {"per_channel": "ch", "per_token": "tok"}
+
+
+class PlanModel(BaseModel):
+    """Base of everything in a plan file: frozen, and a field nobody knows is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(PlanModel):
+    """Number format of a layer's keys or values.
+
+    Attributes:
+        codec: Name of the number format (codecs room).
+        bits: Code width; 16 keeps the elements as they come, in the compute dtype.
+        grouping: ``per_channel``: a group is ``group_size`` consecutive tokens of one channel; ``per_token``:
+            ``group_size`` consecutive channels of one token.
+        group_size: Elements that share a scale; ``"head_dim"`` (``per_token`` only) is a token's whole head.
+        symmetric: Centre the grid on zero and store no zero point.
+    """
+
+    codec: Literal["affine"] = "affine"
+    bits: Bits
+    grouping: Grouping
+    group_size: GroupSize = 64
+    symmetric: bool = False
+
+    @model_validator(mode="after")
+    def _group_fits_grouping(self) -> TensorSpec:
+        if self.grouping == "per_channel" and self.group_size == "head_dim":
+            raise ValueError(
+                f"group_size 'head_dim' has no meaning for per_channel groups, which span tokens: use one of {GROUP_SIZES}"
+            )
+        return self
+
+    def format(self, head_dim: int) -> Format:
+        """The spec with its group size resolved for ``head_dim``."""
+        size = head_dim if self.group_size == "head_dim" else self.group_size
+        return Format(self.bits, self.grouping, size, self.symmetric, self.codec)
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, e.g. ``4b/ch64`` or ``2b/tok-head``."""
+        if self.bits == 16:
+            return "16b"
+        size = "-head" if self.group_size == "head_dim" else str(self.group_size)
+        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{'s' if self.symmetric else ''}"
+
+
+class Window(PlanModel):
+    """Tokens kept exact, in the compute dtype, besides those that do not fill a page yet.
+
+    Attributes:
+        sinks: First tokens of the sequence (slots, so padding counts where a batch is left-padded).
+        recent: At least this many of the newest tokens.
+        recent_ratio: At least this share of all tokens, newest first; excludes ``recent``.
+    """
+
+    sinks: int = Field(default=0, ge=0)
+    recent: int = Field(default=0, ge=0)
+    recent_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _one_way_to_say_recent(self) -> Window:
+        if self.recent and self.recent_ratio:
+            raise ValueError("give recent (a number of tokens) or recent_ratio (a share of all tokens), not both")
+        return self
+
+
+class Evict(PlanModel):
+    """Which tokens to keep: the schema of a plan's evict entry. No policy is implemented yet, so a cache refuses it.
+
+    Attributes:
+        policy: Name of the policy (eviction room).
+        budget: Tokens kept per KV head.
+        protect: ``[start, end)`` token spans that are never evicted.
+    """
+
+    policy: str
+    budget: int = Field(gt=0)
+    protect: tuple[tuple[int, int], ...] = ()
+
+
+class HeadPlan(PlanModel):
+    """Specs of one KV head that differ from its layer's; what is left out is the layer's."""
+
+    key: TensorSpec | None = None
+    value: TensorSpec | None = None
+
+
+class LayerPlan(PlanModel):
+    """What a layer, or each layer of a range, stores.
+
+    Attributes:
+        layers: A layer index, or ranges such as ``"0-3"`` or ``"0-3,7"``.
+        key: Format of the keys.
+        value: Format of the values.
+        window: Exact tokens.
+        evict: Eviction entry, or None to keep every token.
+        heads: KV head index -> specs of that head.
+    """
+
+    layers: int | str
+    key: TensorSpec
+    value: TensorSpec
+    window: Window = Window()
+    evict: Evict | None = None
+    heads: dict[int, HeadPlan] = Field(default_factory=dict)
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_parse(cls, layers: int | str) -> int | str:
+        parse_layers(layers)
+        return layers
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Layer indices the entry covers, in the order written."""
+        return parse_layers(self.layers)
+
+    def head(self, index: int) -> tuple[TensorSpec, TensorSpec]:
+        """Key and value specs of KV head ``index``."""
+        own = self.heads.get(index, HeadPlan())
+        return own.key or self.key, own.value or self.value
+
+
+def parse_layers(layers: int | str) -> tuple[int, ...]:
+    """Indices named by ``5``, ``"0-3"`` or ``"0-3,7"``.
+
+    Raises:
+        ValueError: The text is not a list of indices and rising ranges.
+    """
+    parts = [part.strip().split("-") for part in str(layers).split(",")]
+    try:
+        spans = [(int(p[0]), int(p[-1])) for p in parts if len(p) <= 2]
+    except ValueError:
+        spans = []
+    if len(spans) != len(parts) or any(first > last for first, last in spans):
+        raise ValueError(f"layers {layers!r} is neither an index nor ranges such as '0-3' or '0-3,7'")
+    return tuple(i for first, last in spans for i in range(first, last + 1))
+
+
+def format_layers(indices: list[int]) -> int | str:
+    """Shortest text that `parse_layers` reads back as ``indices`` (rising)."""
+    spans: list[list[int]] = []
+    for i in indices:
+        if spans and spans[-1][1] == i - 1:
+            spans[-1][1] = i
+        else:
+            spans.append([i, i])
+    if len(spans) == 1 and spans[0][0] == spans[0][1]:
+        return spans[0][0]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,142 @@
+"""The plan: exact bytes, errors that name the field, files that come back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvloom.errors import ModelError, PlanError
+from kvloom.plan import Fingerprint, LayerPlan, Plan, TensorSpec, Window, format_layers, parse_layers, plan_schema
+
+MODEL = Fingerprint(
+    architecture="LlamaForCausalLM", num_layers=4, packed_layers=(0, 1, 2, 3), num_kv_heads=2, head_dim=128, dtype="float16"
+)
+
+
+def test_bytes_of_the_documented_page() -> None:
+    plan = Plan.uniform(MODEL, 4, 4)
+    assert plan.nbytes(1, 64) == 4 * 2 * 8960
+    assert plan.nbytes(3, 64 * 10) == 3 * 10 * 4 * 2 * 8960
+    assert plan.true_bits(64) == pytest.approx(4.375)
+    assert plan.nbytes(1, 63) == 4 * 2 * 63 * 128 * 2 * 2  # a page that is not full stays exact
+
+
+def test_windows_and_dtype_count() -> None:
+    window = Window(sinks=4, recent=32)
+    plan = Plan.uniform(MODEL, 2, 2, window=window)
+    pages = (1000 - 4 - 32) // 64
+    exact = 1000 - 64 * pages
+    assert plan.nbytes(2, 1000) == 2 * 4 * 2 * (pages * 4864 + exact * 2 * 128 * 2)
+    assert plan.nbytes(2, 1000, "float32") == 2 * 4 * 2 * (pages * 4864 + exact * 2 * 128 * 4)
+    ratio = Plan.uniform(MODEL, 2, 2, window=Window(recent_ratio=0.2))
+    kept = 1000 - 64 * ((1000 - 200) // 64)
+    assert ratio.nbytes(1, 1000) == 4 * 2 * ((1000 - kept) // 64 * 4864 + kept * 512)
+
+
+def test_per_head_overrides_count() -> None:
+    entry = {
+        "layers": "0-3",
+        "key": {"bits": 2, "grouping": "per_channel"},
+        "value": {"bits": 2, "grouping": "per_token", "group_size": "head_dim"},
+        "heads": {"1": {"key": {"bits": 4, "grouping": "per_channel", "group_size": 128}}},
+    }
+    plan = Plan.model_validate({"model": MODEL, "layers": [entry]})
+    key2, value2, key4 = (128 * 128 * b // 8 + p for b, p in ((2, 128 * 2 * 4), (2, 128 * 4), (4, 128 * 4)))
+    assert plan.nbytes(1, 128) == 4 * (key2 + value2 + key4 + value2)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    plan = Plan.uniform(MODEL, 3, 2, window=Window(sinks=4), prefill="quantized")
+    path = tmp_path / "kv_plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    assert json.loads(path.read_text())["schema_version"] == 1
+    assert json.loads(path.read_text())["model"]["packed_layers"] == "0-3"
+
+
+def edited(**change: object) -> dict:
+    plan = json.loads(Plan.uniform(MODEL, 4, 2).model_dump_json())
+    plan["layers"][0].update(change)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        (edited(key={"bits": 7, "grouping": "per_channel"}), r"layers\.0\.key\.bits"),
+        (edited(key={"bits": 4, "grouping": "per_chanel"}), r"layers\.0\.key\.grouping"),
+        (edited(key={"bits": 4, "grouping": "per_channel", "group_size": "head_dim"}), "group_size 'head_dim'"),
+        (edited(value={"bits": 4, "grouping": "per_token", "group_size": 256}), r"layers\[0\]: group_size 256"),
+        (edited(layers="0-2"), "leaves out layer 3"),
+        (edited(layers="0-4"), "names layer 4"),
+        (edited(layers="3-0"), r"layers\.0\.layers"),
+        (edited(windows={"sinks": 4}), r"layers\.0\.windows"),
+        (edited(window={"sinks": -1}), r"window\.sinks"),
+        (edited(window={"recent": 4, "recent_ratio": 0.1}), "not both"),
+        (edited(heads={"2": {}}), "KV head 2"),
+        (edited() | {"schema_version": 2}, "schema_version"),
+        (edited() | {"layers": [edited()["layers"][0], edited()["layers"][0]]}, r"already given by layers\[0\]"),
+    ],
+)
+def test_a_wrong_plan_names_its_field(tmp_path: Path, data: dict, names: str) -> None:
+    path = tmp_path / "kv_plan.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=names) as caught:
+        Plan.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_cut_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        Plan.load(tmp_path / "none.json")
+    (tmp_path / "cut.json").write_text(Plan.uniform(MODEL).model_dump_json()[:100])
+    with pytest.raises(PlanError, match="not a JSON plan"):
+        Plan.load(tmp_path / "cut.json")
+
+
+def test_wrong_numbers_in_uniform_are_plan_errors() -> None:
+    with pytest.raises(PlanError, match="bits"):
+        Plan.uniform(MODEL, 7, 2)
+    with pytest.raises(PlanError, match="at least one token"):
+        Plan.uniform(MODEL).true_bits(0)
+
+
+def test_another_model_is_refused_by_the_field_that_differs() -> None:
+    other = MODEL.model_copy(update={"num_kv_heads": 8})
+    with pytest.raises(ModelError, match="num_kv_heads = 2 and this model has 8"):
+        MODEL.check(other)
+    MODEL.check(MODEL.model_copy(update={"dtype": "float32"}))
+
+
+@given(st.sets(st.integers(0, 60), min_size=1))
+def test_layer_ranges_come_back(layers: set[int]) -> None:
+    assert parse_layers(format_layers(sorted(layers))) == tuple(sorted(layers))
+
+
+@given(
+    bits=st.tuples(st.sampled_from([1, 2, 3, 4, 5, 6, 8, 16]), st.sampled_from([1, 2, 3, 4, 5, 6, 8, 16])),
+    tokens=st.integers(1, 5000),
+)
+def test_true_bits_are_bytes_over_elements(bits: tuple[int, int], tokens: int) -> None:
+    plan = Plan.uniform(MODEL, *bits)
+    assert plan.true_bits(tokens) == pytest.approx(8 * plan.nbytes(1, tokens) / (2 * 4 * 2 * 128 * tokens))
+    assert plan.nbytes(2, tokens) == 2 * plan.nbytes(1, tokens)
+
+
+def test_describe_and_labels() -> None:
+    text = Plan.uniform(MODEL, 4, 2).describe(4096)
+    assert "layers 0-3: keys 4b/ch64, values 2b/tok-head" in text
+    assert "3.38 true bits" in text
+    spec = TensorSpec(bits=3, grouping="per_token", group_size=32, symmetric=True)
+    assert spec.label == "3b/tok32s"
+    assert LayerPlan(layers=0, key=spec, value=spec).head(5) == (spec, spec)
+
+
+def test_the_published_schema_is_the_schema() -> None:
+    schema = plan_schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["properties"]) == {"schema_version", "model", "layers", "prefill", "provenance"}
