@@ -1,0 +1,67 @@
+"""The hot operations behind one contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from kvloom.pages import PagedKV, PageLayout
+
+
+class Backend(ABC):
+    """Encode, decode and attend over pages. Every backend gives the reference's codes bit for bit."""
+
+    name: str
+
+    @abstractmethod
+    def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        """Pack whole pages.
+
+        Args:
+            key: ``[batch, heads, pages * page_tokens, head_dim]``, compute dtype.
+            value: The same shape.
+            layout: Page layout of these heads.
+
+        Returns:
+            uint8 ``[batch, heads, pages, layout.nbytes]``.
+        """
+
+    @abstractmethod
+    def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unpack pages.
+
+        Args:
+            data: uint8 ``[batch, heads, pages, layout.nbytes]``.
+            layout: Their layout.
+            dtype: Compute dtype (that of the elements of a passthrough side).
+
+        Returns:
+            Keys and values ``[batch, heads, pages * page_tokens, head_dim]`` of ``dtype``.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv: PagedKV,
+        *,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention over sinks, pages and tail in one softmax.
+
+        Args:
+            query: ``[batch, query_heads, queries, head_dim]``; the queries are the newest tokens of ``kv``.
+            kv: The layer's cache, this pass's tokens included.
+            scaling: Factor of the scores.
+            mask: None for causal, or ``[batch or 1, heads or 1, queries, kv.length]`` by slot: boolean (True = attend)
+                or additive.
+            softcap: Scores become ``softcap * tanh(scores / softcap)``.
+            sink_logits: ``[query_heads]`` extra logits that take part in the softmax only (gpt-oss).
+
+        Returns:
+            ``[batch, queries, query_heads, head_dim]`` in the query's dtype.
+        """

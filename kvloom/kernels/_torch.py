@@ -1,0 +1,248 @@
+"""The reference backend: plain torch, any device, exact in fp32."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvloom import codecs
+from kvloom.codecs import Encoded, wide
+from kvloom.kernels._base import Backend
+from kvloom.kernels._folded import packed_product
+from kvloom.pages import PagedKV, PageLayout, SideLayout, pack_side, unpack_raw, unpack_side
+
+# Queries are taken this many scores at a time, so that a long prompt needs no [tokens, tokens] matrix.
+SCORE_BLOCK = 1 << 24
+
+
+class _Options(TypedDict):
+    scaling: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
+
+
+class TorchBackend(Backend):
+    """Reference implementation: correct everywhere, fast enough on a CPU."""
+
+    name = "torch"
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        """See `Backend.encode`."""
+        return torch.cat([_encode_side(key, layout.key), _encode_side(value, layout.value)], dim=-1)
+
+    def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.decode`."""
+        return _decode_side(data, layout.key, dtype), _decode_side(data, layout.value, dtype)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv: PagedKV,
+        *,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Backend.attend`."""
+        options: _Options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+        key, value = (
+            torch.cat([kv.sinks.key, kv.tail.key], -2),
+            torch.cat([kv.sinks.value, kv.tail.value], -2),
+        )
+        if kv.num_pages == 0:
+            return dense_attention(query, key, value, mask=mask, **options)
+        rows = query.shape[1] // key.shape[1] * query.shape[2]
+        if rows > kv.page_tokens:
+            packed_key, packed_value = self._decode_all(kv)
+            key, value = torch.cat([key, packed_key], -2), torch.cat([value, packed_value], -2)
+            return dense_attention(query, key, value, mask=_slot_mask(kv, mask, query.shape[2]), **options)
+        return _folded_attention(query, key, value, kv, _slot_mask(kv, mask, query.shape[2]), **options)
+
+    def _decode_all(self, kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (*kv.shape[:2], kv.num_pages * kv.page_tokens, kv.shape[-1])
+        key, value = (torch.empty(shape, dtype=kv.dtype, device=kv.device) for _ in range(2))
+        for group in kv.pages:
+            heads = list(group.heads)
+            key[:, heads], value[:, heads] = self.decode(group.data, group.layout, kv.dtype)
+        return key, value
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over plain tensors, for passes without pages and layers without packing.
+
+    Args:
+        query: ``[batch, query_heads, queries, head_dim]``, the newest tokens.
+        key: ``[batch, kv_heads, tokens, head_dim]``.
+        value: The same shape.
+        scaling: Factor of the scores.
+        mask: None for causal, or ``[batch or 1, heads or 1, queries, tokens]``, boolean or additive.
+        softcap: See `Backend.attend`.
+        sink_logits: See `Backend.attend`.
+
+    Returns:
+        ``[batch, queries, query_heads, head_dim]`` in the query's dtype.
+    """
+    queries, tokens = query.shape[2], key.shape[2]
+    if softcap is None and sink_logits is None:
+        if mask is None and 1 < queries < tokens:
+            mask = _causal(queries, tokens, query.device)
+        causal = mask is None and queries > 1
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous()
+    if mask is None and queries > 1:
+        mask = _causal(queries, tokens, query.device)
+    step = max(1, SCORE_BLOCK // (query.shape[0] * query.shape[1] * tokens))
+    blocks = []
+    for i in range(0, queries, step):
+        scores = _grouped(wide(query[:, :, i : i + step]) * scaling, key.shape[1]) @ wide(key).transpose(-1, -2)
+        part = None if mask is None else mask[:, :, i : i + step]
+        weights = _softmax(
+            scores.unflatten(2, (-1, query[:, :, i : i + step].shape[2])),
+            part,
+            softcap,
+            sink_logits,
+        )
+        blocks.append(_ungrouped(weights.flatten(2, 3) @ wide(value), query.shape[1]))
+    return torch.cat(blocks, dim=1).to(query.dtype)
+
+
+def _folded_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv: PagedKV,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Few queries: read packed pages with folded scales. ``mask`` is by column [sinks, tail, pages]."""
+    q = _grouped(wide(query) * scaling, key.shape[1])  # [batch, kv_heads, rows, head_dim]
+    exact = q @ wide(key).transpose(-1, -2)
+    scores = torch.cat([exact, _page_scores(q, kv)], dim=-1)
+    weights = _softmax(scores.unflatten(2, (-1, query.shape[2])), mask, softcap, sink_logits).flatten(2, 3)
+    out = weights[..., : key.shape[2]] @ wide(value)
+    out = out + _page_values(weights[..., key.shape[2] :], kv)
+    return _ungrouped(out, query.shape[1]).to(query.dtype)
+
+
+def _page_scores(q: torch.Tensor, kv: PagedKV) -> torch.Tensor:
+    """``[batch, kv_heads, rows, pages * page_tokens]``."""
+    parts = []
+    for group in kv.pages:
+        x = q if len(kv.pages) == 1 else q[:, list(group.heads)]
+        side = group.layout.key
+        out = packed_product(x.flatten(0, 1).unsqueeze(1), group.data.flatten(0, 1), side, kv.dtype)
+        parts.append(out.transpose(1, 2).flatten(2).unflatten(0, (q.shape[0], -1)))
+    return _by_head(parts, kv)
+
+
+def _page_values(weights: torch.Tensor, kv: PagedKV) -> torch.Tensor:
+    """``[batch, kv_heads, rows, head_dim]``."""
+    parts = []
+    for group in kv.pages:
+        w = weights if len(kv.pages) == 1 else weights[:, list(group.heads)]
+        x = w.unflatten(-1, (kv.num_pages, -1)).transpose(2, 3).flatten(0, 1)
+        out = packed_product(x, group.data.flatten(0, 1), group.layout.value, kv.dtype)
+        parts.append(out.sum(1).unflatten(0, (weights.shape[0], -1)))
+    return _by_head(parts, kv)
+
+
+def _by_head(parts: list[torch.Tensor], kv: PagedKV) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    order = [head for group in kv.pages for head in group.heads]
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(parts, dim=1)[:, inverse]
+
+
+def _grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """``[batch, query_heads, queries, dim]`` -> ``[batch, kv_heads, heads per group * queries, dim]``."""
+    batch, query_heads, queries, dim = query.shape
+    return query.reshape(batch, kv_heads, query_heads // kv_heads * queries, dim)
+
+
+def _ungrouped(out: torch.Tensor, query_heads: int) -> torch.Tensor:
+    """Inverse of `_grouped`, as ``[batch, queries, query_heads, dim]``."""
+    batch, kv_heads, rows, dim = out.shape
+    return out.reshape(batch, query_heads, kv_heads * rows // query_heads, dim).transpose(1, 2).contiguous()
+
+
+def _softmax(
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Weights of ``scores [batch, kv_heads, heads per group, queries, columns]``.
+
+    A query that may attend to nothing (padding) gets finite, meaningless weights: NaN would spread through the cache.
+    """
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        grouped = mask.unsqueeze(1) if mask.shape[1] == 1 else mask.unflatten(1, scores.shape[1:3])
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~grouped, torch.finfo(scores.dtype).min)
+        else:
+            scores = (scores + grouped).clamp_min(torch.finfo(scores.dtype).min)
+    if sink_logits is None:
+        return torch.softmax(scores, dim=-1)
+    extra = sink_logits.to(scores.dtype).view(1, scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]
+
+
+def _slot_mask(kv: PagedKV, mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
+    """Mask by column [sinks, tail, pages]: causality, the caller's mask, and which copy of a slot a query reads."""
+    if queries == 1 and mask is None:
+        return None  # one query reads every page and the whole tail
+    exact, packed = kv.exact_slots(), kv.page_slots()
+    columns = torch.cat([exact, packed])
+    query_slots = torch.arange(kv.length - queries, kv.length, device=kv.device)[:, None]
+    boundary = (kv.sinks.tokens + kv.visible * kv.page_tokens)[:, None]
+    reads_exact = (exact < kv.sinks.tokens) | (exact >= boundary)
+    reads = torch.cat([reads_exact, packed < boundary], dim=-1)
+    if mask is None:
+        return (reads & (columns <= query_slots))[None, None]
+    chosen = mask[..., columns]
+    if mask.dtype == torch.bool:
+        return chosen & reads
+    return chosen.masked_fill(~reads, torch.finfo(chosen.dtype).min)
+
+
+def _causal(queries: int, tokens: int, device: torch.device) -> torch.Tensor:
+    ones = torch.ones((queries, tokens), dtype=torch.bool, device=device)
+    return ones.tril(tokens - queries)[None, None]
+
+
+def _encode_side(x: torch.Tensor, side: SideLayout) -> torch.Tensor:
+    x = x.unflatten(-2, (-1, side.page_tokens))  # [batch, heads, pages, page_tokens, head_dim]
+    if side.fmt.is_passthrough:
+        return pack_side(x, (), side)
+    encoded = codecs.get(side.fmt.codec).encode(x, side.fmt)
+    return pack_side(encoded.codes, encoded.params, side)
+
+
+def _decode_side(data: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+    if side.fmt.is_passthrough:
+        return unpack_raw(data, side, dtype).flatten(2, 3)
+    codes, (scale, zero) = unpack_side(data, side)
+    return codecs.get(side.fmt.codec).decode(Encoded(codes, (scale, zero)), side.fmt).flatten(2, 3).to(dtype)
+
+
+TORCH = TorchBackend()
