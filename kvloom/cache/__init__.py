@@ -1,0 +1,9 @@
+"""transformers cache layers made of pages plus an exact window; the registered attention and mask."""
+
+from __future__ import annotations
+
+from kvloom.cache._attention import ATTENTION, disable, enable, loom_attention
+from kvloom.cache._cache import LoomCache
+from kvloom.cache._layer import LoomLayer
+
+__all__ = ["ATTENTION", "LoomCache", "LoomLayer", "disable", "enable", "loom_attention"]

@@ -1,0 +1,87 @@
+"""A cache on disk: one safetensors file whose header carries the plan, so that a prefix is computed once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvloom.cache._layer import LoomLayer
+from kvloom.errors import CacheError
+
+if TYPE_CHECKING:
+    from kvloom.cache._cache import LoomCache
+
+_FORMAT = "kvloom-cache-1"
+
+
+def save(cache: LoomCache, path: Path) -> None:
+    """See `LoomCache.save`."""
+    if cache.get_seq_length() == 0:
+        raise CacheError("the cache is empty; run a prompt through the model before saving it.")
+    tensors: dict[str, torch.Tensor] = {}
+    for i, layer in enumerate(cache.layers):
+        tensors |= {f"layers.{i}.{name}": t.contiguous() for name, t in _layer_tensors(layer, i)}
+    header = {"format": _FORMAT, "plan": _plan_text(cache), "tokens": str(cache.get_seq_length())}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=header)
+    partial.replace(path)
+
+
+def restore(cache: LoomCache, path: Path) -> None:
+    """See `LoomCache.load`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            _check_header(cache, header, path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise CacheError(f"there is no cache file {path}.") from None
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"{path} is not a whole cache file (cut short, or another kind of file): {error}.") from None
+    for i, layer in enumerate(cache.layers):
+        prefix = f"layers.{i}."
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        _restore_layer(layer, own, int(header["tokens"]))
+
+
+def _plan_text(cache: LoomCache) -> str:
+    """The parts of the plan that decide what the bytes mean, in canonical form."""
+    plan = cache.plan
+    layers = {i: plan.spec(i).model_dump(mode="json", exclude={"layers"}) for i in plan.model.packed_layers}
+    model = plan.model.model_dump(mode="json", exclude={"dtype"})
+    return json.dumps({"model": model, "layers": layers, "prefill": plan.prefill}, sort_keys=True)
+
+
+def _check_header(cache: LoomCache, header: dict[str, str], path: Path) -> None:
+    if header.get("format") != _FORMAT:
+        raise CacheError(f"{path} is a safetensors file but not a kvloom cache (no {_FORMAT} header).")
+    if header.get("plan") != _plan_text(cache):
+        raise CacheError(f"{path} was written under another plan; load it with the plan it was made with.")
+    if not header.get("tokens", "").isdigit():
+        raise CacheError(f"{path} does not say how many tokens it holds; it is damaged.")
+
+
+def _layer_tensors(layer: Any, index: int) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(layer, LoomLayer):
+        return list(layer.tensors())
+    if isinstance(layer, DynamicSlidingWindowLayer) or type(layer) is DynamicLayer:
+        return [(name, t) for name, t in (("keys", layer.keys), ("values", layer.values)) if t is not None]
+    if getattr(layer, "keys", None) is None and not hasattr(layer, "conv_states"):
+        return []
+    raise CacheError(f"layer {index} is a {type(layer).__name__}, whose state kvloom cannot save yet.")
+
+
+def _restore_layer(layer: Any, tensors: dict[str, torch.Tensor], tokens: int) -> None:
+    if isinstance(layer, LoomLayer):
+        layer.restore(tensors, tokens)
+    elif tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = tokens

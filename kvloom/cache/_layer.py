@@ -1,0 +1,370 @@
+"""One packed layer: sinks, append-only pages, and an exact tail."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kvloom import kernels
+from kvloom.cache._storage import live_nbytes
+from kvloom.errors import CacheError, ModelError
+from kvloom.pages import ExactKV, HeadPages, PagedKV
+from kvloom.plan import Fingerprint, LayerPlan, Prefill, full_pages, head_layouts, itemsize
+
+NonFinite = Literal["error", "clamp"]
+_FP16_MAX = torch.finfo(torch.float16).max
+
+
+class LoomLayer(CacheLayerMixin):
+    """Cache layer whose full pages are packed by a plan's entry.
+
+    A page is encoded once, when it is full and out of the exact window, and never touched again. What a query reads is
+    set by its position alone for single-token passes and under ``prefill="quantized"``; under ``"exact"`` the tokens of
+    one pass read each other, and the tail as it was, exactly.
+
+    Args:
+        entry: The plan's entry for the layer.
+        model: Shape of the cache.
+        prefill: See `kvloom.Plan`.
+        nonfinite: What packing does with NaN, infinities and magnitudes above 65504: ``error``, or ``clamp``
+            (NaN becomes 0).
+        is_enabled: Whether the model's attention reads packed pages now; otherwise dense tensors are returned.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        entry: LayerPlan,
+        model: Fingerprint,
+        *,
+        prefill: Prefill,
+        nonfinite: NonFinite,
+        is_enabled: Callable[[], bool],
+    ) -> None:
+        super().__init__()
+        self.entry = entry
+        self.model = model
+        self.prefill = prefill
+        self.nonfinite = nonfinite
+        self.is_enabled = is_enabled
+        self.record_past = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.length = 0
+        self.num_pages = 0
+        self.page_tokens = 0
+        self.pages: tuple[HeadPages, ...] = ()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate empty storage for the shape, dtype and device of ``[batch, kv_heads, tokens, head_dim]`` states."""
+        self._check_shape(key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        layouts = head_layouts(self.entry, self.model.num_kv_heads, self.model.head_dim, itemsize(self.dtype))
+        self.page_tokens = layouts[0].page_tokens
+        batch = key_states.shape[0]
+        self.pages = tuple(
+            HeadPages(
+                heads,
+                layouts[heads[0]],
+                self._bytes(batch, len(heads), 0, layouts[heads[0]].nbytes),
+            )
+            for heads in _heads_by_layout(layouts)
+        )
+        self.sinks = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
+        self.tail = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
+        self.is_initialized = True
+
+    def _bytes(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.uint8, device=self.device)
+
+    def _check_shape(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        expected = (self.model.num_kv_heads, self.model.head_dim)
+        for name, states in (("keys", key), ("values", value)):
+            if states.dim() != 4 or (states.shape[1], states.shape[3]) != expected:
+                raise ModelError(
+                    f"the model's {name} have shape {list(states.shape)} where the plan expects "
+                    f"[batch, {expected[0]}, tokens, {expected[1]}]; make a plan for this model."
+                )
+
+    # -- filling ------------------------------------------------------------------------------------------------------
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append tokens; return what attention is to read.
+
+        Args:
+            key_states: ``[batch, kv_heads, tokens, head_dim]``.
+            value_states: The same shape.
+            *args: Ignored, transformers' own.
+            **kwargs: Ignored, transformers' own.
+
+        Returns:
+            The layer's `PagedKV` twice, or dense keys and values where the model's attention cannot read pages.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_append(key_states, value_states)
+        if self.record_past:
+            self._pack()
+        before = self.num_pages
+        self._append(key_states, value_states)
+        queries = key_states.shape[-2]
+        if self.prefill == "quantized" and queries > 1 and not self.record_past:
+            handle = self._pack_under(queries, before)
+        else:
+            handle = self._handle(self.tail, self._visible(queries, before))
+            if not self.record_past:
+                self._pack()
+        if self.is_enabled():
+            return handle, handle
+        return self._dense(handle, queries, before)
+
+    def _check_append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self._check_shape(key, value)
+        if key.shape[0] != self.batch_size:
+            raise CacheError(
+                f"the cache holds a batch of {self.batch_size} and got one of {key.shape[0]}; use a new cache, or "
+                "reset() this one."
+            )
+        if key.dtype != self.dtype:
+            raise CacheError(f"the cache holds {self.dtype} states and got {key.dtype}; use a new cache.")
+
+    def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        missing = min(max(0, self.entry.window.sinks - self.sinks.tokens), key.shape[-2])
+        if missing:
+            self.sinks = _joined(self.sinks, key[:, :, :missing], value[:, :, :missing])
+        self.tail = _joined(self.tail, key[:, :, missing:], value[:, :, missing:])
+        self.length += key.shape[-2]
+
+    def _pack(self) -> None:
+        """Encode the pages that are full and out of the exact window."""
+        new = full_pages(self.entry.window, self.length, self.page_tokens) - self.num_pages
+        tokens = new * self.page_tokens
+        if new <= 0 or tokens > self.tail.tokens:
+            return
+        key, value = self.tail.key[:, :, :tokens], self.tail.value[:, :, :tokens]
+        if self.nonfinite == "clamp":
+            key, value = (
+                torch.nan_to_num(x, 0.0, _FP16_MAX, -_FP16_MAX).clamp(-_FP16_MAX, _FP16_MAX) for x in (key, value)
+            )
+        encode = kernels.backend(self.device).encode
+        self.pages = tuple(
+            HeadPages(
+                g.heads,
+                g.layout,
+                torch.cat([g.data, encode(_of(key, g), _of(value, g), g.layout)], dim=2),
+            )
+            for g in self.pages
+        )
+        self.num_pages += new
+        self.tail = ExactKV(self.tail.key[:, :, tokens:].clone(), self.tail.value[:, :, tokens:].clone())
+
+    def _pack_under(self, queries: int, before: int) -> PagedKV:
+        """Pack, and let every query of this pass read what decoding token by token would have shown it."""
+        tail = self.tail
+        self._pack()
+        return self._handle(tail, self._visible(queries, before))
+
+    def _visible(self, queries: int, before: int) -> torch.Tensor:
+        """int64 ``[queries]``: pages each query reads."""
+        if self.prefill == "exact" or queries == 1:
+            return torch.full((queries,), self.num_pages, dtype=torch.long, device=self.device)
+        start = self.length - queries
+        counts = (full_pages(self.entry.window, start + i, self.page_tokens) for i in range(queries))
+        return torch.tensor([min(max(c, before), self.num_pages) for c in counts], device=self.device)
+
+    def _handle(self, tail: ExactKV, visible: torch.Tensor) -> PagedKV:
+        return PagedKV(self.pages, self.sinks, tail, self.length, self.page_tokens, self.num_pages, visible)
+
+    # -- the dense way ------------------------------------------------------------------------------------------------
+
+    def _dense(self, handle: PagedKV, queries: int, before: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.prefill == "quantized" and queries > 1 and handle.num_pages > before:
+            raise CacheError(
+                'prefill="quantized" needs attention that reads packed pages: call kvloom.enable(model), or use '
+                'prefill="exact".'
+            )
+        warnings.warn(
+            "the model's attention cannot read packed pages, so every step unpacks the whole cache: memory is saved, "
+            "speed is not (kvloom.enable(model) gives both where the model supports it).",
+            stacklevel=2,
+        )
+        key, value = self._unpacked(handle.pages)
+        return (
+            torch.cat([handle.sinks.key, key, handle.tail.key], dim=-2),
+            torch.cat([handle.sinks.value, value, handle.tail.value], dim=-2),
+        )
+
+    def _unpacked(self, pages: tuple[HeadPages, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of pages, ``[batch, kv_heads, tokens, head_dim]``."""
+        count = pages[0].data.shape[2] * self.page_tokens
+        shape = (self.batch_size, self.model.num_kv_heads, count, self.model.head_dim)
+        key, value = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        for g in pages:
+            heads = list(g.heads)
+            key[:, heads], value[:, heads] = kernels.backend(self.device).decode(g.data, g.layout, self.dtype)
+        return key, value
+
+    # -- what generate asks -------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first update."""
+        return int(self.tail.key.shape[0]) if self.is_initialized else -1
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask: every slot, from the first."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Pack a pass's tokens only when the next pass confirms them: rejected candidates never reach a page."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens.
+
+        Tokens that are already packed come back into the tail as decoded, and are packed again with what follows.
+
+        Raises:
+            ValueError: The number is positive.
+            CacheError: It is more than the cache holds.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}.")
+        remove = -tokens_to_remove
+        if not remove or not self.is_initialized:
+            return
+        if remove > self.length:
+            raise CacheError(f"cannot crop {remove} tokens from a cache of {self.length}.")
+        if remove > self.tail.tokens:
+            self._unpack_last(remove - self.tail.tokens)
+        self.tail = ExactKV(*_cut(self.tail, max(0, self.tail.tokens - remove)))
+        self.length -= remove
+        self.sinks = ExactKV(*_cut(self.sinks, min(self.sinks.tokens, self.length)))
+
+    def _unpack_last(self, tokens: int) -> None:
+        """Bring the newest pages that hold ``tokens`` packed tokens back into the tail."""
+        count = min(self.num_pages, -(-tokens // self.page_tokens))
+        if not count:
+            return
+        keep = self.num_pages - count
+        last = tuple(HeadPages(g.heads, g.layout, g.data[:, :, keep:]) for g in self.pages)
+        key, value = self._unpacked(last)
+        self.tail = ExactKV(torch.cat([key, self.tail.key], -2), torch.cat([value, self.tail.value], -2))
+        self.pages = tuple(HeadPages(g.heads, g.layout, g.data[:, :, :keep].clone()) for g in self.pages)
+        self.num_pages = keep
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self._clear()
+        self.record_past = False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the batch for beam search; ``beam_idx`` int64 ``[batch]``."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the sequences ``indices``."""
+        self._map(lambda x: x[indices])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back to the device of the model."""
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self.pages = tuple(HeadPages(g.heads, g.layout, change(g.data)) for g in self.pages)
+        self.sinks = ExactKV(change(self.sinks.key), change(self.sinks.value))
+        self.tail = ExactKV(change(self.tail.key), change(self.tail.value))
+
+    # -- storage ------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything resident, by name."""
+        if not self.is_initialized:
+            return
+        for n, g in enumerate(self.pages):
+            yield f"pages.{n}", g.data
+        yield from (("sinks.key", self.sinks.key), ("sinks.value", self.sinks.value))
+        yield from (("tail.key", self.tail.key), ("tail.value", self.tail.value))
+
+    def nbytes(self) -> int:
+        """Live bytes: the storage of every tensor held."""
+        return live_nbytes(tensor for _, tensor in self.tensors())
+
+    def restore(self, tensors: dict[str, torch.Tensor], length: int) -> None:
+        """Take over saved `tensors`.
+
+        Raises:
+            CacheError: A tensor is missing or has another shape or dtype than the plan gives it.
+        """
+        try:
+            tail, sinks = (ExactKV(tensors[f"{n}.key"], tensors[f"{n}.value"]) for n in ("tail", "sinks"))
+        except KeyError as error:
+            raise CacheError(f"the cache file lacks the tensor {error}; it was not written by this plan.") from None
+        self._clear()
+        self.lazy_initialization(tail.key[:, :, :0], tail.value[:, :, :0])
+        self.pages = tuple(HeadPages(g.heads, g.layout, tensors[f"pages.{n}"]) for n, g in enumerate(self.pages))
+        self.num_pages = self.pages[0].data.shape[2]
+        self.tail, self.sinks, self.length = tail, sinks, length
+        self._check_restored()
+
+    def _check_restored(self) -> None:
+        held = self.sinks.tokens + self.num_pages * self.page_tokens + self.tail.tokens
+        shapes = all(
+            g.data.dtype == torch.uint8
+            and g.data.shape == (self.batch_size, len(g.heads), self.num_pages, g.layout.nbytes)
+            for g in self.pages
+        )
+        if not shapes or held != self.length:
+            raise CacheError(
+                "the cache file's pages do not have the sizes this plan gives them; it is another plan's file."
+            )
+
+
+def _heads_by_layout(layouts: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    groups: dict[Any, list[int]] = {}
+    for head, layout in enumerate(layouts):
+        groups.setdefault(layout, []).append(head)
+    return [tuple(heads) for heads in groups.values()]
+
+
+def _of(x: torch.Tensor, group: HeadPages) -> torch.Tensor:
+    """The group's heads of ``[batch, kv_heads, tokens, head_dim]``."""
+    return x if len(group.heads) == x.shape[1] else x[:, list(group.heads)]
+
+
+def _joined(exact: ExactKV, key: torch.Tensor, value: torch.Tensor) -> ExactKV:
+    return ExactKV(torch.cat([exact.key, key], dim=-2), torch.cat([exact.value, value], dim=-2))
+
+
+def _cut(exact: ExactKV, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if tokens == exact.tokens:
+        return exact.key, exact.value
+    return exact.key[:, :, :tokens].clone(), exact.value[:, :, :tokens].clone()
