@@ -1,0 +1,22 @@
+"""Allocation: what was measured and a budget become a plan."""
+
+from __future__ import annotations
+
+from kvloom.allocate._allocate import allocate
+from kvloom.allocate._base import Allocator, allocators, get, register
+from kvloom.allocate._budget import Budget, parse_bytes, parse_tokens
+from kvloom.allocate._exact import Exact
+from kvloom.allocate._kvmix import KVmix
+
+__all__ = [
+    "Allocator",
+    "Budget",
+    "Exact",
+    "KVmix",
+    "allocate",
+    "allocators",
+    "get",
+    "parse_bytes",
+    "parse_tokens",
+    "register",
+]

@@ -1,0 +1,200 @@
+"""The multiple-choice knapsack, solved exactly, with an independent lower bound.
+
+Pick one option of every unit so that the total cost stays within a capacity and the total loss
+is smallest. The solver is dynamic programming over the efficient frontier (Nemhauser and
+Ullmann, *Discrete dynamic programming and capital allocation*, 1969): after each unit only the
+partial picks that no other partial pick beats in both cost and loss are kept. There are never
+more of them than a table over all capacities would have columns, whatever the costs' common
+divisor. A Lagrangian bound discards those that provably cannot become the optimum.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BISECTIONS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of one unit.
+
+    Attributes:
+        cost: [options] int64, in bytes.
+        loss: [options] float64, finite; any unit, added over the units.
+    """
+
+    cost: NDArray[np.int64]
+    loss: NDArray[np.float64]
+
+    def __getitem__(self, index: NDArray[np.int64]) -> Options:
+        return Options(self.cost[index], self.loss[index])
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The optimum and what proves it.
+
+    Attributes:
+        picks: the chosen option of each unit.
+        cost: total cost of the picks, in bytes.
+        loss: total loss of the picks, the exact minimum.
+        bound: the Lagrangian dual's value: no picks within the capacity can lose less.
+    """
+
+    picks: tuple[int, ...]
+    cost: int
+    loss: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Dual:
+    """The best multiplier found: `bound` is a lower bound, `upper` the loss of feasible picks."""
+
+    multiplier: float
+    bound: float
+    upper: float
+    slack: float
+
+
+def cheapest(units: Sequence[Options]) -> int:
+    """The smallest total cost any picks can have, in bytes."""
+    return sum(int(unit.cost.min()) for unit in units)
+
+
+def solve(units: Sequence[Options], capacity: int) -> Solution:
+    """Finds the picks of least total loss whose total cost is at most `capacity`.
+
+    Among picks of equal loss the cheaper ones win, and then the earlier options, so that equal
+    inputs give equal picks.
+
+    Args:
+        units: one `Options` a unit, none of them empty.
+        capacity: bytes; at least `cheapest(units)`.
+
+    Raises:
+        ValueError: nothing fits into the capacity.
+    """
+    if cheapest(units) > capacity:
+        raise ValueError(f"capacity is {capacity}, but the cheapest picks cost {cheapest(units)}")
+    kept = [_efficient(unit) for unit in units]
+    fronts = [unit[index] for unit, index in zip(units, kept, strict=True)]
+    dual = _maximise_dual(fronts, capacity)
+    chosen = _search(fronts, capacity, dual)
+    picks = tuple(int(index[pick]) for index, pick in zip(kept, chosen, strict=True))
+    return Solution(
+        picks=picks,
+        cost=sum(int(unit.cost[pick]) for unit, pick in zip(units, picks, strict=True)),
+        loss=float(sum(unit.loss[pick] for unit, pick in zip(units, picks, strict=True))),
+        bound=dual.bound,
+    )
+
+
+def _efficient(options: Options) -> NDArray[np.int64]:
+    """Indices of the options that no other beats: ascending in cost, descending in loss."""
+    order = np.lexsort((options.loss, options.cost))
+    loss = options.loss[order]
+    improves = np.ones(len(order), dtype=bool)
+    improves[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
+    efficient: NDArray[np.int64] = order[improves]
+    return efficient
+
+
+def _search(fronts: Sequence[Options], capacity: int, dual: _Dual) -> list[int]:
+    """Grows the frontier unit by unit and walks back from its least loss."""
+    price = dual.multiplier
+    rest_cost = _suffix_sums([float(unit.cost.min()) for unit in fronts])
+    rest_dual = _suffix_sums([float((unit.loss + price * unit.cost).min()) for unit in fronts])
+    limit = dual.upper + dual.slack + price * capacity
+    states = Options(np.zeros(1, np.int64), np.zeros(1))
+    trail: list[tuple[NDArray[np.uint16], NDArray[np.int64]]] = []
+    for index, unit in enumerate(fronts):
+        grown = Options(
+            np.add.outer(unit.cost, states.cost).ravel(),
+            np.add.outer(unit.loss, states.loss).ravel(),
+        )
+        bound = grown.loss + price * grown.cost + rest_dual[index]
+        alive = np.flatnonzero((grown.cost + rest_cost[index] <= capacity) & (bound <= limit))
+        alive = alive[_efficient(grown[alive])]
+        trail.append(((alive // len(states.cost)).astype(np.uint16), alive % len(states.cost)))
+        states = grown[alive]
+    return _walk_back(trail, len(states.cost) - 1)
+
+
+def _walk_back(trail: Sequence[tuple[NDArray[np.uint16], NDArray[np.int64]]], state: int) -> list[int]:
+    picks = []
+    for options, parents in reversed(trail):
+        picks.append(int(options[state]))
+        state = int(parents[state])
+    return picks[::-1]
+
+
+def _suffix_sums(values: Sequence[float]) -> list[float]:
+    """For each position the sum of what follows it."""
+    sums = [0.0]
+    for value in values[:0:-1]:
+        sums.append(sums[-1] + value)
+    return sums[::-1]
+
+
+def _maximise_dual(fronts: Sequence[Options], capacity: int) -> _Dual:
+    """Maximises the Lagrangian dual by bisecting the sign of its slope.
+
+    For every price p >= 0 per byte, sum_u min_o (loss + p cost) - p capacity is at most the loss of
+    any picks within the capacity (weak duality). It is concave in p, and its slope is the cost of
+    the minimising picks less the capacity.
+    """
+    cost, loss = _padded(fronts)
+    low, high = 0.0, 0.0
+    if _picked(cost, loss, 0.0)[0] > capacity:
+        high = _enough(fronts)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if _picked(cost, loss, middle)[0] > capacity:
+                low = middle
+            else:
+                high = middle
+    used, upper = _picked(cost, loss, high)
+    magnitude = float(np.abs(loss[np.isfinite(loss)]).sum()) + high * (capacity + used)
+    slack = 4 * (len(fronts) + 4) * sys.float_info.epsilon * magnitude
+    value = max(_dual_value(cost, loss, capacity, price) for price in (low, high))
+    return _Dual(multiplier=high, bound=value - slack, upper=upper, slack=slack)
+
+
+def _enough(fronts: Sequence[Options]) -> float:
+    """A price at which every unit takes its cheapest option."""
+    steepest = 0.0
+    for unit in fronts:
+        if len(unit.cost) > 1:
+            slopes = (unit.loss[0] - unit.loss[1:]) / (unit.cost[1:] - unit.cost[0])
+            steepest = max(steepest, float(slopes.max()))
+    return 2 * steepest
+
+
+def _padded(fronts: Sequence[Options]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Costs and losses as [units, most options]; missing options lose infinitely much."""
+    shape = (len(fronts), max(len(unit.cost) for unit in fronts))
+    cost, loss = np.zeros(shape), np.full(shape, np.inf)
+    for row, unit in enumerate(fronts):
+        cost[row, : len(unit.cost)] = unit.cost
+        loss[row, : len(unit.loss)] = unit.loss
+    return cost, loss
+
+
+def _picked(cost: NDArray[np.float64], loss: NDArray[np.float64], price: float) -> tuple[float, float]:
+    """Total cost and loss of the picks that minimise loss + price * cost; ties take the cheaper."""
+    pick = np.argmin(loss + price * cost, axis=1)[:, None]
+    return (
+        float(np.take_along_axis(cost, pick, axis=1).sum()),
+        float(np.take_along_axis(loss, pick, axis=1).sum()),
+    )
+
+
+def _dual_value(cost: NDArray[np.float64], loss: NDArray[np.float64], capacity: int, price: float) -> float:
+    return float((loss + price * cost).min(axis=1).sum() - price * capacity)

@@ -1,0 +1,90 @@
+"""The knapsack's units: what each layer may store, what it costs in bytes and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvloom.allocate._budget import Budget
+from kvloom.allocate._knapsack import Options
+from kvloom.plan import LayerPlan, TensorSpec, Window, full_pages, head_layouts, itemsize
+from kvloom.signals import LossTable
+
+Choice = dict[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One independent decision.
+
+    Attributes:
+        layer: the layer it is about.
+        choices: what each option stores as the layer's `key`, its `value`, or both.
+        options: the options' costs in bytes and predicted losses, in the order of `choices`.
+    """
+
+    layer: int
+    choices: tuple[Choice, ...]
+    options: Options
+
+
+def units_of(table: LossTable, budget: Budget, window: Window) -> list[Unit]:
+    """All decisions of a plan; their costs add up to `plan.nbytes` and their losses to its loss.
+
+    A layer's keys and values are independent while every candidate fits into pages of the same
+    length. Where a table mixes page lengths (a `per_channel` group above 64 tokens lengthens its
+    layer's page, and with it the exact tail of the other side), a layer is one unit of all pairs.
+
+    Raises:
+        PlanError: a candidate does not fit the model's `head_dim`.
+    """
+    costs = _Costs.of(table, budget, window)
+    return list(_sides(table, costs) if costs.separable else _pairs(table, costs))
+
+
+def _sides(table: LossTable, costs: _Costs) -> Iterator[Unit]:
+    keys = tuple({"key": spec} for spec in table.key_specs)
+    values = tuple({"value": spec} for spec in table.value_specs)
+    for layer, key_loss, value_loss in zip(table.layers, table.key_loss, table.value_loss, strict=True):
+        yield Unit(layer, keys, Options(costs.key[:, 0], np.array(key_loss)))
+        yield Unit(layer, values, Options(costs.value[0], np.array(value_loss)))
+
+
+def _pairs(table: LossTable, costs: _Costs) -> Iterator[Unit]:
+    pairs = tuple({"key": k, "value": v} for k in table.key_specs for v in table.value_specs)
+    cost = (costs.key + costs.value).ravel()
+    for layer, key_loss, value_loss in zip(table.layers, table.key_loss, table.value_loss, strict=True):
+        yield Unit(layer, pairs, Options(cost, np.add.outer(key_loss, value_loss).ravel()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Bytes of one layer's keys and of its values, for every pair of candidates.
+
+    Attributes:
+        key: [key_specs, value_specs] int64.
+        value: [key_specs, value_specs] int64.
+        separable: all pairs have pages of one length, so that no side's cost depends on the other.
+    """
+
+    key: NDArray[np.int64]
+    value: NDArray[np.int64]
+    separable: bool
+
+    @classmethod
+    def of(cls, table: LossTable, budget: Budget, window: Window) -> _Costs:
+        dim, size = table.model.head_dim, itemsize(budget.dtype or table.model.dtype)
+        sides = np.empty((2, len(table.key_specs), len(table.value_specs)), dtype=np.int64)
+        lengths = set()
+        for i, key in enumerate(table.key_specs):
+            for j, value in enumerate(table.value_specs):
+                (page,) = head_layouts(LayerPlan(layers=0, key=key, value=value), 1, dim, size)
+                pages = full_pages(window, budget.tokens, page.page_tokens)
+                tail = (budget.tokens - pages * page.page_tokens) * dim * size
+                sides[:, i, j] = pages * page.key.nbytes + tail, pages * page.value.nbytes + tail
+                lengths.add(page.page_tokens)
+        sides *= budget.batch * table.model.num_kv_heads
+        return cls(key=sides[0], value=sides[1], separable=len(lengths) == 1)
