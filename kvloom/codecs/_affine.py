@@ -1,9 +1,9 @@
 """Affine (uniform) quantisation: ``x_hat = scale * code + zero``, the format of KIVI, KVmix and KVTuner.
 
-Asymmetric: ``zero = min`` rounded down to fp16, ``scale = (max - zero) / levels`` rounded up to fp16, so the grid always
-covers the group and ``|x - x_hat| <= scale / 2``. Symmetric: levels at odd multiples of ``scale / 2``,
-``scale = 2 max|x| / levels`` rounded up; no code is wasted and one bit works. Codes are computed with the rounded parameters that decoding will use
-(KIVI, arXiv 2402.02750, eq. 1 rounds afterwards and decodes on another grid than it encoded on).
+Asymmetric: ``zero = min`` rounded down to fp16, ``scale = (max - zero) / levels`` rounded up to fp16, so the grid
+always covers the group and ``|x - x_hat| <= scale / 2``. Symmetric: levels at odd multiples of ``scale / 2``, ``scale =
+2 max|x| / levels`` rounded up; no code is wasted and one bit works. Codes are computed with the rounded parameters that
+decoding will use (KIVI, arXiv 2402.02750, eq. 1 rounds afterwards and decodes on another grid than it encoded on).
 
 A constant group has scale 0 (or the one fp16 step its value is off the fp16 grid) and decodes to its value.
 """
@@ -69,8 +69,8 @@ def _check_range(low: torch.Tensor, high: torch.Tensor) -> None:
     bound = torch.maximum(low.abs(), high.abs()).amax() if low.numel() else low.new_zeros(())
     if not bool(bound <= _FP16_MAX):
         raise CacheError(
-            "keys or values to be packed hold NaN, infinity or a magnitude above 65504 (fp16 scales cannot express it): "
-            "find the layer that overflows, or keep it exact with bits=16."
+            "keys or values to be packed hold NaN, infinity or a magnitude above 65504, which fp16 scales "
+            "cannot express: find the layer that overflows, or keep it exact with bits=16."
         )
 
 

@@ -1,9 +1,8 @@
 """Products with packed matrices that never touch a scale inside the loop.
 
 A side of a page is a matrix ``[rows, cols]`` contracted over its columns: keys ``[tokens, channels]`` with Q, values
-``[channels, tokens]`` with P. Parameters that vary along the columns fold into the moving operand,
-``x.(s*c + z) = (x*s).c + x.z``; parameters that vary along the rows fold into the result (``page-format.md``, "What makes
-it work", 1).
+``[channels, tokens]`` with P. Parameters that vary along the columns fold into the moving operand, ``x.(s*c + z) =
+(x*s).c + x.z``; parameters that vary along the rows fold into the result (``page-format.md``, "What makes it work", 1).
 """
 
 from __future__ import annotations
@@ -82,7 +81,8 @@ def _planes_product(moving: torch.Tensor, pages: torch.Tensor, side: SideLayout,
     total: torch.Tensor | None = None
     for plane in side.planes:
         matrix, order = plane_matrix(_plane_bytes(pages, plane), plane, moving.dtype)
-        part = moving[..., order] @ matrix.view(-1, plane.rows // groups, plane.cols).transpose(-1, -2)
+        matrix = matrix.view(-1, plane.rows // groups, plane.cols)
+        part = moving.gather(-1, order.expand(moving.shape)) @ matrix.transpose(-1, -2)
         total = part if total is None else total.add_(part, alpha=1 << plane.shift)
     if total is None:
         raise AssertionError("a packed side has at least one plane")

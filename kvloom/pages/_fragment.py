@@ -1,14 +1,15 @@
 """Fragment order: where the code of one element lies inside a bit plane.
 
 A plane is a matrix whose columns are the contraction axis of the attention product: keys are ``[tokens, channels]``
-(contracted over channels with Q), values are ``[channels, tokens]`` (contracted over tokens with P). It is cut into 16-row
-tiles, the A operand of ``mma.m16n8k16``. Within a tile, lane ``4*g + t`` holds rows ``g`` and ``g + 8``; its fields are pairs
-of columns, one in each half of a 32-bit word, so that unpacking is a mask (``page-format.md``, "Layout").
+(contracted over channels with Q), values are ``[channels, tokens]`` (contracted over tokens with P). It is cut into
+16-row tiles, the A operand of ``mma.m16n8k16``. Within a tile, lane ``4*g + t`` holds rows ``g`` and ``g + 8``; its
+fields are pairs of columns, one in each half of a 32-bit word, so that unpacking is a mask (``page-format.md``,
+"Layout").
 
-Bytes run ``[chunk][lane 32][word]``: a chunk is as few tiles as make a lane's share whole 16-byte loads (8, or 4, where the
-number of tiles allows no better), and a lane's words hold, low bits first, tile after tile, row-half after row-half, pair
-after pair. Element ``h`` of pair ``p`` sits at bit ``bits*j + 16*h`` of its word, ``j`` counting the pairs of the word. Pair
-``p`` of thread ``t`` is columns ``t*cols/4 + 2p + h`` of a key and ``8p + 2t + h`` of a value.
+Bytes run ``[chunk][lane 32][word]``: a chunk is as few tiles as make a lane's share whole 16-byte loads (8, or 4, where
+the number of tiles allows no better), and a lane's words hold, low bits first, tile after tile, row-half after
+row-half, pair after pair. Element ``h`` of pair ``p`` sits at bit ``bits*j + 16*h`` of its word, ``j`` counting the
+pairs of the word. Pair ``p`` of thread ``t`` is columns ``t*cols/4 + 2p + h`` of a key and ``8p + 2t + h`` of a value.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The page record: which bytes hold codes, scales and zero points. Pure arithmetic, no tensors.
 
-One record a KV head and page: key planes, key parameters, value planes, value parameters. Every part is a multiple of 16
-bytes long, so nothing is padded. Parameters are fp16: ``per_channel`` as ``scale[groups][head_dim]`` then
-``zero[groups][head_dim]``; ``per_token`` as ``[groups][page_tokens]`` of (scale, zero) pairs, scale alone when symmetric.
+One record a KV head and page: key planes, key parameters, value planes, value parameters. Every part is a multiple of
+16 bytes long, so nothing is padded. Parameters are fp16: ``per_channel`` as ``scale[groups][head_dim]`` then
+``zero[groups][head_dim]``; ``per_token`` as ``[groups][page_tokens]`` of (scale, zero) pairs, scale alone when
+symmetric.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ def pack_plane(codes: torch.Tensor, plane: Plane) -> torch.Tensor:
     Returns:
         uint8 ``[..., plane.nbytes]``.
     """
-    fields = ((codes >> plane.shift) & (2**plane.bits - 1)).flatten(-2)[..., _source(plane, codes.device)]
+    own = ((codes >> plane.shift) & (2**plane.bits - 1)).flatten(-2)
+    source = _source(plane, codes.device)
+    fields = own.gather(-1, source.flatten().expand(*own.shape[:-1], -1)).view(*own.shape[:-1], *source.shape)
     packed = fields[..., 0].clone()
     for i in range(1, plane.fields_per_byte):
         packed |= fields[..., i] << (plane.bits * i)
@@ -60,7 +62,8 @@ def plane_matrix(data: torch.Tensor, plane: Plane, dtype: torch.dtype) -> tuple[
 def _natural(data: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
     """Plane values ``[n, rows, cols]`` in natural order; inverse of `pack_plane` for ``shift`` 0."""
     fields = _fields(data, plane, dtype, -1).flatten(1)
-    return fields[:, _inverse(plane, data.device)].view(-1, plane.rows, plane.cols)
+    natural = fields.gather(1, _inverse(plane, data.device).expand(fields.shape[0], -1))  # 3 x faster than indexing
+    return natural.view(-1, plane.rows, plane.cols)
 
 
 def _row_bytes(data: torch.Tensor, plane: Plane) -> torch.Tensor:
@@ -84,7 +87,7 @@ def _column_order(plane: Plane, device: torch.device) -> torch.Tensor:
 
 
 def _fields(data: torch.Tensor, plane: Plane, dtype: torch.dtype, axis: int) -> torch.Tensor:
-    """Split bytes ``[n, ..., m]`` into fields along a new ``axis``: -1 ``[..., m, fields]``, -2 ``[..., fields, m]``."""
+    """Split bytes ``[..., m]`` into fields on a new ``axis``: -1 ``[..., m, fields]``, -2 ``[..., fields, m]``."""
     count, mask = plane.fields_per_byte, 2**plane.bits - 1
     shape = (*data.shape, count) if axis == -1 else (*data.shape[:-1], count, data.shape[-1])
     out = torch.empty(shape, dtype=dtype, device=data.device)

@@ -41,7 +41,7 @@ def head_layouts(layer: LayerPlan, kv_heads: int, head_dim: int, size: int) -> t
 
 
 def full_pages(window: Window, tokens: int, page_tokens: int) -> int:
-    """Pages a sequence of ``tokens`` has filled: what remains after sinks and the newest exact tokens, in whole pages."""
+    """Pages a sequence of ``tokens`` has filled: what sinks and the newest exact tokens leave, in whole pages."""
     sinks = min(tokens, window.sinks)
     keep = max(window.recent, math.ceil(window.recent_ratio * tokens))
     return max(0, tokens - sinks - keep) // page_tokens

@@ -59,7 +59,7 @@ class Fingerprint(PlanModel):
         shapes = {_shape(text, layer) for layer in packed}
         if len(shapes) != 1:
             raise ModelError(
-                f"{_architecture(config)} has full-attention layers of different KV heads or head_dim {sorted(shapes)}; "
+                f"{_architecture(config)} has full-attention layers of several (KV heads, head_dim): {sorted(shapes)}; "
                 "kvloom packs models whose full-attention layers share one shape."
             )
         heads, dim = shapes.pop()
@@ -113,9 +113,9 @@ def _shape(text: Any, layer: int) -> tuple[int, int]:
 
 
 def _kv_heads(config: Any, heads: int) -> int:
-    """KV heads, also in Falcon's words: ``multi_query`` means one unless the new decoder names its own number."""
+    """KV heads as they are cached, also Falcon's: its new decoder repeats them for every query head first."""
     if getattr(config, "new_decoder_architecture", False):
-        return int(config.num_kv_heads)
+        return heads
     if getattr(config, "multi_query", False):
         return 1
     for name in ("num_key_value_heads", "num_kv_heads"):

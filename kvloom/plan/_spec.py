@@ -42,7 +42,8 @@ class TensorSpec(PlanModel):
     def _group_fits_grouping(self) -> TensorSpec:
         if self.grouping == "per_channel" and self.group_size == "head_dim":
             raise ValueError(
-                f"group_size 'head_dim' has no meaning for per_channel groups, which span tokens: use one of {GROUP_SIZES}"
+                "group_size 'head_dim' has no meaning for per_channel groups, which span tokens: use one of "
+                f"{GROUP_SIZES}"
             )
         return self
 

@@ -74,5 +74,5 @@ def test_low_precision_and_double_inputs_give_the_codes_of_their_values() -> Non
 
 
 def test_an_unknown_codec_names_the_known_ones() -> None:
-    with pytest.raises(PlanError, match="'hadamrad' is unknown; choose one of .*affine"):
+    with pytest.raises(PlanError, match=r"'hadamrad' is unknown; choose one of .*affine"):
         codecs.get("hadamrad")

@@ -48,7 +48,8 @@ def fragment_bit(role: str, rows: int, cols: int, bits: int, row: int, col: int)
         t, pair = col % 8 // 2, col // 8
     lane = 4 * g + t
     pairs, per_word = cols // 8, 16 // bits
-    tiles = next(n for load in (16, 8, 4) for n in range(1, rows // 16 + 1) if rows // 16 % n == 0 and n * cols * bits % (16 * load) == 0)
+    chunks = [n for n in range(1, rows // 16 + 1) if rows // 16 % n == 0]
+    tiles = next(n for load in (16, 8, 4) for n in chunks if n * cols * bits % (16 * load) == 0)
     words_per_lane = tiles * 2 * pairs // per_word
     sequence = (tile % tiles * 2 + row_half) * pairs + pair
     word = (tile // tiles * 32 + lane) * words_per_lane + sequence // per_word

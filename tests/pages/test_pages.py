@@ -20,7 +20,8 @@ HEAD_DIMS = (16, 64, 80, 96, 128, 256)
 @st.composite
 def formats(draw: st.DrawFn, head_dim: int) -> Format:
     grouping = draw(st.sampled_from(["per_channel", "per_token"]))
-    sizes = [16, 32, 64, 128, 256] if grouping == "per_channel" else [s for s in (16, 32, 64, 128, head_dim) if head_dim % s == 0]
+    divisors = [s for s in (16, 32, 64, 128, head_dim) if head_dim % s == 0]
+    sizes = [16, 32, 64, 128, 256] if grouping == "per_channel" else divisors
     return Format(draw(st.sampled_from(BITS)), grouping, draw(st.sampled_from(sizes)), draw(st.booleans()))
 
 
@@ -82,7 +83,8 @@ def test_codes_come_back(data: st.DataObject, seed: int) -> None:
         matrix = codes if side.role == "key" else codes.transpose(-1, -2)
         total = torch.zeros(matrix.shape)
         for plane in side.planes:
-            values, order = plane_matrix(pages[..., plane.offset : plane.offset + plane.nbytes].reshape(-1, plane.nbytes), plane, torch.float32)
+            data = pages[..., plane.offset : plane.offset + plane.nbytes].reshape(-1, plane.nbytes)
+            values, order = plane_matrix(data, plane, torch.float32)
             natural = torch.empty_like(values)
             natural[..., order] = values
             total += natural.view(matrix.shape) * 2**plane.shift

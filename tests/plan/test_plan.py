@@ -13,7 +13,12 @@ from kvloom.errors import ModelError, PlanError
 from kvloom.plan import Fingerprint, LayerPlan, Plan, TensorSpec, Window, format_layers, parse_layers, plan_schema
 
 MODEL = Fingerprint(
-    architecture="LlamaForCausalLM", num_layers=4, packed_layers=(0, 1, 2, 3), num_kv_heads=2, head_dim=128, dtype="float16"
+    architecture="LlamaForCausalLM",
+    num_layers=4,
+    packed_layers=(0, 1, 2, 3),
+    num_kv_heads=2,
+    head_dim=128,
+    dtype="float16",
 )
 
 
