@@ -75,8 +75,8 @@ def enable(model: Any) -> None:
     source = _modeling_source(model)
     if _REGISTRY_WORD not in source:
         raise ModelError(
-            f"{type(model).__name__} computes attention itself instead of through transformers' registry: use LoomCache "
-            "without enable (memory is saved, speed is not)."
+            f"{type(model).__name__} computes attention itself instead of through transformers' registry: use "
+            "LoomCache without enable (memory is saved, speed is not)."
         )
     AttentionInterface.register(ATTENTION, loom_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -87,11 +87,13 @@ def enable(model: Any) -> None:
 
 
 def disable(model: Any) -> None:
-    """Undo `enable`: give the model back the attention it had."""
+    """Undo `enable`: give the model back the attention it had, unless it has been given another since."""
     previous = getattr(model, "_kvloom_previous_attention", None)
-    if previous is not None:
+    if previous is None:
+        return
+    if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation(previous)
-        del model._kvloom_previous_attention
+    del model._kvloom_previous_attention
 
 
 def _modeling_source(model: Any) -> str:

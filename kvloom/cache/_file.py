@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvloom.cache._layer import LoomLayer
 from kvloom.errors import CacheError
@@ -29,17 +29,23 @@ def save(cache: LoomCache, path: Path) -> None:
         tensors |= {f"layers.{i}.{name}": t.contiguous() for name, t in _layer_tensors(layer, i)}
     header = {"format": _FORMAT, "plan": _plan_text(cache), "tokens": str(cache.get_seq_length())}
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=header)
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata=header)
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"cannot write the cache to {path}: {error}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def restore(cache: LoomCache, path: Path) -> None:
+def restore(cache: LoomCache, path: Path, device: Any) -> None:
     """See `LoomCache.load`."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             _check_header(cache, header, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # copied: safetensors gives views of the mapped file, which would change with it
+            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CacheError(f"there is no cache file {path}.") from None
     except (SafetensorError, OSError) as error:
@@ -70,7 +76,7 @@ def _check_header(cache: LoomCache, header: dict[str, str], path: Path) -> None:
 def _layer_tensors(layer: Any, index: int) -> list[tuple[str, torch.Tensor]]:
     if isinstance(layer, LoomLayer):
         return list(layer.tensors())
-    if isinstance(layer, DynamicSlidingWindowLayer) or type(layer) is DynamicLayer:
+    if type(layer) is DynamicSlidingWindowLayer:
         return [(name, t) for name, t in (("keys", layer.keys), ("values", layer.values)) if t is not None]
     if getattr(layer, "keys", None) is None and not hasattr(layer, "conv_states"):
         return []
@@ -82,6 +88,4 @@ def _restore_layer(layer: Any, tensors: dict[str, torch.Tensor], tokens: int) ->
         layer.restore(tensors, tokens)
     elif tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values = tensors["keys"], tensors["values"]
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = tokens
+        layer.keys, layer.values, layer.cumulative_length = tensors["keys"], tensors["values"], tokens

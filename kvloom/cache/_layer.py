@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -16,7 +15,17 @@ from kvloom.pages import ExactKV, HeadPages, PagedKV
 from kvloom.plan import Fingerprint, LayerPlan, Prefill, full_pages, head_layouts, itemsize
 
 NonFinite = Literal["error", "clamp"]
-_FP16_MAX = torch.finfo(torch.float16).max
+_CLAMP = 65280.0  # a number of every dtype; the grid's rounding still fits in fp16's 65504
+_NOT_THIS_PLANS = "the cache file's tensors do not have the sizes this plan gives them; it is damaged, make it again."
+
+
+class Mark(NamedTuple):
+    """What a layer held at some moment; pages are append-only, so their number tells which."""
+
+    length: int
+    num_pages: int
+    sinks: ExactKV
+    tail: ExactKV
 
 
 class LoomLayer(CacheLayerMixin):
@@ -31,7 +40,7 @@ class LoomLayer(CacheLayerMixin):
         model: Shape of the cache.
         prefill: See `kvloom.Plan`.
         nonfinite: What packing does with NaN, infinities and magnitudes above 65504: ``error``, or ``clamp``
-            (NaN becomes 0).
+            (NaN becomes 0, everything else at most 65280).
         is_enabled: Whether the model's attention reads packed pages now; otherwise dense tensors are returned.
     """
 
@@ -48,7 +57,7 @@ class LoomLayer(CacheLayerMixin):
         nonfinite: NonFinite,
         is_enabled: Callable[[], bool],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.entry = entry
         self.model = model
         self.prefill = prefill
@@ -115,18 +124,15 @@ class LoomLayer(CacheLayerMixin):
         self._check_append(key_states, value_states)
         if self.record_past:
             self._pack()
-        before = self.num_pages
         self._append(key_states, value_states)
         queries = key_states.shape[-2]
-        if self.prefill == "quantized" and queries > 1 and not self.record_past:
-            handle = self._pack_under(queries, before)
+        if self._reads_own_pages():
+            handle = self._pack_under(queries)
         else:
-            handle = self._handle(self.tail, self._visible(queries, before))
+            handle = self._handle(self.tail, [self.num_pages] * queries)
             if not self.record_past:
                 self._pack()
-        if self.is_enabled():
-            return handle, handle
-        return self._dense(handle, queries, before)
+        return (handle, handle) if self.is_enabled() else self._dense(handle)
 
     def _check_append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self._check_shape(key, value)
@@ -148,56 +154,53 @@ class LoomLayer(CacheLayerMixin):
     def _pack(self) -> None:
         """Encode the pages that are full and out of the exact window."""
         new = full_pages(self.entry.window, self.length, self.page_tokens) - self.num_pages
-        tokens = new * self.page_tokens
-        if new <= 0 or tokens > self.tail.tokens:
+        if new <= 0:
             return
+        tokens = new * self.page_tokens
         key, value = self.tail.key[:, :, :tokens], self.tail.value[:, :, :tokens]
-        if self.nonfinite == "clamp":
-            key, value = (
-                torch.nan_to_num(x, 0.0, _FP16_MAX, -_FP16_MAX).clamp(-_FP16_MAX, _FP16_MAX) for x in (key, value)
-            )
-        encode = kernels.backend(self.device).encode
         self.pages = tuple(
-            HeadPages(
-                g.heads,
-                g.layout,
-                torch.cat([g.data, encode(_of(key, g), _of(value, g), g.layout)], dim=2),
-            )
-            for g in self.pages
+            HeadPages(g.heads, g.layout, torch.cat([g.data, self._encoded(key, value, g)], dim=2)) for g in self.pages
         )
         self.num_pages += new
         self.tail = ExactKV(self.tail.key[:, :, tokens:].clone(), self.tail.value[:, :, tokens:].clone())
 
-    def _pack_under(self, queries: int, before: int) -> PagedKV:
-        """Pack, and let every query of this pass read what decoding token by token would have shown it."""
-        tail = self.tail
-        self._pack()
-        return self._handle(tail, self._visible(queries, before))
+    def _encoded(self, key: torch.Tensor, value: torch.Tensor, group: HeadPages) -> torch.Tensor:
+        layout = group.layout
+        key, value = (
+            x if self.nonfinite == "error" or side.fmt.is_passthrough else _clamped(x)
+            for x, side in ((_of(key, group), layout.key), (_of(value, group), layout.value))
+        )
+        return kernels.backend(self.device).encode(key, value, layout)
 
-    def _visible(self, queries: int, before: int) -> torch.Tensor:
-        """int64 ``[queries]``: pages each query reads."""
-        if self.prefill == "exact" or queries == 1:
-            return torch.full((queries,), self.num_pages, dtype=torch.long, device=self.device)
-        start = self.length - queries
-        counts = (full_pages(self.entry.window, start + i, self.page_tokens) for i in range(queries))
-        return torch.tensor([min(max(c, before), self.num_pages) for c in counts], device=self.device)
+    def _reads_own_pages(self) -> bool:
+        """Whether a query of the pass just appended is to read a page that earlier tokens of the pass fill."""
+        if self.prefill == "exact":
+            return False
+        return full_pages(self.entry.window, self.length - 1, self.page_tokens) > self.num_pages
 
-    def _handle(self, tail: ExactKV, visible: torch.Tensor) -> PagedKV:
-        return PagedKV(self.pages, self.sinks, tail, self.length, self.page_tokens, self.num_pages, visible)
-
-    # -- the dense way ------------------------------------------------------------------------------------------------
-
-    def _dense(self, handle: PagedKV, queries: int, before: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.prefill == "quantized" and queries > 1 and handle.num_pages > before:
+    def _pack_under(self, queries: int) -> PagedKV:
+        """Pack, and let every query of the pass read what decoding token by token would have shown it."""
+        if not self.is_enabled():
             raise CacheError(
                 'prefill="quantized" needs attention that reads packed pages: call kvloom.enable(model), or use '
                 'prefill="exact".'
             )
-        warnings.warn(
-            "the model's attention cannot read packed pages, so every step unpacks the whole cache: memory is saved, "
-            "speed is not (kvloom.enable(model) gives both where the model supports it).",
-            stacklevel=2,
-        )
+        tail, pages, before = self.tail, self.pages, self.num_pages
+        self._pack()
+        tokens = range(self.length - queries, self.length)
+        filled = (full_pages(self.entry.window, n, self.page_tokens) for n in tokens)
+        handle = self._handle(tail, [max(count, before) for count in filled])
+        if self.record_past:
+            self.tail, self.pages, self.num_pages = tail, pages, before
+        return handle
+
+    def _handle(self, tail: ExactKV, visible: list[int]) -> PagedKV:
+        counts = torch.tensor(visible, dtype=torch.long, device=self.device)
+        return PagedKV(self.pages, self.sinks, tail, self.length, self.page_tokens, self.num_pages, counts)
+
+    # -- the dense way ------------------------------------------------------------------------------------------------
+
+    def _dense(self, handle: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self._unpacked(handle.pages)
         return (
             torch.cat([handle.sinks.key, key, handle.tail.key], dim=-2),
@@ -213,6 +216,25 @@ class LoomLayer(CacheLayerMixin):
             heads = list(g.heads)
             key[:, heads], value[:, heads] = kernels.backend(self.device).decode(g.data, g.layout, self.dtype)
         return key, value
+
+    # -- going back ---------------------------------------------------------------------------------------------------
+
+    def mark(self) -> Mark | None:
+        """What `roll_back` returns to; None before the first update."""
+        return Mark(self.length, self.num_pages, self.sinks, self.tail) if self.is_initialized else None
+
+    def roll_back(self, mark: Mark | None) -> None:
+        """Undo every update since ``mark``, exactly."""
+        if mark is None:
+            self._clear()
+            return
+        self._keep_pages(mark.num_pages)
+        self.length, self.sinks, self.tail = mark.length, mark.sinks, mark.tail
+
+    def _keep_pages(self, count: int) -> None:
+        if count < self.num_pages:
+            self.pages = tuple(HeadPages(g.heads, g.layout, g.data[:, :, :count].clone()) for g in self.pages)
+            self.num_pages = count
 
     # -- what generate asks -------------------------------------------------------------------------------------------
 
@@ -234,7 +256,7 @@ class LoomLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Pack a pass's tokens only when the next pass confirms them: rejected candidates never reach a page."""
+        """Pack a pass's tokens only when `crop` or the next pass confirms them: rejected ones never reach a page."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -248,9 +270,14 @@ class LoomLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}.")
-        remove = -tokens_to_remove
-        if not remove or not self.is_initialized:
+        if not self.is_initialized:
             return
+        if tokens_to_remove:
+            self._remove(-int(tokens_to_remove))  # transformers 5.17 passes a tensor
+        if self.record_past:
+            self._pack()
+
+    def _remove(self, remove: int) -> None:
         if remove > self.length:
             raise CacheError(f"cannot crop {remove} tokens from a cache of {self.length}.")
         if remove > self.tail.tokens:
@@ -268,8 +295,7 @@ class LoomLayer(CacheLayerMixin):
         last = tuple(HeadPages(g.heads, g.layout, g.data[:, :, keep:]) for g in self.pages)
         key, value = self._unpacked(last)
         self.tail = ExactKV(torch.cat([key, self.tail.key], -2), torch.cat([value, self.tail.value], -2))
-        self.pages = tuple(HeadPages(g.heads, g.layout, g.data[:, :, :keep].clone()) for g in self.pages)
-        self.num_pages = keep
+        self._keep_pages(keep)
 
     def reset(self) -> None:
         """Forget every token."""
@@ -322,30 +348,28 @@ class LoomLayer(CacheLayerMixin):
         """Take over saved `tensors`.
 
         Raises:
-            CacheError: A tensor is missing or has another shape or dtype than the plan gives it.
+            CacheError: The names, shapes or dtypes are not those the plan gives a cache of that length.
         """
-        try:
-            tail, sinks = (ExactKV(tensors[f"{n}.key"], tensors[f"{n}.value"]) for n in ("tail", "sinks"))
-        except KeyError as error:
-            raise CacheError(f"the cache file lacks the tensor {error}; it was not written by this plan.") from None
+        tail = tensors.get("tail.key", torch.empty(0))
+        if tail.shape[1::2] != (self.model.num_kv_heads, self.model.head_dim):
+            raise CacheError(_NOT_THIS_PLANS)
         self._clear()
-        self.lazy_initialization(tail.key[:, :, :0], tail.value[:, :, :0])
+        self.lazy_initialization(tail[:, :, :0], tail[:, :, :0])
+        sinks = min(length, self.entry.window.sinks)
+        pages, rest = divmod(length - sinks - tail.shape[2], self.page_tokens)
+        expected = {
+            f"{part}.{side}": ((*tail.shape[:2], tokens, tail.shape[3]), tail.dtype)
+            for part, tokens in (("sinks", sinks), ("tail", tail.shape[2]))
+            for side in ("key", "value")
+        }
+        for n, g in enumerate(self.pages):
+            expected[f"pages.{n}"] = ((tail.shape[0], len(g.heads), pages, g.layout.nbytes), torch.uint8)
+        if rest or expected != {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}:
+            raise CacheError(_NOT_THIS_PLANS)
+        self.length, self.num_pages = length, pages
+        self.sinks = ExactKV(tensors["sinks.key"], tensors["sinks.value"])
+        self.tail = ExactKV(tensors["tail.key"], tensors["tail.value"])
         self.pages = tuple(HeadPages(g.heads, g.layout, tensors[f"pages.{n}"]) for n, g in enumerate(self.pages))
-        self.num_pages = self.pages[0].data.shape[2]
-        self.tail, self.sinks, self.length = tail, sinks, length
-        self._check_restored()
-
-    def _check_restored(self) -> None:
-        held = self.sinks.tokens + self.num_pages * self.page_tokens + self.tail.tokens
-        shapes = all(
-            g.data.dtype == torch.uint8
-            and g.data.shape == (self.batch_size, len(g.heads), self.num_pages, g.layout.nbytes)
-            for g in self.pages
-        )
-        if not shapes or held != self.length:
-            raise CacheError(
-                "the cache file's pages do not have the sizes this plan gives them; it is another plan's file."
-            )
 
 
 def _heads_by_layout(layouts: tuple[Any, ...]) -> list[tuple[int, ...]]:
@@ -353,6 +377,10 @@ def _heads_by_layout(layouts: tuple[Any, ...]) -> list[tuple[int, ...]]:
     for head, layout in enumerate(layouts):
         groups.setdefault(layout, []).append(head)
     return [tuple(heads) for heads in groups.values()]
+
+
+def _clamped(x: torch.Tensor) -> torch.Tensor:
+    return x.nan_to_num(0.0).clamp(-_CLAMP, _CLAMP)
 
 
 def _of(x: torch.Tensor, group: HeadPages) -> torch.Tensor:

@@ -76,7 +76,8 @@ def _check_range(low: torch.Tensor, high: torch.Tensor) -> None:
 
 def _asymmetric(low: torch.Tensor, high: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
     zero = _fp16_down(low)
-    return _fp16_up((high - zero.to(high.dtype)) / fmt.levels), zero
+    # By a tensor: CUDA divides by a number inexactly, and codes must be the same on every device.
+    return _fp16_up((high - zero.to(high.dtype)) / high.new_full((1,), fmt.levels)), zero
 
 
 def _symmetric(low: torch.Tensor, high: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 
+from kvloom.errors import ModelError
 from kvloom.pages._layout import PageLayout
 
 
@@ -77,6 +79,14 @@ class PagedKV:
     def device(self) -> torch.device:
         """Device of the cache."""
         return self.tail.key.device
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """Refuse to be used as a tensor: some models do arithmetic on what the cache returns."""
+        raise ModelError(
+            f"the model applies {getattr(func, '__name__', func)} to its cached keys or values, which are packed: call "
+            "kvloom.disable(model) and use the cache without enable."
+        )
 
     def exact_slots(self) -> torch.Tensor:
         """int64 slots of the sinks, then of the tail."""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvloom.errors import ModelError
 from kvloom.kernels import backend, dense_attention
 from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, page_layout, page_tokens_of
 
@@ -205,3 +206,18 @@ def test_dense_attention_is_causal_and_capped() -> None:
     moved = dense_attention(query, key, changed, scaling=0.125)
     assert torch.equal(moved[:, :-1], plain[:, :-1])
     assert not torch.allclose(moved[:, -1], plain[:, -1])
+
+
+def test_extremes_of_fp16_decode_to_finite_numbers() -> None:
+    fmt = Format(8, "per_channel", 64)
+    layout = page_layout(fmt, Format(8, "per_token", 16), 16)
+    key = torch.zeros(1, 1, 64, 16, dtype=torch.float16)
+    key[0, 0, 0, 0], key[0, 0, 1, 0] = 65504, -1.5
+    decoded, _ = backend(CPU).decode(backend(CPU).encode(key, key, layout), layout, torch.float16)
+    assert bool(decoded.isfinite().all())
+
+
+def test_a_handle_is_no_tensor() -> None:
+    kv = make([((0,), Format(4, "per_channel", 64), Format(4, "per_token", 64))])
+    with pytest.raises(ModelError, match="cat to its cached keys or values, which are packed"):
+        torch.cat([kv, kv])
