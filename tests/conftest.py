@@ -6,8 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
+# Machines that test are busy, so no deadlines; in CI the same examples every time.
+settings.register_profile("kvloom", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("kvloom")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ def allocate(
         profile: what was measured about the model.
         budget: the largest cache allowed; None only for methods that take none (`kvmix`).
         method: name of a registered allocator (see `allocators`), or an instance of one.
-        window: tokens every layer keeps exactly; none beyond the unfilled page by default.
+        window: tokens every layer keeps exactly; by default those the profile was measured with.
         prefill: how a prompt attends, `exact` or `quantized`.
 
     Returns:
@@ -33,4 +33,4 @@ def allocate(
         PlanError: the method is unknown, or it cannot meet the budget.
     """
     allocator = get(method)() if isinstance(method, str) else method
-    return allocator.solve(profile, budget, window=window or Window(), prefill=prefill)
+    return allocator.solve(profile, budget, window=profile.table.window if window is None else window, prefill=prefill)

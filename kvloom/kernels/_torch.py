@@ -243,8 +243,9 @@ def _decode_side(data: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> to
         return unpack_raw(data, side, dtype).flatten(2, 3)
     codes, (scale, zero) = unpack_side(data, side)
     values = codecs.get(side.fmt.codec).decode(Encoded(codes, (scale, zero)), side.fmt).flatten(2, 3)
-    limit = torch.finfo(dtype).max  # a scale rounded up can lift an extreme of fp16 over its end
-    return values.clamp_(-limit, limit).to(dtype)
+    if dtype == torch.float16:  # a scale rounded up can lift an extreme of fp16 over its end
+        values.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return values.to(dtype)
 
 
 TORCH = TorchBackend()

@@ -37,7 +37,7 @@ def pack_plane(codes: torch.Tensor, plane: Plane) -> torch.Tensor:
     own = ((codes >> plane.shift) & (2**plane.bits - 1)).flatten(-2)
     source = _source(plane, codes.device)
     fields = own.gather(-1, source.flatten().expand(*own.shape[:-1], -1)).view(*own.shape[:-1], *source.shape)
-    packed = fields[..., 0].clone()
+    packed: torch.Tensor = fields[..., 0].clone()
     for i in range(1, plane.fields_per_byte):
         packed |= fields[..., i] << (plane.bits * i)
     return packed

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvloom.errors import DataError
-from kvloom.plan import Fingerprint, TensorSpec
+from kvloom.plan import Fingerprint, TensorSpec, Window
 
 
 class LossTable(BaseModel):
@@ -19,6 +19,7 @@ class LossTable(BaseModel):
     Attributes:
         signal: the name of the signal that predicted the losses.
         model: the model that was measured.
+        window: the tokens that stay exact, which the losses take for granted.
         layers: indices of the packed layers, equal to `model.packed_layers`.
         key_specs: the candidate formats of keys.
         value_specs: the candidate formats of values.
@@ -33,6 +34,7 @@ class LossTable(BaseModel):
 
     signal: str = "error_gradient"
     model: Fingerprint
+    window: Window = Window()
     layers: list[int] = Field(min_length=1)
     key_specs: list[TensorSpec] = Field(min_length=1)
     value_specs: list[TensorSpec] = Field(min_length=1)
