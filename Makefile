@@ -1,0 +1,50 @@
+# make demo: set everything up and run the whole path.   make test: set everything up and test it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := 5.17.0
+
+# Workers of the test run; each one computes on a single thread.
+JOBS ?= 2
+PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup assets demo test lint test-oldest clean
+
+setup: .venv/ready
+
+# torch first and exact: resolved together with the rest, a newer build of several GB may be chosen.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+assets: setup
+	$(BIN)/kvloom fetch
+
+demo: assets
+	$(BIN)/kvloom demo
+
+test: assets
+	$(PYTEST) -n $(JOBS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# What touches transformers most, on the oldest transformers that pyproject.toml allows.
+test-oldest: $(OLDEST)/ready assets
+	env OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) tests/cache tests/kernels
+
+$(OLDEST)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
+	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv $(OLDEST)

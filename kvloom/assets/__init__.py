@@ -1,0 +1,23 @@
+"""A real small model and real texts that work offline once fetched, and any others you name."""
+
+from kvloom.assets._cache import cache_dir
+from kvloom.assets._fetch import MODEL_NAME, essays_dir, fetch, model_dir
+from kvloom.assets._model import load_model
+from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts
+from kvloom.assets._windows import token_windows
+
+__all__ = [
+    "CALIBRATION",
+    "ESSAYS",
+    "EVALUATION",
+    "MODEL_NAME",
+    "Text",
+    "cache_dir",
+    "digest",
+    "essays_dir",
+    "fetch",
+    "load_model",
+    "model_dir",
+    "texts",
+    "token_windows",
+]

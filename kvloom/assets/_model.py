@@ -1,0 +1,84 @@
+"""Any causal language model and its tokenizer, by name or folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvloom.assets._fetch import MODEL_NAME, model_dir
+from kvloom.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    name_or_path: str | Path = MODEL_NAME,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in evaluation mode, and its tokenizer.
+
+    Args:
+        name_or_path: "smollm2-135m" (the packaged model), a local folder, or a hub id.
+        dtype: of the weights, as a torch dtype or its name ("bfloat16"); by default float32 on a
+            CPU, where 16-bit arithmetic is slower, and the checkpoint's own elsewhere.
+        device: where the model goes; by default the first GPU, else the CPU.
+
+    Raises:
+        DataError: the packaged model has not been fetched.
+        ModelError: there is no such folder or hub id, or it is not a causal language model.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+    if name_or_path == MODEL_NAME:
+        return _load(_packaged_model(), dtype, device)
+    return _load(_checked_path(name_or_path), dtype, device)
+
+
+def _packaged_model() -> Path:
+    folder = model_dir()
+    if not folder.is_dir():
+        raise DataError(
+            f"The packaged model {MODEL_NAME} is not on this machine yet: run `kvloom fetch` "
+            "(or `make assets` in the repository)."
+        )
+    return folder
+
+
+def _checked_path(name_or_path: str | Path) -> str | Path:
+    """Refuse what can only be a folder and is not there; a hub id passes."""
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.startswith((".", "/", "~")):
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise ModelError(f"There is no model folder {text!r}: check the path.")
+        return folder
+    return name_or_path
+
+
+def _load(
+    source: str | Path, dtype: torch.dtype | str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The model {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a local "
+            f"folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,50 @@
+"""What commands share: options, loading with a spinner, a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+err = Console(stderr=True, highlight=False, markup=False)
+
+Model = Annotated[str, typer.Argument(help="smollm2-135m (packaged), a local folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the first GPU if there is one.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, ...; on a CPU float32, elsewhere the checkpoint's own."),
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Essay name, .txt or .jsonl file; give it again for more."),
+]
+Seed = Annotated[int, typer.Option(help="Of the choice of text windows.")]
+
+
+def without_bars() -> None:
+    """Switch off transformers' own progress bars: the command shows its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def load(model: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    """`kvloom.load_model` with a spinner."""
+    from kvloom import load_model
+
+    without_bars()
+    with err.status(f"loading {model}"):
+        return load_model(model, device=device, dtype=dtype)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, and the `(what, done, total)` callback that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
+        bar = bars.add_task("", total=None)
+        yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total or None)

@@ -1,0 +1,14 @@
+"""Tables, plots and one self-contained HTML page, made from result records alone.
+
+records = load_records("runs/")
+print(render_text(records))
+Path("report.html").write_text(render_html(records, title="SmolLM2"), encoding="utf-8")
+"""
+
+from __future__ import annotations
+
+from kvloom.report._page import render_html
+from kvloom.report._records import Record, load_records
+from kvloom.report._text import render_text, text_table
+
+__all__ = ["Record", "load_records", "render_html", "render_text", "text_table"]

@@ -1,0 +1,81 @@
+"""The commands that run the packaged model, on as little as shows that they work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvloom import Fingerprint, Plan, Profile
+from kvloom.assets import CALIBRATION
+from kvloom.report import load_records
+
+MODEL = "smollm2-135m"
+
+
+@pytest.fixture
+def plan(smollm2, tmp_path: Path) -> Path:
+    Plan.uniform(smollm2[0], key_bits=4, value_bits=4).save(tmp_path / "k4v4.json")
+    return tmp_path / "k4v4.json"
+
+
+def test_profile_then_plan(kvloom, fetched, tmp_path: Path):
+    profile, plan = tmp_path / "profile.json", tmp_path / "kv_plan.json"
+    words = ["--prompts", "2", "--tokens", "128", "--device", "cpu", "-o", profile]
+    done = kvloom("profile", MODEL, *words)
+    assert done.exit_code == 0, done.output
+    assert "30 layers measured" in done.stdout
+    calibration = Profile.load(profile).calibration
+    assert (calibration.prompts, calibration.tokens) == (2, 128)
+    assert calibration.texts == list(CALIBRATION)
+    assert kvloom("plan", profile, "--bits", "3.5", "-o", plan).exit_code == 0
+    assert 3.3 < Plan.load(plan).true_bits(8192) <= 3.5
+
+
+def test_generate_through_a_plan_says_what_the_dense_cache_says(kvloom, plan: Path):
+    words = ["generate", MODEL, "--device", "cpu", "--max-new-tokens", "10", "--prompt"]
+    dense = kvloom(*words, "What is the capital of France?")
+    packed = kvloom(*words, "What is the capital of France?", "--plan", plan)
+    assert packed.exit_code == 0, packed.output
+    assert "Paris" in packed.stdout
+    assert packed.stdout == dense.stdout
+    assert "true bits" in packed.stderr
+    assert "true bits" not in dense.stderr
+
+
+def test_generate_raw_continues_the_prompt(kvloom, fetched):
+    words = ["generate", MODEL, "--device", "cpu", "--max-new-tokens", "3", "--raw", "--prompt"]
+    assert kvloom(*words, "One, two, three,").stdout.startswith(" four")
+
+
+def test_a_plan_for_another_model_is_refused(kvloom, fetched, tmp_path: Path):
+    other = Fingerprint(
+        architecture="LlamaForCausalLM",
+        num_layers=2,
+        packed_layers=[0, 1],
+        num_kv_heads=2,
+        head_dim=64,
+        dtype="float16",
+    )
+    Plan.uniform(other).save(tmp_path / "p.json")
+    words = ["--plan", tmp_path / "p.json", "--device", "cpu", "--prompt", "x"]
+    failed = kvloom("generate", MODEL, *words)
+    assert failed.exit_code == 2
+    assert failed.stderr.count("error: ") == 1
+
+
+def test_eval_then_report(kvloom, plan: Path, tmp_path: Path):
+    runs, page = tmp_path / "runs" / "x.jsonl", tmp_path / "report.html"
+    words = ["--windows", "2", "--window", "256", "--device", "cpu", "-o", runs]
+    done = kvloom("eval", MODEL, "--plan", plan, *words)
+    assert done.exit_code == 0, done.output
+    dense, packed = load_records(runs)
+    assert (dense["name"], packed["name"]) == ("dense", "k4v4")
+    assert dense["kld"]["value"] == 0 < packed["kld"]["value"] < 0.1
+    assert packed["model"] == "SmolLM2-135M-Instruct"
+    assert "k4v4" in done.stdout
+
+    shown = kvloom("report", runs, "-o", page, "--title", "A title")
+    assert shown.exit_code == 0, shown.output
+    assert "k4v4" in shown.stdout
+    assert "A title" in page.read_text(encoding="utf-8")

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvloom import Fingerprint, Plan, Profile, TensorSpec
+from kvloom.signals import Calibration, GradientNorms, LossTable
+
+MODEL = Fingerprint(
+    architecture="LlamaForCausalLM",
+    num_layers=4,
+    packed_layers=[0, 1, 2, 3],
+    num_kv_heads=2,
+    head_dim=64,
+    dtype="float16",
+)
+BITS = (2, 3, 4, 6, 8)
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """A made-up profile: layer l matters 10^l, halving with every bit."""
+    grid = [[10.0**layer / 2**bits for bits in BITS] for layer in range(4)]
+    still = [[0.0] * len(BITS)] * 4
+    specs = [TensorSpec(bits=b, grouping="per_channel", group_size=64) for b in BITS]
+    table = LossTable(
+        model=MODEL,
+        layers=[0, 1, 2, 3],
+        key_specs=specs,
+        value_specs=specs,
+        key_loss=grid,
+        value_loss=grid,
+        key_spread=still,
+        value_spread=still,
+    )
+    norms = [1.0, 2.0, 3.0, 4.0]
+    gradient = GradientNorms(key=norms, value=norms, key_spread=norms, value_spread=norms)
+    calibration = Calibration(sha256="0" * 64, texts=["t"], prompts=1, tokens=8, seed=0)
+    made = Profile(model=MODEL, gradient=gradient, table=table, calibration=calibration, seconds=1)
+    made.save(tmp_path / "profile.json")
+    return tmp_path / "profile.json"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "kv_plan.json"
+
+
+def test_bits(kvloom, profile: Path, target: Path):
+    done = kvloom("plan", profile, "--bits", "4", "--tokens", "4K", "-o", target)
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(target)
+    assert 3.0 < plan.true_bits(4096) <= 4.0
+    assert plan.spec(3).key.bits > plan.spec(0).key.bits
+    assert "for one sequence of 4096 tokens" in done.stdout
+
+
+def test_bytes_per_token(kvloom, profile: Path, target: Path):
+    kvloom("plan", profile, "--bytes-per-token", "500", "--tokens", "4096", "-o", target)
+    assert 350 < Plan.load(target).nbytes(1, 4096) / 4096 <= 500
+
+
+def test_memory(kvloom, profile: Path, target: Path):
+    words = ["--memory", "8MiB", "--batch", "4", "--tokens", "4K", "-o", target]
+    assert kvloom("plan", profile, *words).exit_code == 0
+    assert 6 * 2**20 < Plan.load(target).nbytes(4, 4096) <= 8 * 2**20
+
+
+def test_prefill_is_in_the_plan(kvloom, profile: Path, target: Path):
+    words = ["--prefill", "quantized", "-o", target]
+    assert kvloom("plan", profile, "--bits", "5", *words).exit_code == 0
+    plan = Plan.load(target)
+    assert plan.prefill == "quantized"
+
+
+def test_kvmix_needs_no_budget(kvloom, profile: Path, target: Path):
+    done = kvloom("plan", profile, "--method", "kvmix", "-o", target)
+    assert done.exit_code == 0, done.output
+    assert len(Plan.load(target).model.packed_layers) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bits", "4", "--memory", "1GiB"], "give one budget"),
+        (["--bits", "4", "--batch", "2"], "--batch goes with --memory"),
+        (["--bits", "0.5"], "budget"),
+        ([], "budget"),
+        (["--bits", "4", "--method", "magic"], "'magic' is unknown"),
+        (["--memory", "6G"], "6GiB"),
+    ],
+)
+def test_mistakes_are_one_line(kvloom, profile: Path, target: Path, words: list[str], message: str):
+    failed = kvloom("plan", profile, *words, "-o", target)
+    assert failed.exit_code == 2
+    assert failed.stderr.startswith("error: ")
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert not target.exists()
+
+
+def test_show(kvloom, tmp_path: Path):
+    plan = Plan.uniform(MODEL, key_bits=4, value_bits=2)
+    plan.save(tmp_path / "p.json")
+    done = kvloom("show", tmp_path / "p.json", "--tokens", "2K")
+    assert done.stdout == plan.describe(2048) + "\n"
+
+
+def test_schema_is_json_that_knows_the_fields(kvloom):
+    schema = json.loads(kvloom("schema").stdout)
+    assert set(schema["properties"]) >= {"schema_version", "model", "layers", "prefill"}

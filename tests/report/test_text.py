@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+import re
+import sys
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from kvloom.errors import MissingExtraError
+from kvloom.report import render_text, text_table
+from kvloom.report._columns import COLUMNS
+from tests.report.synthetic import Record, full_records
+
+
+def rows(records: list[Record]) -> list[list[str]]:
+    lines = render_text(records).splitlines()
+    start = next(index for index, line in enumerate(lines) if set(line) == {"-", " "})
+    body = lines[start + 1 : lines.index("", start)]
+    return [re.split(r" {2,}", line.strip()) for line in body]
+
+
+def test_the_table_says_what_was_measured() -> None:
+    text = render_text(full_records())
+    assert text.startswith("SmolLM2-135M-Instruct, cpu, float32, 2,048 tokens of context\n")
+    assert "Scored on 16,384 tokens of worked.txt, greatwork.txt and hwh.txt, in chunks of 128" in text
+    assert "quantized (exact, kvmix, uniform); chunk-exact (quanto, hqq)" in text
+
+
+def test_a_row_holds_every_figure() -> None:
+    found = {row[1]: row for row in rows(full_records())}
+    figures = ["3.49", "9.82 MiB", "0.0204 [0.0190, 0.0218]", "0.224", "14.46 [13.88, 15.04]", "87.2 %", "33.4"]
+    assert found["exact 3.5"] == ["3.5", "exact 3.5", *figures]
+
+
+def test_rows_go_by_budget_after_the_dense_cache() -> None:
+    names = [row[1] for row in rows(full_records())]
+    assert names[:5] == ["dense", "exact 2.5", "kvmix 2.5", "uniform 2.5", "quanto 2-bit, keys per channel"]
+    assert names[-2:] == ["exact 6", "uniform 6"]
+
+
+def test_columns_are_aligned() -> None:
+    lines = [line for line in render_text(full_records()).splitlines() if "MiB" in line]
+    assert len({line.index("MiB") for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_absent_figures_are_dashes() -> None:
+    record: Record = {"kind": "fidelity", "name": "exact 3", "method": "exact", "kld": math.nan, "ppl": {"low": 3}}
+    assert rows([record]) == [["–", "exact 3", *["–"] * (len(COLUMNS) - 2)]]
+
+
+def test_a_name_that_hides_its_method_is_given_it() -> None:
+    record: Record = {"kind": "fidelity", "name": "mine", "method": "exact", "true_bits": 3.0}
+    assert rows([record])[0][1] == "mine (exact)"
+
+
+def test_of_two_records_of_one_configuration_the_later_counts() -> None:
+    old: Record = {"kind": "fidelity", "name": "exact", "method": "exact", "prefill": "quantized", "true_bits": 3.0}
+    new = {**old, "true_bits": 4.0}
+    other = {**old, "prefill": "exact", "true_bits": 5.0}
+    assert [row[2] for row in rows([old, new, other])] == ["4.00", "5.00"]
+
+
+def test_decode_speed_is_joined_by_name_and_model() -> None:
+    scored: Record = {"kind": "fidelity", "name": "exact", "method": "exact", "model": "one"}
+    mine: Record = {"kind": "decode", "name": "exact", "model": "one", "tokens_per_s": {"value": 12.0}}
+    other = {**mine, "model": "two", "tokens_per_s": {"value": 99.0}}
+    assert rows([scored, mine, other])[0][-1] == "12.0"
+    assert rows([scored, other])[0][-1] == "–"
+
+
+def test_runs_on_different_models_have_tables_of_their_own() -> None:
+    one: Record = {"kind": "fidelity", "name": "exact", "method": "exact", "model": "one"}
+    text = render_text([one, {**one, "model": "two"}])
+    assert [block.splitlines()[0] for block in text.split("\n\n") if block in ("one", "two")] == ["one", "two"]
+
+
+def test_nothing_scored() -> None:
+    assert render_text([{"kind": "signal"}]) == "No fidelity records."
+
+
+def test_the_rich_table_has_the_same_cells() -> None:
+    records = full_records()
+    console = Console(width=220, record=True, file=StringIO())
+    console.print(text_table(records))
+    shown = console.export_text()
+    assert "SmolLM2-135M-Instruct, cpu" in shown
+    for row in rows(records):
+        assert all(cell in shown for cell in row), row
+
+
+def test_names_are_no_markup_for_rich() -> None:
+    console = Console(width=220, record=True, file=StringIO())
+    console.print(text_table([{"kind": "fidelity", "name": "exact [red]", "method": "exact"}]))
+    assert "exact [red]" in console.export_text()
+
+
+def test_without_rich_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    with pytest.raises(MissingExtraError, match=r"kvloom\[cli\]"):
+        text_table([])
