@@ -80,9 +80,9 @@ def _planes_product(moving: torch.Tensor, pages: torch.Tensor, side: SideLayout,
     """``moving @ codes^T``, plane by plane: ``[pages * groups, m, cols] -> [pages * groups, m, rows / groups]``."""
     total: torch.Tensor | None = None
     for plane in side.planes:
-        matrix, order = plane_matrix(_plane_bytes(pages, plane), plane, moving.dtype)
+        matrix, columns = plane_matrix(_plane_bytes(pages, plane), plane, moving.dtype)
         matrix = matrix.view(-1, plane.rows // groups, plane.cols)
-        part = moving.gather(-1, order.expand(moving.shape)) @ matrix.transpose(-1, -2)
+        part = moving.gather(-1, columns.expand(moving.shape)) @ matrix.transpose(-1, -2)
         total = part if total is None else total.add_(part, alpha=1 << plane.shift)
     if total is None:
         raise AssertionError("a packed side has at least one plane")

@@ -9,9 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch.nn.functional import embedding
 
 from kvloom.pages._fragment import LANES, Plane, source_index
 from kvloom.pages._layout import SideLayout
+
+_WIDE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 @lru_cache(maxsize=256)
@@ -56,7 +59,10 @@ def plane_matrix(data: torch.Tensor, plane: Plane, dtype: torch.dtype) -> tuple[
     """
     if not plane.is_byte_separable:
         return _natural(data, plane, dtype), torch.arange(plane.cols, device=data.device)
-    return _fields(_row_bytes(data, plane), plane, dtype, -2).flatten(2), _column_order(plane, data.device)
+    rows, columns = _row_bytes(data, plane), _column_order(plane, data.device)
+    if plane.bits == 1:  # eight shifts cost more than one look-up
+        return embedding(rows.int(), _bit_table(dtype, data.device)).flatten(2), columns.T.flatten()
+    return _fields(rows, plane, dtype, -2).flatten(2), columns.flatten()
 
 
 def _natural(data: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
@@ -67,23 +73,33 @@ def _natural(data: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tens
 
 
 def _row_bytes(data: torch.Tensor, plane: Plane) -> torch.Tensor:
-    """Bytes of a byte-separable plane gathered by row: ``[n, rows, cols * bits / 8]``."""
+    """Bytes of a byte-separable plane gathered by row: ``[n, rows, cols * bits / 8]``; elements of any dtype."""
     per_half = plane.cols * plane.bits // 64  # bytes of one row in one half of a lane's words
-    chunks, tiles = plane.tiles // plane.tiles_per_chunk, plane.tiles_per_chunk
+    chunks, tiles, width = plane.tiles // plane.tiles_per_chunk, plane.tiles_per_chunk, per_half * 8
     if per_half % 2 == 0:
-        lanes = data.view(-1, chunks, 8, 4, tiles, 2, per_half * 2)
-        return lanes.permute(0, 1, 4, 5, 2, 3, 6).reshape(-1, plane.rows, plane.cols * plane.bits // 8)
+        run = per_half * 2
+        wide = next(w for w in (8, 4, 2, 1) if run % w == 0) if data.dtype == torch.uint8 else 1
+        lanes = data.view(_WIDE[wide] if wide > 1 else data.dtype)
+        lanes = lanes.view(-1, chunks, 8, 4, tiles, 2, run // wide).permute(0, 1, 4, 5, 2, 3, 6)
+        return lanes.contiguous().view(data.dtype).view(-1, plane.rows, width)
     halves = data.view(-1, chunks, LANES, tiles * per_half, 2, 2).transpose(-2, -3)
     lanes = halves.reshape(-1, chunks, 8, 4, 2, tiles, 2, per_half)
-    return lanes.permute(0, 1, 5, 6, 2, 3, 4, 7).reshape(-1, plane.rows, plane.cols * plane.bits // 8)
+    return lanes.permute(0, 1, 5, 6, 2, 3, 4, 7).reshape(-1, plane.rows, width)
 
 
 @lru_cache(maxsize=256)
 def _column_order(plane: Plane, device: torch.device) -> torch.Tensor:
-    """Natural column of each column `plane_matrix` returns: read off the same path on the index table."""
+    """Natural column of each field of a row's bytes, ``[fields, bytes]``: read off the same path on the index table."""
     table = _source(plane, device)
-    columns = torch.stack([_row_bytes(table[:, i].view(1, -1), plane)[0, 0] for i in range(plane.fields_per_byte)])
-    return columns.flatten() % plane.cols
+    columns = torch.stack([_row_bytes(table[:, i].contiguous()[None], plane)[0, 0] for i in range(table.shape[1])])
+    return columns % plane.cols
+
+
+@lru_cache(maxsize=8)
+def _bit_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[256, 8]``: the bits of every byte, lowest first."""
+    byte = torch.arange(256, device=device)
+    return torch.stack([(byte >> i) & 1 for i in range(8)], dim=-1).to(dtype)
 
 
 def _fields(data: torch.Tensor, plane: Plane, dtype: torch.dtype, axis: int) -> torch.Tensor:
@@ -92,7 +108,8 @@ def _fields(data: torch.Tensor, plane: Plane, dtype: torch.dtype, axis: int) -> 
     shape = (*data.shape, count) if axis == -1 else (*data.shape[:-1], count, data.shape[-1])
     out = torch.empty(shape, dtype=dtype, device=data.device)
     for i in range(count):
-        out.select(axis, i).copy_((data >> (plane.bits * i)) & mask)
+        field = data >> (plane.bits * i) if i else data
+        out.select(axis, i).copy_(field if i == count - 1 else field & mask)
     return out
 
 

@@ -84,9 +84,9 @@ def test_codes_come_back(data: st.DataObject, seed: int) -> None:
         total = torch.zeros(matrix.shape)
         for plane in side.planes:
             data = pages[..., plane.offset : plane.offset + plane.nbytes].reshape(-1, plane.nbytes)
-            values, order = plane_matrix(data, plane, torch.float32)
+            values, columns = plane_matrix(data, plane, torch.float32)
             natural = torch.empty_like(values)
-            natural[..., order] = values
+            natural[..., columns] = values
             total += natural.view(matrix.shape) * 2**plane.shift
         assert torch.equal(total, matrix.float())
 

@@ -1,0 +1,39 @@
+"""Evaluation: what a cache costs in quality, bytes and time, every figure with its interval."""
+
+from __future__ import annotations
+
+from kvloom.evaluate._contestants import Contestant, dense_contestant, plan_contestant
+from kvloom.evaluate._context import Progress, model_name, silent
+from kvloom.evaluate._decode import WARM_UP, decode_speed
+from kvloom.evaluate._drift import drift
+from kvloom.evaluate._fidelity import Protocol, fidelity
+from kvloom.evaluate._ledger import Record, write_records
+from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_prompt
+from kvloom.evaluate._paired import paired_difference, paired_speed
+from kvloom.evaluate._peers import Peers, peer_contestants
+from kvloom.evaluate._samples import samples
+
+__all__ = [
+    "WARM_UP",
+    "Contestant",
+    "NeedleCase",
+    "Peers",
+    "Progress",
+    "Protocol",
+    "Record",
+    "decode_speed",
+    "dense_contestant",
+    "drift",
+    "fidelity",
+    "model_name",
+    "needle",
+    "needle_cases",
+    "needle_prompt",
+    "paired_difference",
+    "paired_speed",
+    "peer_contestants",
+    "plan_contestant",
+    "samples",
+    "silent",
+    "write_records",
+]

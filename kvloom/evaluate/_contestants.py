@@ -1,0 +1,139 @@
+"""Contestants: caches that are compared with the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import DynamicCache
+
+from kvloom.cache import LoomCache
+from kvloom.errors import DataError
+from kvloom.evaluate._ledger import Record
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+    from kvloom.plan import Plan, Prefill
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to hold a model's keys and values.
+
+    Attributes:
+        name: in tables and records; unique within a run.
+        method: family of the contestant: dense, uniform, kvmix, exact, quanto, hqq.
+        target_bits: true bits it was made for, or None.
+        make_cache: gives a new empty cache.
+        plan: what the cache stores, for a `LoomCache`; None for any other.
+        settings: what else makes it differ from others of its method.
+        token_multiple: lengths that the cache compresses are multiples of this.
+        exact_tail: fewer newest tokens than this stay exact, whatever their number.
+        offset: the first chunk of a scored window is longer by so many tokens. Under `prefill="exact"` a plan with
+            sinks needs as many, or its pages end inside chunks and more tokens are read exactly than its bits say.
+    """
+
+    name: str
+    method: str
+    target_bits: float | None
+    make_cache: Callable[[], Cache]
+    plan: Plan | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    token_multiple: int = 1
+    exact_tail: int = 1
+    offset: int = 0
+
+    @property
+    def prefill(self) -> str:
+        """How the tokens of one forward pass attend to each other.
+
+        A plan says it; the dense cache is `exact`; other caches show a pass its own tokens exactly
+        and all earlier ones as stored, `chunk-exact`.
+        """
+        if self.plan is not None:
+            return self.plan.prefill
+        return "exact" if self.method == "dense" else "chunk-exact"
+
+    @property
+    def identity(self) -> Record:
+        """What its results depend on, in JSON types."""
+        plan = self.plan and self.plan.model_dump(mode="json", exclude={"provenance"})
+        return {
+            "name": self.name,
+            "method": self.method,
+            "target_bits": self.target_bits,
+            "settings": dict(self.settings),
+            "offset": self.offset,
+            "plan": plan,
+        }
+
+    @property
+    def labels(self) -> Record:
+        """The fields that every record of this contestant has."""
+        return {
+            "name": self.name,
+            "method": self.method,
+            "target_bits": self.target_bits,
+            "prefill": self.prefill,
+        }
+
+
+def dense_contestant(model: PreTrainedModel) -> Contestant:
+    """The uncompressed cache, as a control: its divergence from itself is zero."""
+    return Contestant("dense", "dense", None, lambda: DynamicCache(config=model.config))
+
+
+def plan_contestant(
+    plan: Plan,
+    model: PreTrainedModel,
+    *,
+    name: str,
+    method: str,
+    target_bits: float | None = None,
+    prefill: Prefill | None = None,
+) -> Contestant:
+    """A `LoomCache` under a plan.
+
+    Args:
+        plan: what the cache stores.
+        model: the model it serves.
+        name: see `Contestant`.
+        method: see `Contestant`.
+        target_bits: see `Contestant`.
+        prefill: in place of the plan's own; scoring uses `quantized`, which gives the scores of
+            token-by-token decoding whatever the chunk.
+    """
+    used = plan if prefill is None else plan.model_copy(update={"prefill": prefill})
+    return Contestant(name, method, target_bits, lambda: LoomCache(used, model), plan=used)
+
+
+def check_names(contestants: Iterable[Contestant]) -> None:
+    """Refuse contestants that records could not tell apart.
+
+    Raises:
+        DataError: there is none, or two share a name.
+    """
+    names = [contestant.name for contestant in contestants]
+    if not names:
+        raise DataError("There are no contestants: give at least one cache to evaluate.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"Two contestants are named {twice[0]!r}: give each its own name.")
+
+
+def plan_layers(plan: Plan | None) -> list[dict[str, Any]] | None:
+    """Bits and formats of each packed layer, as records have them; None without a plan."""
+    if plan is None:
+        return None
+    entries = [(layer, plan.spec(layer)) for layer in plan.model.packed_layers]
+    return [
+        {
+            "layer": layer,
+            "key_bits": entry.key.bits,
+            "value_bits": entry.value.bits,
+            "key": entry.key.label,
+            "value": entry.value.label,
+        }
+        for layer, entry in entries
+    ]

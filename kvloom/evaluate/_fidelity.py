@@ -1,0 +1,310 @@
+"""Fidelity: teacher-forced scoring through the cache.
+
+Windows of real text are fed in chunks, the cache carried over, once through the dense cache and
+once through each contestant's. Every scored token is predicted from what the cache holds of its
+past; one forward pass over a whole window would never read the cache at all. The first tokens of a
+window, which see little or nothing of the past, fill the cache and are not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvloom.errors import DataError
+from kvloom.evaluate._bootstrap import block_mean, block_quantile
+from kvloom.evaluate._contestants import Contestant, check_names, plan_layers
+from kvloom.evaluate._context import (
+    Progress,
+    check_logits,
+    check_model,
+    conditions,
+    silent,
+    surroundings,
+    tokens_hash,
+)
+from kvloom.evaluate._ledger import (
+    Ledger,
+    Record,
+    fingerprint,
+    pack_floats,
+    pieces_path,
+    unpack_floats,
+    write_records,
+)
+from kvloom.evaluate._live import live_bytes, true_bits
+from kvloom.evaluate._scores import TokenScores, score_tokens
+from kvloom.evaluate._through import attention, check_multiple, chunked_logits
+from kvloom.plan import Fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How windows are scored.
+
+    Attributes:
+        chunk: tokens of one forward pass; 1 decodes token by token.
+        block: consecutive tokens drawn together by the bootstrap.
+        unscored: tokens at the start of a window that fill the cache and are not scored.
+    """
+
+    chunk: int = 128
+    block: int = 128
+    unscored: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "block", "unscored"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}: give at least 1 token.")
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """The protocol as records have it."""
+        return {"chunk": self.chunk, "block": self.block, "unscored": self.unscored}
+
+
+def fidelity(
+    model: PreTrainedModel,
+    windows: Tensor,
+    contestants: Sequence[Contestant],
+    *,
+    protocol: Protocol | None = None,
+    texts: Sequence[str] = (),
+    name: str | None = None,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> list[Record]:
+    """Score contestants against the dense cache on the same windows.
+
+    The dense cache's logits of a window are computed once, in the same chunks, and kept while all
+    contestants score that window: `tokens x vocabulary` floats.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        windows: int64 token ids `[windows, tokens]`.
+        contestants: what is scored.
+        protocol: chunk, bootstrap block and unscored start, by default 128 tokens each.
+        texts: names of the texts the windows come from, for the records.
+        name: of the model in the records; by default the last part of its path.
+        out: results file; its records of the same contestants, windows and protocol are replaced,
+            and finished (contestant, window) pieces are kept beside it, in `<out>.pieces`, so that
+            a run that was killed goes on where it stopped and ends with the records it would have
+            had.
+        progress: told before every piece of work.
+
+    Returns:
+        One `fidelity` record for each contestant, in their order. KLD is in nats per token,
+        intervals are at 95 %, `blocks` has the mean of every bootstrap block (the last block of a
+        window takes what remains, less the last token, whose successor is unknown); the perplexity
+        ratio and `paired_difference` compare on the same draws of blocks.
+
+    Raises:
+        DataError: the windows are empty, too short or too long for the model, hold ids that are not
+            in its vocabulary, do not fit a contestant, or give logits that are not finite.
+        ModelError: the model is in training mode.
+    """
+    protocol = protocol or Protocol()
+    check_names(contestants)
+    check_model(model)
+    check_windows(model, windows, contestants, protocol)
+    ledger = Ledger(pieces_path(out) if out else None)
+    scored = score_windows(model, windows, contestants, protocol, ledger, progress)
+    context = {
+        **surroundings(model, name),
+        "text": {"names": list(texts), "sha256": tokens_hash(windows)},
+    }
+    records = [
+        _aggregate(contestant, pieces, windows, protocol, context)
+        for contestant, pieces in zip(contestants, scored, strict=True)
+    ]
+    if out:
+        write_records(out, records)
+    return records
+
+
+def score_windows(
+    model: PreTrainedModel,
+    windows: Tensor,
+    contestants: Sequence[Contestant],
+    protocol: Protocol,
+    ledger: Ledger,
+    progress: Progress,
+) -> list[list[Record]]:
+    """Score every (contestant, window) that the ledger does not have yet.
+
+    Returns:
+        For each contestant the pieces of all windows, in order: packed token scores, bytes,
+        seconds.
+    """
+    shared = {**conditions(model), **protocol.fields}
+    keys = [
+        [fingerprint({**shared, **contestant.identity, "window": tokens_hash(window)}) for window in windows]
+        for contestant in contestants
+    ]
+    done, total = 0, windows.shape[0] * len(contestants)
+    for index, window in enumerate(windows.to(model.device)):
+        reference: Tensor | None = None
+        for contestant, own in zip(contestants, keys, strict=True):
+            progress(f"window {index + 1}, {contestant.name}", done, total)
+            if own[index] not in ledger:
+                if reference is None:
+                    reference = _dense_logits(model, window, protocol.chunk)
+                piece = _score_window(model, window, contestant, reference, protocol)
+                ledger.add("fidelity_piece", own[index], piece)
+            done += 1
+    progress("scored", done, total)
+    return [[ledger[key] for key in own] for own in keys]
+
+
+def piece_scores(pieces: Sequence[Record]) -> TokenScores:
+    """Token scores of all windows, joined."""
+    return TokenScores.join(
+        [TokenScores(**{name: unpack_floats(text) for name, text in piece["scores"].items()}) for piece in pieces]
+    )
+
+
+@torch.no_grad()
+def _dense_logits(model: PreTrainedModel, window: Tensor, chunk: int) -> Tensor:
+    """Logits `[tokens, vocabulary]`."""
+    cache = DynamicCache(config=model.config)
+    with attention(model, packed=False):
+        pieces = chunked_logits(model, cache, window[None], chunk)
+        return torch.cat([check_logits(logits, "the dense cache") for logits in pieces])
+
+
+@torch.no_grad()
+def _score_window(
+    model: PreTrainedModel,
+    window: Tensor,
+    contestant: Contestant,
+    reference: Tensor,
+    protocol: Protocol,
+) -> Record:
+    started = perf_counter()
+    cache = contestant.make_cache()
+    parts: list[TokenScores] = []
+    start = 0
+    with attention(model, packed=contestant.plan is not None):
+        for logits in chunked_logits(model, cache, window[None], protocol.chunk, contestant.offset):
+            check_logits(logits, contestant.name)
+            first, stop = max(start, protocol.unscored), min(start + len(logits), len(window) - 1)
+            if first < stop:
+                own = logits[first - start : stop - start]
+                parts.append(score_tokens(reference[first:stop], own, window[first + 1 : stop + 1]))
+            start += len(logits)
+    scores = TokenScores.join(parts)
+    shape = Fingerprint.of(model)
+    return {
+        "name": contestant.name,
+        "scores": {name: pack_floats(value) for name, value in vars(scores).items()},
+        "live_bytes": live_bytes(contestant, cache, shape),
+        "true_bits": true_bits(contestant, cache, shape),
+        "seconds": round(perf_counter() - started, 3),
+    }
+
+
+def _aggregate(
+    contestant: Contestant,
+    pieces: Sequence[Record],
+    windows: Tensor,
+    protocol: Protocol,
+    context: Record,
+) -> Record:
+    scores = piece_scores(pieces)
+    count, context_tokens = windows.shape
+    block_of = blocks_of(count, context_tokens, protocol)
+    tokens = block_of.bincount()
+    means = {name: _block_means(value, block_of) for name, value in vars(scores).items()}
+    nll, dense_nll = block_mean(means["nll"], tokens), block_mean(means["dense_nll"], tokens)
+    return {
+        "kind": "fidelity",
+        "id": fingerprint(
+            {
+                **contestant.identity,
+                **protocol.fields,
+                "on": [context[key] for key in ("model", "device", "dtype", "text")],
+            }
+        ),
+        **contestant.labels,
+        "true_bits": pieces[0]["true_bits"],
+        "live_bytes": pieces[0]["live_bytes"],
+        "context": context_tokens,
+        "windows": count,
+        "scored_tokens": scores.tokens,
+        "chunk": protocol.chunk,
+        "offset": contestant.offset,
+        "unscored": protocol.unscored,
+        "ppl": nll.exp().interval().as_dict(),
+        "ppl_ratio": (nll - dense_nll).exp().interval().as_dict(),
+        "kld": block_mean(means["kld"], tokens).interval().as_dict(),
+        "kld_p99": block_quantile(scores.kld, block_of, 0.99).interval().as_dict(),
+        "top1": block_mean(means["top1"], tokens).interval().as_dict(),
+        "blocks": {
+            "size": protocol.block,
+            "tokens": tokens.tolist(),
+            **{name: values.tolist() for name, values in means.items()},
+        },
+        "layers": plan_layers(contestant.plan),
+        "settings": dict(contestant.settings),
+        "seconds": round(sum(piece["seconds"] for piece in pieces), 3),
+        **context,
+    }
+
+
+def blocks_of(windows: int, tokens: int, protocol: Protocol) -> Tensor:
+    """The bootstrap block of every scored token, `[windows * scored]`.
+
+    No block spans windows; the last one of a window is up to half a block shorter or longer.
+    """
+    scored = tokens - protocol.unscored - 1
+    blocks = max(1, round(scored / protocol.block))
+    inside = (torch.arange(scored) // protocol.block).clamp_max(blocks - 1)
+    return (inside + blocks * torch.arange(windows)[:, None]).flatten()
+
+
+def _block_means(values: Tensor, block_of: Tensor) -> Tensor:
+    sums = torch.zeros(int(block_of.max()) + 1, dtype=torch.float64)
+    return sums.index_add_(0, block_of, values.double()) / block_of.bincount()
+
+
+def check_windows(
+    model: PreTrainedModel, windows: Tensor, contestants: Sequence[Contestant], protocol: Protocol
+) -> None:
+    """Refuse windows that cannot be scored; see `fidelity`."""
+    if windows.dim() != 2 or windows.numel() == 0 or windows.dtype != torch.int64:
+        raise DataError(
+            f"windows is {windows.dtype} of shape {list(windows.shape)}: give int64 token ids "
+            "[windows, tokens], at least one window."
+        )
+    tokens, least = windows.shape[1], protocol.unscored + protocol.block
+    if tokens < least:
+        raise DataError(
+            f"windows hold {tokens} tokens each, but {protocol.unscored} are not scored and a block"
+            f" has {protocol.block}: give windows of at least {least} tokens."
+        )
+    config: Any = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise DataError(
+            f"windows hold {tokens} tokens each, and the model reads at most {longest}: give shorter windows."
+        )
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        raise DataError(
+            f"windows hold token ids from {int(windows.min())} to {int(windows.max())}, and the "
+            f"model's vocabulary ends at {config.vocab_size - 1}: use the model's own tokenizer."
+        )
+    for contestant in contestants:
+        check_multiple(contestant, "chunk", protocol.chunk)
+        rest = tokens % protocol.chunk
+        if protocol.chunk % contestant.exact_tail or rest >= contestant.exact_tail:
+            check_multiple(contestant, "window", tokens)

@@ -1,0 +1,115 @@
+"""Result files: JSON lines that survive a killed run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvloom.errors import DataError
+
+Record = dict[str, Any]
+
+
+def fingerprint(of: object) -> str:
+    """Short hash of anything JSON can write: the key of a piece of work."""
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def pack_floats(values: Tensor) -> str:
+    """Float32 values as base64 of their little-endian bytes: exact, 5.3 characters a value."""
+    return base64.b64encode(values.float().numpy().astype("<f4").tobytes()).decode()
+
+
+def unpack_floats(text: str) -> Tensor:
+    """Inverse of `pack_floats`."""
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").copy())
+
+
+class Ledger:
+    """Finished pieces of work, one JSON line each with a `key`, appended as they come.
+
+    A last line that a killed run cut short is dropped; its piece is done again.
+
+    Args:
+        path: the file, made on the first piece; None keeps the pieces in memory only.
+
+    Raises:
+        DataError: the file exists and is no ledger.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._pieces: dict[str, Record] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._pieces
+
+    def __getitem__(self, key: str) -> Record:
+        return self._pieces[key]
+
+    def add(self, kind: str, key: str, piece: Mapping[str, Any]) -> None:
+        """Keep a finished piece."""
+        record = {"kind": kind, "key": key, **piece}
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        self._pieces[key] = record
+
+    def _read(self, path: Path) -> None:
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            path.write_bytes(whole)
+        for record in _parse(path, whole.decode()):
+            if "key" not in record:
+                raise DataError(f"{path} is not a file of unfinished kvloom work: delete it.")
+            self._pieces[record["key"]] = record
+
+
+def pieces_path(results: Path) -> Path:
+    """Where the pieces of a results file lie: beside it, under a name no report reads."""
+    return results.with_name(results.name + ".pieces")
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Put records into a results file; those with the same `kind` and `id` are replaced.
+
+    The file is replaced as a whole, so that a crash leaves the old one.
+
+    Raises:
+        DataError: the file exists and is not JSON lines.
+    """
+    kept = list(_parse(path, path.read_text(encoding="utf-8"))) if path.exists() else []
+    merged = {(record.get("kind"), record.get("id", n)): record for n, record in enumerate(kept)}
+    merged |= {(record["kind"], record["id"]): record for record in records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    lines = [json.dumps(record) + "\n" for record in merged.values()]
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def _parse(path: Path, text: str) -> Iterator[Record]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path}, line {number} is not a JSON object: name another results file, or delete that line."
+            )
+        yield record

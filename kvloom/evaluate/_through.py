@@ -1,0 +1,152 @@
+"""Running tokens through a cache: in chunks, as a prompt, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kvloom.cache import ATTENTION, disable, enable
+from kvloom.errors import DataError
+from kvloom.evaluate._contestants import Contestant
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+
+@contextmanager
+def attention(model: PreTrainedModel, *, packed: bool) -> Iterator[None]:
+    """Let the model use kvloom's attention (`packed`) or its own, and go back afterwards."""
+    before = model.config._attn_implementation == ATTENTION
+    _switch(model, before, packed)
+    try:
+        yield
+    finally:
+        _switch(model, packed, before)
+
+
+def _switch(model: PreTrainedModel, now: bool, wanted: bool) -> None:
+    if wanted and not now:
+        enable(model)
+    elif now and not wanted:
+        disable(model)
+
+
+def step(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
+    """One forward pass of tokens `[1, new]` through the cache.
+
+    Returns:
+        Logits `[new, vocabulary]`.
+    """
+    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+    return logits[0]
+
+
+def chunked_logits(
+    model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int, offset: int = 0
+) -> Iterator[Tensor]:
+    """Feed tokens `[1, tokens]` in chunks, the first one longer by `offset`.
+
+    Yields:
+        Logits `[chunk, vocabulary]` of each chunk, the last one maybe shorter.
+    """
+    yield step(model, cache, tokens[:, : chunk + offset])
+    if tokens.shape[1] > chunk + offset:
+        for piece in torch.split(tokens[:, chunk + offset :], chunk, dim=1):
+            yield step(model, cache, piece)
+
+
+class Prompt:
+    """A prompt run once through the dense cache, to fill other caches from.
+
+    A cache that is given the keys and values of the whole prompt in one update holds what it would
+    hold after a forward pass of the prompt in which the prompt attended to itself exactly.
+
+    Args:
+        model: the model.
+        tokens: `[1, tokens]` int64 on the model's device.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self._model = model
+        self._dense = DynamicCache(config=model.config)
+        with attention(model, packed=False):
+            self._logits = step(model, self._dense, tokens)[-1].clone()
+
+    def fill(self, contestant: Contestant) -> tuple[Cache, Tensor]:
+        """A new cache of the contestant that holds the prompt.
+
+        Returns:
+            The cache, and the logits `[vocabulary]` for the token after the prompt.
+
+        Raises:
+            DataError: the contestant cannot be filled with that many tokens.
+        """
+        check_multiple(contestant, "prompt", self.tokens.shape[1])
+        cache = contestant.make_cache()
+        with attention(self._model, packed=contestant.plan is not None):
+            if contestant.prefill == "quantized" or not self._shareable:
+                return cache, step(self._model, cache, self.tokens)[-1].clone()
+            layers: list[Any] = self._dense.layers
+            for index, layer in enumerate(layers):
+                cache.update(layer.keys.clone(), layer.values.clone(), index)
+        return cache, self._logits
+
+    @property
+    def _shareable(self) -> bool:
+        """Whether every layer still holds all keys and values (a sliding window does not)."""
+        return all(type(layer) is DynamicLayer for layer in self._dense.layers)
+
+
+def greedy(
+    model: PreTrainedModel,
+    contestant: Contestant,
+    prompt: Prompt,
+    tokens: int,
+    stop: frozenset[int],
+) -> list[int]:
+    """The most probable continuation, token by token through the contestant's cache.
+
+    Args:
+        model: the model.
+        contestant: whose cache.
+        prompt: what is continued.
+        tokens: at most so many.
+        stop: token ids that end the text; not part of it.
+    """
+    cache, logits = prompt.fill(contestant)
+    chosen: list[int] = []
+    with attention(model, packed=contestant.plan is not None):
+        while len(chosen) < tokens:
+            token = int(logits.argmax())
+            if token in stop:
+                break
+            chosen.append(token)
+            if len(chosen) < tokens:
+                logits = step(model, cache, prompt.tokens.new_tensor([[token]]))[-1]
+    return chosen
+
+
+def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Token ids that end a text, as the model's generation settings say."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+
+
+def check_multiple(contestant: Contestant, what: str, tokens: int) -> None:
+    """Refuse a length that the contestant's cache cannot compress.
+
+    Raises:
+        DataError: the length is no multiple of the contestant's `token_multiple`.
+    """
+    if tokens % contestant.token_multiple:
+        raise DataError(
+            f"{contestant.name} can compress multiples of {contestant.token_multiple} tokens "
+            f"only, and the {what} has {tokens}: change that length, or leave this contestant out."
+        )

@@ -1,0 +1,48 @@
+"""Signals: how much each layer's keys and values matter."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvloom.signals._base import Evidence, Labels, Side, Signal, get, register
+    from kvloom.signals._compute import compute_profile, default_specs
+    from kvloom.signals._profile import Calibration, GradientNorms, Profile
+    from kvloom.signals._table import LossTable
+
+_HOMES = {
+    "Calibration": "kvloom.signals._profile",
+    "Evidence": "kvloom.signals._base",
+    "GradientNorms": "kvloom.signals._profile",
+    "Labels": "kvloom.signals._base",
+    "LossTable": "kvloom.signals._table",
+    "Profile": "kvloom.signals._profile",
+    "Side": "kvloom.signals._base",
+    "Signal": "kvloom.signals._base",
+    "compute_profile": "kvloom.signals._compute",
+    "default_specs": "kvloom.signals._compute",
+    "get": "kvloom.signals._base",
+    "register": "kvloom.signals._base",
+}
+
+__all__ = [
+    "Calibration",
+    "Evidence",
+    "GradientNorms",
+    "Labels",
+    "LossTable",
+    "Profile",
+    "Side",
+    "Signal",
+    "compute_profile",
+    "default_specs",
+    "get",
+    "register",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
