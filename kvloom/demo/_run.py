@@ -48,7 +48,7 @@ class Sizes:
     Attributes:
         windows: text windows to score.
         window: tokens in each of them; also the context at which plans have equal bytes (see `lineup`): four sinks and
-            sixteen pages.
+            twelve pages.
         chunk: tokens of one forward pass in scoring.
         prompts: calibration prompts.
         prompt_tokens: tokens in each of them.
@@ -59,13 +59,13 @@ class Sizes:
     """
 
     windows: int = 2
-    window: int = 1028
+    window: int = 772
     chunk: int = 128
     prompts: int = 8
     prompt_tokens: int = 512
     decode_context: int = 2048
-    decode_steps: int = 16
-    sample_tokens: int = 32
+    decode_steps: int = 12
+    sample_tokens: int = 24
     seed: int = 0
 
 
