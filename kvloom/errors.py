@@ -21,3 +21,7 @@ class DataError(ValueError):
 
 class MissingExtraError(ImportError):
     """An optional package is absent; the message names the extra that installs it."""
+
+
+class KernelError(RuntimeError):
+    """A faster backend cannot be used here; the message says what it lacks."""

@@ -15,7 +15,7 @@ import pytest
 import kvloom
 
 ROOT = Path(kvloom.__file__).parent
-SHARED = {"errors", "_extras", "_version"}
+SHARED = {"errors", "_extras", "_userdir", "_version"}
 RUNTIME = {"plan", "pages", "codecs", "kernels", "eviction"}
 PUBLIC_API = "public names of every room"
 

@@ -8,10 +8,9 @@ from typing import Literal
 from kvloom.allocate._base import Allocator, register
 from kvloom.allocate._budget import Budget
 from kvloom.errors import DataError, PlanError
-from kvloom.plan import Plan, Prefill, Provenance, TensorSpec, Window
+from kvloom.plan import GroupSize, Plan, Prefill, Provenance, TensorSpec, Window
 from kvloom.signals import Profile
 
-GroupSize = Literal[16, 32, 64, 128, 256, "head_dim"]
 Bits = Literal[2, 3, 4]
 
 

@@ -1,6 +1,6 @@
 """A real small model and real texts that work offline once fetched, and any others you name."""
 
-from kvloom.assets._cache import cache_dir
+from kvloom._userdir import cache_dir
 from kvloom.assets._fetch import MODEL_NAME, essays_dir, fetch, model_dir
 from kvloom.assets._model import load_model
 from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts

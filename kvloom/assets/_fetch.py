@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvloom._extras import require
-from kvloom.assets._cache import build_once, cache_dir
+from kvloom._userdir import build_once, cache_dir
 from kvloom.assets._convert import convert_gguf
 from kvloom.assets._packages import Package, download_files
 

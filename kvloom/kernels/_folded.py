@@ -7,87 +7,98 @@ A side of a page is a matrix ``[rows, cols]`` contracted over its columns: keys 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from kvloom.pages import Plane, SideLayout, plane_matrix, unpack_params, unpack_raw
+from kvloom.pages import SideLayout, side_matrix, unpack_params, unpack_raw
+
+# (moving [lead, n, row groups, m, cols], pages uint8 [lead, n, record bytes], side) to their products
+# [lead, n, row groups, m, rows / groups] with the codes, each group of rows with its own moving rows.
+Product = Callable[[torch.Tensor, torch.Tensor, SideLayout], torch.Tensor]
 
 # Pages are unpacked this many elements at a time: 4 MB of floats, about a core's L2 and half its L3 share.
 BLOCK_ELEMENTS = 1 << 20
 
 
-def packed_product(x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
-    """``x @ M^T`` for every page, M being the side's matrix ``[rows, cols]``.
-
-    Args:
-        x: ``[lead, n or 1, m, cols]``, lead = batch x heads, in the dtype to compute in.
-        pages: uint8 ``[lead, n, record bytes]``.
-        side: Layout.
-        dtype: Compute dtype (passthrough elements).
-
-    Returns:
-        ``[lead, n, m, rows]`` in x's dtype.
-    """
+def codes_product(moving: torch.Tensor, pages: torch.Tensor, side: SideLayout) -> torch.Tensor:
+    """The reference `Product`, in ``moving``'s dtype."""
     lead, n = pages.shape[:2]
     step = max(1, BLOCK_ELEMENTS // (lead * side.page_tokens * side.head_dim))
-    blocks = [
-        _block_product(x if x.shape[1] == 1 else x[:, i : i + step], pages[:, i : i + step], side, dtype)
-        for i in range(0, n, step)
-    ]
+    blocks = [_block_product(moving[:, i : i + step], pages[:, i : i + step], side) for i in range(0, n, step)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
-def _block_product(x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+def _block_product(moving: torch.Tensor, pages: torch.Tensor, side: SideLayout) -> torch.Tensor:
+    codes, columns, weights = side_matrix(pages, side, moving.dtype)
+    lead, n, groups, m, cols = moving.shape
+    stored = moving.reshape(-1, cols).index_select(1, columns).mul_(weights).view(-1, m, len(columns))
+    out = stored @ codes.view(len(stored), -1, len(columns)).transpose(-1, -2)
+    return out.view(lead, n, groups, m, -1)
+
+
+def packed_scores(
+    x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype, product: Product
+) -> torch.Tensor:
+    """``x @ K^T`` for the keys of every page.
+
+    Args:
+        x: Queries ``[lead, m, channels]``, lead = batch x heads, in the dtype to compute in.
+        pages: uint8 ``[lead, n, record bytes]``.
+        side: Layout of the keys.
+        dtype: Compute dtype (passthrough elements).
+        product: What multiplies with the codes.
+
+    Returns:
+        ``[lead, m, n * page_tokens]`` in x's dtype.
+    """
     if side.fmt.is_passthrough:
-        dense = unpack_raw(pages, side, dtype).to(x.dtype)  # [lead, n, tokens, channels]
-        return x @ (dense.transpose(-1, -2) if side.role == "key" else dense)
+        return x @ unpack_raw(pages, side, dtype).to(x.dtype).flatten(1, 2).transpose(-1, -2)
     scale, zero = (p.to(x.dtype) for p in unpack_params(pages, side))
-    if (side.role == "key") == (side.fmt.grouping == "per_channel"):
-        if side.role == "value":
-            scale, zero = scale.transpose(-1, -2), zero.transpose(-1, -2)
-        return _fold_into_x(x, pages, side, scale, zero)
-    if side.role == "value":
-        scale, zero = scale.transpose(-1, -2), zero.transpose(-1, -2)
-    return _fold_into_result(x, pages, side, scale, zero)
+    if side.fmt.grouping == "per_channel":  # parameters [lead, n, token groups, channels]
+        out = product(x[:, None, None] * scale.unsqueeze(3), pages, side)  # [lead, n, groups, m, tokens]
+        out += (zero.flatten(1, 2) @ x.transpose(-1, -2)).view(*out.shape[:-1], 1)
+        return out.permute(0, 3, 1, 2, 4).flatten(2)
+    n, groups = scale.shape[1], side.groups  # parameters [lead, n, tokens, channel groups]
+    moving = _block_diagonal(x, groups).flatten(1, 2)[:, None, None]
+    partial = product(moving.expand(-1, n, -1, -1, -1), pages, side).view(len(x), n, groups, x.shape[1], -1)
+    sums = x.unflatten(-1, (groups, -1)).sum(-1).unsqueeze(1)  # [lead, 1, m, groups]
+    out = (partial * scale.transpose(-1, -2).unsqueeze(3)).sum(2).add_(sums @ zero.transpose(-1, -2))
+    return out.transpose(1, 2).flatten(2)
 
 
-def _fold_into_x(
-    x: torch.Tensor, pages: torch.Tensor, side: SideLayout, scale: torch.Tensor, zero: torch.Tensor
+def packed_values(
+    x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype, product: Product
 ) -> torch.Tensor:
-    """Parameters ``[lead, n, row groups, cols]``: one scaled copy of x per group of rows."""
-    lead, n, groups, cols = scale.shape
-    m = x.shape[-2]
-    moving = (x.unsqueeze(2) * scale.unsqueeze(3)).reshape(lead * n * groups, m, cols)
-    out = _planes_product(moving, pages, side, groups)  # [lead * n * groups, m, rows / groups]
-    out += (x.unsqueeze(2) * zero.unsqueeze(3)).sum(-1).reshape(lead * n * groups, m, 1)
-    return out.reshape(lead, n, groups, m, -1).transpose(2, 3).reshape(lead, n, m, -1)
+    """``x @ V`` over the values of all pages.
+
+    Args:
+        x: Weights ``[lead, m, n * page_tokens]``, in the dtype to compute in.
+        pages: uint8 ``[lead, n, record bytes]``.
+        side: Layout of the values.
+        dtype: Compute dtype (passthrough elements).
+        product: What multiplies with the codes.
+
+    Returns:
+        ``[lead, m, channels]`` in x's dtype.
+    """
+    if side.fmt.is_passthrough:
+        return x @ unpack_raw(pages, side, dtype).to(x.dtype).flatten(1, 2)
+    lead, m = x.shape[:2]
+    scale, zero = (p.to(x.dtype) for p in unpack_params(pages, side))
+    by_page = x.unflatten(-1, (scale.shape[1], -1)).transpose(1, 2)  # [lead, n, m, tokens]
+    if side.fmt.grouping == "per_token":  # parameters [lead, n, tokens, channel groups]
+        moving = by_page.unsqueeze(2) * scale.transpose(-1, -2).unsqueeze(3)
+        out = product(moving, pages, side).sum(1)  # [lead, groups, m, channels of a group]
+        out += (x @ zero.flatten(1, 2)).transpose(-1, -2).unsqueeze(-1)
+        return out.transpose(1, 2).flatten(2)
+    moving = _block_diagonal(by_page.flatten(0, 1), side.groups).reshape(lead, -1, 1, side.groups * m, side.page_tokens)
+    partial = product(moving, pages, side).view(*scale.shape[:3], m, -1)  # parameters [lead, n, token groups, channels]
+    sums = x.unflatten(-1, (scale.shape[1] * side.groups, -1)).sum(-1)  # [lead, m, n * groups]
+    return (partial * scale.unsqueeze(3)).sum((1, 2)).add_(sums @ zero.flatten(1, 2))
 
 
-def _fold_into_result(
-    x: torch.Tensor, pages: torch.Tensor, side: SideLayout, scale: torch.Tensor, zero: torch.Tensor
-) -> torch.Tensor:
-    """Parameters ``[lead, n, rows, col groups]``: a block-diagonal x gives one partial result per group of columns."""
-    lead, n, rows, groups = scale.shape
-    m, cols = x.shape[-2:]
-    parts = x.expand(lead, n, m, cols).unflatten(-1, (groups, -1))  # [lead, n, m, groups, cols / groups]
-    eye = torch.eye(groups, dtype=x.dtype, device=x.device).view(groups, 1, groups, 1)
-    moving = (parts.unsqueeze(2) * eye).reshape(lead * n, groups * m, cols)
-    out = _planes_product(moving, pages, side, 1).view(lead, n, groups, m, rows)
-    scaled = (out * scale.transpose(-1, -2).unsqueeze(3)).sum(2)
-    return scaled.add_(parts.sum(-1) @ zero.transpose(-1, -2))
-
-
-def _planes_product(moving: torch.Tensor, pages: torch.Tensor, side: SideLayout, groups: int) -> torch.Tensor:
-    """``moving @ codes^T``, plane by plane: ``[pages * groups, m, cols] -> [pages * groups, m, rows / groups]``."""
-    total: torch.Tensor | None = None
-    for plane in side.planes:
-        matrix, columns = plane_matrix(_plane_bytes(pages, plane), plane, moving.dtype)
-        matrix = matrix.view(-1, plane.rows // groups, plane.cols)
-        part = moving.gather(-1, columns.expand(moving.shape)) @ matrix.transpose(-1, -2)
-        total = part if total is None else total.add_(part, alpha=1 << plane.shift)
-    if total is None:
-        raise AssertionError("a packed side has at least one plane")
-    return total
-
-
-def _plane_bytes(pages: torch.Tensor, plane: Plane) -> torch.Tensor:
-    return pages[..., plane.offset : plane.offset + plane.nbytes].reshape(-1, plane.nbytes)
+def _block_diagonal(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[lead, m, cols]`` to ``[lead, groups, m, cols]``, zero but for the columns of each group."""
+    eye = torch.eye(groups, dtype=x.dtype, device=x.device).repeat_interleave(x.shape[-1] // groups, dim=1)
+    return x.unsqueeze(1) * eye.unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypedDict
 
 import torch
@@ -10,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvloom import codecs
 from kvloom.codecs import Encoded, wide
 from kvloom.kernels._base import Backend
-from kvloom.kernels._folded import packed_product
-from kvloom.pages import PagedKV, PageLayout, SideLayout, pack_side, unpack_raw, unpack_side
+from kvloom.kernels._folded import codes_product, packed_scores, packed_values
+from kvloom.pages import PagedKV, PageLayout, Role, SideLayout, pack_side, unpack_raw, unpack_side
 
 # Queries are taken this many scores at a time, so that a long prompt needs no [tokens, tokens] matrix.
 SCORE_BLOCK = 1 << 24
@@ -59,7 +60,45 @@ class TorchBackend(Backend):
             packed_key, packed_value = self._decode_all(kv)
             key, value = torch.cat([key, packed_key], -2), torch.cat([value, packed_value], -2)
             return dense_attention(query, key, value, mask=_slot_mask(kv, mask, query.shape[2]), **options)
-        return _folded_attention(query, key, value, kv, _slot_mask(kv, mask, query.shape[2]), **options)
+        return self._folded_attention(query, key, value, kv, _slot_mask(kv, mask, query.shape[2]), **options)
+
+    def codes_product(self, moving: torch.Tensor, pages: torch.Tensor, side: SideLayout) -> torch.Tensor:
+        """See `kvloom.kernels._folded.Product`."""
+        return codes_product(moving, pages, side)
+
+    def _folded_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv: PagedKV,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Few queries: read packed pages with folded scales. ``mask`` is by column [sinks, tail, pages]."""
+        q = _grouped(wide(query) * scaling, key.shape[1])  # [batch, kv_heads, rows, head_dim]
+        exact = q @ wide(key).transpose(-1, -2)
+        scores = torch.cat([exact, self._by_head(packed_scores, q, kv, "key")], dim=-1)
+        weights = _softmax(scores.unflatten(2, (-1, query.shape[2])), mask, softcap, sink_logits).flatten(2, 3)
+        out = weights[..., : key.shape[2]] @ wide(value)
+        out = out + self._by_head(packed_values, weights[..., key.shape[2] :], kv, "value")
+        return _ungrouped(out, query.shape[1]).to(query.dtype)
+
+    def _by_head(self, packed: Callable[..., torch.Tensor], x: torch.Tensor, kv: PagedKV, role: Role) -> torch.Tensor:
+        """Packed products of ``x [batch, kv_heads, rows, ...]`` with one side of the pages, group of heads by group."""
+        parts: list[torch.Tensor] = []
+        for group in kv.pages:
+            own = x if len(kv.pages) == 1 else x[:, list(group.heads)]
+            side = group.layout.key if role == "key" else group.layout.value
+            out = packed(own.flatten(0, 1), group.data.flatten(0, 1), side, kv.dtype, self.codes_product)
+            parts.append(out.unflatten(0, own.shape[:2]))
+        if len(parts) == 1:
+            return parts[0]
+        order = [head for group in kv.pages for head in group.heads]
+        return torch.cat(parts, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
 
     def _decode_all(self, kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (*kv.shape[:2], kv.num_pages * kv.page_tokens, kv.shape[-1])
@@ -118,57 +157,6 @@ def dense_attention(
         )
         blocks.append(_ungrouped(weights.flatten(2, 3) @ wide(value), query.shape[1]))
     return torch.cat(blocks, dim=1).to(query.dtype)
-
-
-def _folded_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv: PagedKV,
-    mask: torch.Tensor | None,
-    *,
-    scaling: float,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
-) -> torch.Tensor:
-    """Few queries: read packed pages with folded scales. ``mask`` is by column [sinks, tail, pages]."""
-    q = _grouped(wide(query) * scaling, key.shape[1])  # [batch, kv_heads, rows, head_dim]
-    exact = q @ wide(key).transpose(-1, -2)
-    scores = torch.cat([exact, _page_scores(q, kv)], dim=-1)
-    weights = _softmax(scores.unflatten(2, (-1, query.shape[2])), mask, softcap, sink_logits).flatten(2, 3)
-    out = weights[..., : key.shape[2]] @ wide(value)
-    out = out + _page_values(weights[..., key.shape[2] :], kv)
-    return _ungrouped(out, query.shape[1]).to(query.dtype)
-
-
-def _page_scores(q: torch.Tensor, kv: PagedKV) -> torch.Tensor:
-    """``[batch, kv_heads, rows, pages * page_tokens]``."""
-    parts = []
-    for group in kv.pages:
-        x = q if len(kv.pages) == 1 else q[:, list(group.heads)]
-        side = group.layout.key
-        out = packed_product(x.flatten(0, 1).unsqueeze(1), group.data.flatten(0, 1), side, kv.dtype)
-        parts.append(out.transpose(1, 2).flatten(2).unflatten(0, (q.shape[0], -1)))
-    return _by_head(parts, kv)
-
-
-def _page_values(weights: torch.Tensor, kv: PagedKV) -> torch.Tensor:
-    """``[batch, kv_heads, rows, head_dim]``."""
-    parts = []
-    for group in kv.pages:
-        w = weights if len(kv.pages) == 1 else weights[:, list(group.heads)]
-        x = w.unflatten(-1, (kv.num_pages, -1)).transpose(2, 3).flatten(0, 1)
-        out = packed_product(x, group.data.flatten(0, 1), group.layout.value, kv.dtype)
-        parts.append(out.sum(1).unflatten(0, (weights.shape[0], -1)))
-    return _by_head(parts, kv)
-
-
-def _by_head(parts: list[torch.Tensor], kv: PagedKV) -> torch.Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    order = [head for group in kv.pages for head in group.heads]
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(parts, dim=1)[:, inverse]
 
 
 def _grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from kvloom.pages._layout import PageLayout, SideLayout, page_layout, page_nbyte
 
 if TYPE_CHECKING:
     from kvloom.pages._handle import ExactKV, HeadPages, PagedKV
-    from kvloom.pages._pack import pack_side, plane_matrix, unpack_params, unpack_raw, unpack_side
+    from kvloom.pages._pack import RowRuns, pack_side, row_runs, side_matrix, unpack_params, unpack_raw, unpack_side
 
 # The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
 _TENSOR_HOMES = {
@@ -29,7 +29,9 @@ _TENSOR_HOMES = {
     "HeadPages": "kvloom.pages._handle",
     "PagedKV": "kvloom.pages._handle",
     "pack_side": "kvloom.pages._pack",
-    "plane_matrix": "kvloom.pages._pack",
+    "RowRuns": "kvloom.pages._pack",
+    "row_runs": "kvloom.pages._pack",
+    "side_matrix": "kvloom.pages._pack",
     "unpack_params": "kvloom.pages._pack",
     "unpack_raw": "kvloom.pages._pack",
     "unpack_side": "kvloom.pages._pack",
@@ -48,13 +50,15 @@ __all__ = [
     "PagedKV",
     "Plane",
     "Role",
+    "RowRuns",
     "SideLayout",
     "check_format",
     "pack_side",
     "page_layout",
     "page_nbytes",
     "page_tokens_of",
-    "plane_matrix",
+    "row_runs",
+    "side_matrix",
     "side_nbytes",
     "source_index",
     "unpack_params",

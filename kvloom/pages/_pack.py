@@ -1,15 +1,15 @@
 """Codes and parameters to page bytes and back, in torch.
 
-`pack_side` and `unpack_side` move whole sides; `plane_matrix` is what attention reads: one plane as floats, in an order
-that costs only a byte permutation, together with the order of its columns.
+`pack_side` and `unpack_side` move whole sides; `side_matrix` is what attention reads: the codes as floats, in an order
+that costs a byte permutation and a few whole-word operations, together with the order and weight of its columns.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import embedding
 
 from kvloom.pages._fragment import LANES, Plane, source_index
 from kvloom.pages._layout import SideLayout
@@ -46,71 +46,121 @@ def pack_plane(codes: torch.Tensor, plane: Plane) -> torch.Tensor:
     return packed
 
 
-def plane_matrix(data: torch.Tensor, plane: Plane, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """One plane as numbers, rows in natural order and columns in whatever order is cheapest.
+def side_matrix(
+    pages: torch.Tensor, side: SideLayout, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The codes of a side as numbers, spread over whatever columns are cheapest to unpack.
+
+    A field keeps the place it has in its byte, and a code in several planes keeps its parts apart: the code of column
+    ``c`` is the sum of ``weight * number`` over the stored columns whose natural index is ``c``.
 
     Args:
-        data: uint8 ``[n, plane.nbytes]``.
-        plane: Geometry.
+        pages: uint8 ``[..., record bytes]``.
+        side: Layout; not a passthrough.
         dtype: dtype of the result.
 
     Returns:
-        ``[n, rows, cols]`` of ``dtype`` and the int64 ``[cols]`` natural index of each stored column.
+        ``[..., rows, planes * cols]`` of ``dtype``; the int64 ``[planes * cols]`` natural index of each stored column;
+        and its weight, a power of two, likewise in ``dtype``.
     """
-    if not plane.is_byte_separable:
-        return _natural(data, plane, dtype), torch.arange(plane.cols, device=data.device)
-    rows, columns = _row_bytes(data, plane), _column_order(plane, data.device)
-    if plane.bits == 1:  # eight shifts cost more than one look-up
-        return embedding(rows.int(), _bit_table(dtype, data.device)).flatten(2), columns.T.flatten()
-    return _fields(rows, plane, dtype, -2).flatten(2), columns.flatten()
+    parts = [_numbers(pages[..., plane.offset : plane.offset + plane.nbytes], plane) for plane in side.planes]
+    numbers = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return (numbers.to(dtype), *_stored_columns(side, dtype, pages.device))
 
 
-def _natural(data: torch.Tensor, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
-    """Plane values ``[n, rows, cols]`` in natural order; inverse of `pack_plane` for ``shift`` 0."""
-    fields = _fields(data, plane, dtype, -1).flatten(1)
-    natural = fields.gather(1, _inverse(plane, data.device).expand(fields.shape[0], -1))  # 3 x faster than indexing
-    return natural.view(-1, plane.rows, plane.cols)
+def _numbers(data: torch.Tensor, plane: Plane) -> torch.Tensor:
+    """A byte for every field of a plane, ``[..., nbytes]`` to ``[..., rows, cols]``."""
+    return _spread(_row_bytes(data, plane), plane.bits) if plane.is_byte_separable else _natural(data, plane)
+
+
+@lru_cache(maxsize=256)
+def _stored_columns(side: SideLayout, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Natural index and weight of the columns of `side_matrix`."""
+    columns = torch.cat([_column_order(plane, device) for plane in side.planes])
+    exponents = torch.cat([_exponents(plane) for plane in side.planes])
+    return columns, torch.pow(2.0, exponents).to(dtype=dtype, device=device)
+
+
+def _exponents(plane: Plane) -> torch.Tensor:
+    places = torch.arange(plane.cols) % plane.fields_per_byte * plane.bits
+    return plane.shift - (places if plane.is_byte_separable else torch.zeros_like(places))
+
+
+def _natural(data: torch.Tensor, plane: Plane) -> torch.Tensor:
+    """Plane values, uint8 ``[..., rows, cols]`` in natural order; inverse of `pack_plane` for ``shift`` 0."""
+    shifts = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=data.device)
+    fields = ((data.unsqueeze(-1) >> shifts) & (2**plane.bits - 1)).flatten(-2)
+    by_row = fields.gather(-1, _inverse(plane, data.device).expand(fields.shape))  # 3 x faster than indexing
+    natural: torch.Tensor = by_row.unflatten(-1, (plane.rows, plane.cols))
+    return natural
 
 
 def _row_bytes(data: torch.Tensor, plane: Plane) -> torch.Tensor:
-    """Bytes of a byte-separable plane gathered by row: ``[n, rows, cols * bits / 8]``; elements of any dtype."""
+    """Bytes of a byte-separable plane by row: ``[..., nbytes]`` to ``[..., rows, cols * bits / 8]``, any dtype."""
     per_half = plane.cols * plane.bits // 64  # bytes of one row in one half of a lane's words
-    chunks, tiles, width = plane.tiles // plane.tiles_per_chunk, plane.tiles_per_chunk, per_half * 8
+    chunks, tiles = plane.tiles // plane.tiles_per_chunk, plane.tiles_per_chunk
+    lead = data.shape[:-1]
     if per_half % 2 == 0:
         run = per_half * 2
         wide = next(w for w in (8, 4, 2, 1) if run % w == 0) if data.dtype == torch.uint8 else 1
-        lanes = data.view(_WIDE[wide] if wide > 1 else data.dtype)
-        lanes = lanes.view(-1, chunks, 8, 4, tiles, 2, run // wide).permute(0, 1, 4, 5, 2, 3, 6)
-        return lanes.contiguous().view(data.dtype).view(-1, plane.rows, width)
-    halves = data.view(-1, chunks, LANES, tiles * per_half, 2, 2).transpose(-2, -3)
+        words = data.view(_WIDE[wide]) if wide > 1 else data
+        lanes = words.reshape(-1, chunks, 8, 4, tiles, 2, run // wide).permute(0, 1, 4, 5, 2, 3, 6)
+        return lanes.contiguous().view(data.dtype).view(*lead, plane.rows, -1)
+    halves = data.reshape(-1, chunks, LANES, tiles * per_half, 2, 2).transpose(-2, -3)
     lanes = halves.reshape(-1, chunks, 8, 4, 2, tiles, 2, per_half)
-    return lanes.permute(0, 1, 5, 6, 2, 3, 4, 7).reshape(-1, plane.rows, width)
+    return lanes.permute(0, 1, 5, 6, 2, 3, 4, 7).reshape(*lead, plane.rows, -1)
+
+
+@dataclass(frozen=True)
+class RowRuns:
+    """Where the bytes of a plane's rows lie, for code that walks them itself.
+
+    Attributes:
+        starts: int32 ``[rows, row bytes / run]``, offsets within the plane.
+        run: Bytes that lie together.
+        order: int32 ``[fields, row bytes]``, the natural column of every field.
+    """
+
+    starts: torch.Tensor
+    run: int
+    order: torch.Tensor
+
+
+@lru_cache(maxsize=256)
+def row_runs(plane: Plane) -> RowRuns:
+    """The runs of a byte-separable plane."""
+    at = _row_bytes(torch.arange(plane.nbytes), plane)
+    fits = (n for n in (16, 8, 4, 2, 1) if at.shape[1] % n == 0)
+    run = next(n for n in fits if bool((at.unflatten(1, (-1, n)).diff(dim=-1) == 1).all()))
+    order = _column_order(plane, at.device).view(-1, plane.fields_per_byte).T
+    return RowRuns(at[:, ::run].int().contiguous(), run, order.int().contiguous())
+
+
+# Integer as wide as the numbers of a byte's fields together; the factor that repeats the byte in each of its bytes;
+# the mask that leaves field i in byte i (two's complement).
+_SPREAD = {
+    4: (torch.int16, 0x0101, 0xF00F - (1 << 16)),
+    2: (torch.int32, 0x01010101, 0xC0300C03 - (1 << 32)),
+    1: (torch.int64, 0x0101010101010101, 0x8040201008040201 - (1 << 64)),
+}
+
+
+def _spread(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """A byte for every field of contiguous uint8 ``[..., m]``, still at its bit: ``[..., m * 8 / bits]``."""
+    if bits == 8:
+        return rows
+    dtype, repeat, mask = _SPREAD[bits]
+    return rows.to(dtype).mul_(repeat).bitwise_and_(mask).view(torch.uint8)
 
 
 @lru_cache(maxsize=256)
 def _column_order(plane: Plane, device: torch.device) -> torch.Tensor:
-    """Natural column of each field of a row's bytes, ``[fields, bytes]``: read off the same path on the index table."""
+    """Natural column of each number of a row, read off the same path on the index table."""
+    if not plane.is_byte_separable:
+        return torch.arange(plane.cols, device=device)
     table = _source(plane, device)
-    columns = torch.stack([_row_bytes(table[:, i].contiguous()[None], plane)[0, 0] for i in range(table.shape[1])])
-    return columns % plane.cols
-
-
-@lru_cache(maxsize=8)
-def _bit_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[256, 8]``: the bits of every byte, lowest first."""
-    byte = torch.arange(256, device=device)
-    return torch.stack([(byte >> i) & 1 for i in range(8)], dim=-1).to(dtype)
-
-
-def _fields(data: torch.Tensor, plane: Plane, dtype: torch.dtype, axis: int) -> torch.Tensor:
-    """Split bytes ``[..., m]`` into fields on a new ``axis``: -1 ``[..., m, fields]``, -2 ``[..., fields, m]``."""
-    count, mask = plane.fields_per_byte, 2**plane.bits - 1
-    shape = (*data.shape, count) if axis == -1 else (*data.shape[:-1], count, data.shape[-1])
-    out = torch.empty(shape, dtype=dtype, device=data.device)
-    for i in range(count):
-        field = data >> (plane.bits * i) if i else data
-        out.select(axis, i).copy_(field if i == count - 1 else field & mask)
-    return out
+    columns = [_row_bytes(table[:, i].contiguous(), plane)[0] for i in range(table.shape[1])]
+    return torch.stack(columns, dim=-1).flatten() % plane.cols
 
 
 def pack_side(codes: torch.Tensor, params: tuple[torch.Tensor, ...], side: SideLayout) -> torch.Tensor:
@@ -148,13 +198,12 @@ def unpack_params(pages: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, 
         fp32 scale and zero, ``[..., groups, head_dim]`` (``per_channel``) or ``[..., page_tokens, groups]``
         (``per_token``): an element is ``scale * code + zero``, with ``zero = -scale * levels / 2`` if symmetric.
     """
-    end = side.offset + side.nbytes
-    raw = pages[..., side.params_offset : end].contiguous().view(torch.float16).float()
-    lead, count = pages.shape[:-1], side.fmt.num_params
+    raw = pages[..., side.params_offset : side.offset + side.nbytes].view(torch.float16).float()
+    count = side.fmt.num_params
     if side.fmt.grouping == "per_channel":
-        params = raw.view(*lead, count, side.groups, side.head_dim).unbind(-3)
+        params = raw.unflatten(-1, (count, side.groups, side.head_dim)).unbind(-3)
     else:
-        params = raw.view(*lead, side.groups, side.page_tokens, count).transpose(-2, -3).unbind(-1)
+        params = raw.unflatten(-1, (side.groups, side.page_tokens, count)).transpose(-2, -3).unbind(-1)
     return params[0], (params[1] if count == 2 else params[0] * (-0.5 * side.fmt.levels))
 
 
@@ -164,8 +213,8 @@ def unpack_side(pages: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, tu
     rows, cols = (side.page_tokens, side.head_dim) if side.role == "key" else (side.head_dim, side.page_tokens)
     codes = torch.zeros((*lead, rows, cols), dtype=torch.uint8, device=pages.device)
     for plane in side.planes:
-        data = pages[..., plane.offset : plane.offset + plane.nbytes].reshape(-1, plane.nbytes)
-        codes |= (_natural(data, plane, torch.uint8) << plane.shift).view(codes.shape)
+        data = pages[..., plane.offset : plane.offset + plane.nbytes]
+        codes |= _natural(data, plane) << plane.shift
     return (codes if side.role == "key" else codes.transpose(-1, -2)), unpack_params(pages, side)
 
 

@@ -7,6 +7,7 @@ from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
 from kvloom.plan._spec import (
     Evict,
+    GroupSize,
     HeadPlan,
     LayerPlan,
     TensorSpec,

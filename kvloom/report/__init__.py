@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from kvloom.report._page import render_html
 from kvloom.report._records import Record, load_records
-from kvloom.report._text import render_text, text_table
+from kvloom.report._text import render_text
 
-__all__ = ["Record", "load_records", "render_html", "render_text", "text_table"]
+__all__ = ["Record", "load_records", "render_html", "render_text"]

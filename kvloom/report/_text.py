@@ -1,17 +1,12 @@
-"""The results table for terminals: plain aligned text, and the same columns as a rich table."""
+"""The results table for terminals: plain aligned text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from kvloom.errors import MissingExtraError
 from kvloom.report._columns import COLUMNS
 from kvloom.report._records import Record
 from kvloom.report._runs import Run, describe_protocol, group_runs
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _INTERVALS = "[low, high] are 95 % intervals."
 _EMPTY = "No fidelity records."
@@ -29,36 +24,6 @@ def render_text(records: Sequence[Record]) -> str:
     """
     runs = group_runs(records)
     return "\n\n".join(_run_text(run) for run in runs) if runs else _EMPTY
-
-
-def text_table(records: Sequence[Record]) -> Table:
-    """Build the same table for a rich console, a section for each run.
-
-    Args:
-        records: As for `render_text`.
-
-    Returns:
-        A `rich.table.Table`.
-
-    Raises:
-        MissingExtraError: rich is not installed.
-    """
-    try:
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError as error:
-        raise MissingExtraError("The results table needs rich; install kvloom[cli], or call render_text.") from error
-    runs = group_runs(records)
-    table = Table(title=Text(runs[0].title if len(runs) == 1 else ""), title_justify="left")
-    for column in COLUMNS:
-        table.add_column(Text(column.heading), justify="right" if column.numeric else "left")
-    for run in runs:
-        if len(runs) > 1:
-            table.add_row("", Text(run.title, style="bold"))
-        for cells in _body(run):
-            table.add_row(*map(Text, cells))
-        table.add_section()
-    return table
 
 
 def _body(run: Run) -> list[list[str]]:

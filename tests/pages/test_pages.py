@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvloom.errors import PlanError
 from kvloom.kernels import backend
-from kvloom.pages import Format, Plane, page_layout, page_tokens_of, plane_matrix, source_index, unpack_side
+from kvloom.pages import Format, Plane, page_layout, page_tokens_of, side_matrix, source_index, unpack_side
 from tests.pages.reference import encode_side, fragment_bit
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -81,13 +81,8 @@ def test_codes_come_back(data: st.DataObject, seed: int) -> None:
         codes, _ = unpack_side(pages, side)
         assert int(codes.max()) <= fmt.levels
         matrix = codes if side.role == "key" else codes.transpose(-1, -2)
-        total = torch.zeros(matrix.shape)
-        for plane in side.planes:
-            data = pages[..., plane.offset : plane.offset + plane.nbytes].reshape(-1, plane.nbytes)
-            values, columns = plane_matrix(data, plane, torch.float32)
-            natural = torch.empty_like(values)
-            natural[..., columns] = values
-            total += natural.view(matrix.shape) * 2**plane.shift
+        numbers, columns, weights = side_matrix(pages, side, torch.float32)
+        total = torch.zeros(matrix.shape).index_add_(-1, columns, numbers * weights)
         assert torch.equal(total, matrix.float())
 
 

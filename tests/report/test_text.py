@@ -2,14 +2,8 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-from io import StringIO
 
-import pytest
-from rich.console import Console
-
-from kvloom.errors import MissingExtraError
-from kvloom.report import render_text, text_table
+from kvloom.report import render_text
 from kvloom.report._columns import COLUMNS
 from tests.report.synthetic import Record, full_records
 
@@ -79,25 +73,3 @@ def test_runs_on_different_models_have_tables_of_their_own() -> None:
 
 def test_nothing_scored() -> None:
     assert render_text([{"kind": "signal"}]) == "No fidelity records."
-
-
-def test_the_rich_table_has_the_same_cells() -> None:
-    records = full_records()
-    console = Console(width=220, record=True, file=StringIO())
-    console.print(text_table(records))
-    shown = console.export_text()
-    assert "SmolLM2-135M-Instruct, cpu" in shown
-    for row in rows(records):
-        assert all(cell in shown for cell in row), row
-
-
-def test_names_are_no_markup_for_rich() -> None:
-    console = Console(width=220, record=True, file=StringIO())
-    console.print(text_table([{"kind": "fidelity", "name": "exact [red]", "method": "exact"}]))
-    assert "exact [red]" in console.export_text()
-
-
-def test_without_rich_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich.table", None)
-    with pytest.raises(MissingExtraError, match=r"kvloom\[cli\]"):
-        text_table([])

@@ -1,4 +1,4 @@
-"""Where kvloom keeps what it downloads and converts."""
+"""Where kvloom keeps what it downloads, converts and compiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The folder of downloaded assets: `$KVLOOM_CACHE`, else `kvloom` in the platform's cache."""
+    """The folder of downloads and builds: `$KVLOOM_CACHE`, else `kvloom` in the platform's cache."""
     if chosen := os.environ.get("KVLOOM_CACHE"):
         return Path(chosen).expanduser()
     return _platform_cache() / "kvloom"

@@ -1,0 +1,111 @@
+"""The compiled product of the CPU backend against the reference, and life without a compiler."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom import kernels
+from kvloom.errors import KernelError
+from kvloom.kernels import _cpu
+from kvloom.kernels._cpu import CpuBackend
+from kvloom.kernels._folded import codes_product
+from kvloom.kernels._torch import TORCH
+from kvloom.pages import Format, page_layout
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, _cpu._compilers())), reason="no C compiler")
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    caches = (_cpu._library, kernels._on_cpu)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@needs_compiler
+@given(
+    bits=st.sampled_from([1, 2, 3, 4, 5, 6, 8]),
+    head_dim=st.sampled_from([16, 64, 80, 96, 128, 256]),
+    group=st.sampled_from([16, 64, 128]),
+    role=st.sampled_from(["key", "value"]),
+    lead=st.integers(1, 3),
+    n=st.integers(1, 3),
+    m=st.sampled_from([1, 3, 16, 17]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_c_product_is_the_reference(bits, head_dim, group, role, lead, n, m, seed) -> None:
+    fmt = Format(bits, "per_channel", group)
+    layout = page_layout(fmt, fmt, head_dim)
+    side = layout.key if role == "key" else layout.value
+    torch.manual_seed(seed)
+    pages = torch.randint(0, 256, (lead, n, layout.nbytes), dtype=torch.uint8)
+    rows, cols = side.planes[0].rows, side.planes[0].cols
+    for groups in {1, side.groups if role == "key" else head_dim // 16}:
+        moving = torch.randn(lead, n, groups, m, cols)
+        expected = codes_product(moving.double(), pages, side)
+        got = CpuBackend().codes_product(moving, pages, side)
+        assert got.shape == (lead, n, groups, m, rows // groups)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * 2**bits * cols**0.5)
+
+
+@needs_compiler
+def test_the_default_on_a_cpu_is_compiled(fresh: None) -> None:
+    assert kernels.backend(CPU).name == "c"
+
+
+def test_without_a_compiler_the_reference_serves(fresh, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with caplog.at_level(logging.WARNING, "kvloom"):
+        assert kernels.backend(CPU) is TORCH
+        assert kernels.backend(CPU) is TORCH
+    assert [record.getMessage() for record in caplog.records] == [
+        "kvloom reads packed pages in plain torch, slower: there is no C compiler (cc, gcc or clang)."
+    ]
+
+
+def test_a_compiler_that_fails_is_quoted(fresh, monkeypatch, tmp_path: Path) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
+    with pytest.raises(KernelError, match="no such target"):
+        CpuBackend()
+    assert kernels.backend(CPU) is TORCH
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_is_said(fresh, monkeypatch, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("KVLOOM_CACHE", str(blocked))
+    with pytest.raises(KernelError, match="cannot be built"):
+        CpuBackend()
+
+
+@needs_compiler
+def test_a_damaged_library_is_said(fresh, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path / "good"))
+    CpuBackend()
+    (built,) = (tmp_path / "good" / "kernels").iterdir()
+    damaged = tmp_path / "damaged" / "kernels" / built.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"not a library")
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path / "damaged"))
+    _cpu._library.cache_clear()
+    with pytest.raises(KernelError, match="cannot be built or loaded"):
+        CpuBackend()
