@@ -11,6 +11,7 @@ from kvloom.errors import MissingExtraError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "cli": ("typer", "rich"),
     "gguf": ("gguf", "accelerate"),
+    "gpu": ("cuda.core",),
     "hqq": ("hqq",),
     "quanto": ("optimum.quanto", "ninja"),
 }

@@ -43,6 +43,19 @@ def build_once(target: Path, build: Callable[[Path], None]) -> bool:
     return True
 
 
+def write_once(target: Path, content: bytes) -> None:
+    """Write a file in one step: a reader sees all of it or nothing, also when several processes write the same."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(scratch).replace(target)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
 def _platform_cache() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"

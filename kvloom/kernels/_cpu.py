@@ -1,7 +1,7 @@
-"""The CPU backend: the reference with its product with codes in C, compiled at first use.
+"""The CPU backend: the reference with its products with packed codes in C, compiled at first use.
 
-The one loop that plain torch cannot fuse, unpack and multiply, is `codes_product.c`. It needs a C compiler; without one
-the reference does the same.
+Unpack and multiply is the one loop that plain torch cannot fuse. `codes_product.c` does it, scales folded, for the
+usual grouping (keys per channel, values per token). It needs a C compiler; without one the reference does the same.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
-from kvloom._userdir import cache_dir
+from kvloom._userdir import cache_dir, write_once
 from kvloom.errors import KernelError
 from kvloom.kernels._torch import TorchBackend
 from kvloom.pages import SideLayout, row_runs
@@ -34,8 +34,41 @@ _WIDTHS = (64, 80, 96, 128, 256)
 MAX_ROWS = 16
 
 
+class _Plane(ctypes.Structure):
+    _fields_ = (
+        ("offset", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("run", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("weight", ctypes.c_float),
+    )
+
+
+class _Strides(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("lead", "page", "group", "row"))
+
+
+class _Job(ctypes.Structure):
+    """`struct job` of the C file."""
+
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("lead_bytes", "page_bytes")),
+        *((name, ctypes.c_int32) for name in ("lead", "n", "groups", "m", "rows", "cols", "num_planes")),
+        ("planes", _Plane * 2),
+        ("x", ctypes.c_void_p),
+        ("x_strides", _Strides),
+        *((name, ctypes.c_int64) for name in ("scale", "zero")),
+        *((name, ctypes.c_int32) for name in ("step", "group_step")),
+        ("symmetric", ctypes.c_float),
+        ("out", ctypes.c_void_p),
+        ("out_strides", _Strides),
+    )
+
+
 class CpuBackend(TorchBackend):
-    """Reference with a compiled product.
+    """Reference with compiled products.
 
     Raises:
         KernelError: There is no C compiler, or it fails.
@@ -44,37 +77,79 @@ class CpuBackend(TorchBackend):
     name = "c"
 
     def __init__(self) -> None:
-        self._plane_product = _library().kvloom_plane_product
+        self._product = _library().kvloom_product
 
-    def codes_product(self, moving: torch.Tensor, pages: torch.Tensor, side: SideLayout) -> torch.Tensor:
-        """See `kvloom.kernels._folded.Product`."""
-        lead, n, groups, m, cols = moving.shape
-        separable = all(plane.is_byte_separable for plane in side.planes)
-        if moving.dtype != torch.float32 or m > MAX_ROWS or cols not in _WIDTHS or not separable:
-            return super().codes_product(moving, pages, side)
-        moving, pages = moving.contiguous(), pages.contiguous()
-        rows = side.planes[0].rows
-        out, scratch = moving.new_zeros((lead, n, groups, m, rows // groups)), moving.new_empty((m, cols))
-        for plane in side.planes:
-            runs = row_runs(plane)
-            self._plane_product(
-                ctypes.c_void_p(pages.data_ptr() + plane.offset),
-                ctypes.c_int64(pages.stride(1)),
-                ctypes.c_int64(lead * n),
-                ctypes.c_void_p(runs.starts.data_ptr()),
-                runs.run,
-                ctypes.c_void_p(runs.order.data_ptr()),
-                ctypes.c_float(1 << plane.shift),
-                plane.bits,
-                rows,
-                cols,
-                groups,
-                m,
-                ctypes.c_void_p(moving.data_ptr()),
-                ctypes.c_void_p(scratch.data_ptr()),
-                ctypes.c_void_p(out.data_ptr()),
-            )
+    def packed_scores(self, x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+        """See `kvloom.kernels._folded.packed_scores`."""
+        if not _served(x, side):
+            return super().packed_scores(x, pages, side, dtype)
+        (lead, m, _), n, t = x.shape, pages.shape[1], side.page_tokens
+        out = x.new_zeros((lead, m, n * t))
+        job = _job(x, pages, side, out)
+        job.x_strides = _Strides(x.stride(0), 0, 0, x.stride(1))
+        job.out_strides = _Strides(m * n * t, t, t // side.groups, n * t)
+        self._product(ctypes.byref(job))
         return out
+
+    def packed_values(self, x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+        """See `kvloom.kernels._folded.packed_values`."""
+        if not _served(x, side):
+            return super().packed_values(x, pages, side, dtype)
+        (lead, m, _), dim = x.shape, side.head_dim
+        out = x.new_zeros((lead, m, dim))
+        job = _job(x, pages, side, out)
+        job.x_strides = _Strides(x.stride(0), side.page_tokens, 0, x.stride(1))
+        job.out_strides = _Strides(m * dim, 0, dim // side.groups, dim)
+        self._product(ctypes.byref(job))
+        return out
+
+
+def _served(x: torch.Tensor, side: SideLayout) -> bool:
+    return (
+        x.dtype == torch.float32
+        and x.stride(-1) == 1
+        and x.shape[1] <= MAX_ROWS
+        and (side.role == "key") == (side.fmt.grouping == "per_channel")
+        and bool(side.planes)
+        and all(plane.cols in _WIDTHS and plane.is_byte_separable for plane in side.planes)
+    )
+
+
+def _job(x: torch.Tensor, pages: torch.Tensor, side: SideLayout, out: torch.Tensor) -> _Job:
+    plane, fmt = side.planes[0], side.fmt
+    per_channel = fmt.grouping == "per_channel"
+    step = 1 if per_channel else fmt.num_params
+    apart = 2 * side.groups * side.head_dim if per_channel else 2  # bytes from a scale to its zero point
+    return _Job(
+        pages=pages.data_ptr(),
+        lead_bytes=pages.stride(0),
+        page_bytes=pages.stride(1),
+        lead=len(pages),
+        n=pages.shape[1],
+        groups=side.groups,
+        m=x.shape[1],
+        rows=plane.rows,
+        cols=plane.cols,
+        num_planes=len(side.planes),
+        planes=_planes(side),
+        x=x.data_ptr(),
+        scale=side.params_offset,
+        zero=-1 if fmt.symmetric else side.params_offset + apart,
+        step=step,
+        group_step=step * plane.cols,
+        symmetric=-0.5 * fmt.levels,
+        out=out.data_ptr(),
+    )
+
+
+@lru_cache(maxsize=256)
+def _planes(side: SideLayout) -> ctypes.Array[_Plane]:
+    planes = (_Plane * 2)()
+    for i, plane in enumerate(side.planes):
+        runs = row_runs(plane)  # cached for good: the addresses stay
+        places = (plane.offset, runs.starts.data_ptr(), runs.order.data_ptr())
+        planes[i] = _Plane(*places, runs.run, plane.bits, 1 << plane.shift)
+    return planes
 
 
 @cache
@@ -91,7 +166,7 @@ def _library() -> ctypes.CDLL:
             _compile(compiler, source, target)
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise KernelError(f"the C product cannot be built or loaded: {error}") from error
+        raise KernelError(f"the C products cannot be built or loaded: {error}") from error
 
 
 def _compilers() -> list[str]:
@@ -107,14 +182,12 @@ def _processor() -> bytes:
 
 
 def _compile(compiler: str, source: bytes, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "built.so"
         for native in _NATIVE:
-            done = subprocess.run(
-                [compiler, *_FLAGS, *native, "-x", "c", "-", "-o", str(built)], input=source, capture_output=True
-            )
+            command = [compiler, *_FLAGS, *native, "-x", "c", "-", "-o", str(built)]
+            done = subprocess.run(command, input=source, capture_output=True)
             if done.returncode == 0:
-                built.replace(target)  # in one step: another process may be building the same
+                write_once(target, built.read_bytes())
                 return
     raise KernelError(f"{compiler} fails on codes_product.c: {done.stderr.decode(errors='replace').strip()[-400:]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypedDict
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvloom import codecs
 from kvloom.codecs import Encoded, wide
 from kvloom.kernels._base import Backend
-from kvloom.kernels._folded import codes_product, packed_scores, packed_values
+from kvloom.kernels._folded import packed_scores, packed_values
 from kvloom.pages import PagedKV, PageLayout, Role, SideLayout, pack_side, unpack_raw, unpack_side
 
 # Queries are taken this many scores at a time, so that a long prompt needs no [tokens, tokens] matrix.
@@ -62,9 +61,13 @@ class TorchBackend(Backend):
             return dense_attention(query, key, value, mask=_slot_mask(kv, mask, query.shape[2]), **options)
         return self._folded_attention(query, key, value, kv, _slot_mask(kv, mask, query.shape[2]), **options)
 
-    def codes_product(self, moving: torch.Tensor, pages: torch.Tensor, side: SideLayout) -> torch.Tensor:
-        """See `kvloom.kernels._folded.Product`."""
-        return codes_product(moving, pages, side)
+    def packed_scores(self, x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+        """See `kvloom.kernels._folded.packed_scores`."""
+        return packed_scores(x, pages, side, dtype)
+
+    def packed_values(self, x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+        """See `kvloom.kernels._folded.packed_values`."""
+        return packed_values(x, pages, side, dtype)
 
     def _folded_attention(
         self,
@@ -81,19 +84,20 @@ class TorchBackend(Backend):
         """Few queries: read packed pages with folded scales. ``mask`` is by column [sinks, tail, pages]."""
         q = _grouped(wide(query) * scaling, key.shape[1])  # [batch, kv_heads, rows, head_dim]
         exact = q @ wide(key).transpose(-1, -2)
-        scores = torch.cat([exact, self._by_head(packed_scores, q, kv, "key")], dim=-1)
+        scores = torch.cat([exact, self._by_head(q, kv, "key")], dim=-1)
         weights = _softmax(scores.unflatten(2, (-1, query.shape[2])), mask, softcap, sink_logits).flatten(2, 3)
         out = weights[..., : key.shape[2]] @ wide(value)
-        out = out + self._by_head(packed_values, weights[..., key.shape[2] :], kv, "value")
+        out = out + self._by_head(weights[..., key.shape[2] :], kv, "value")
         return _ungrouped(out, query.shape[1]).to(query.dtype)
 
-    def _by_head(self, packed: Callable[..., torch.Tensor], x: torch.Tensor, kv: PagedKV, role: Role) -> torch.Tensor:
-        """Packed products of ``x [batch, kv_heads, rows, ...]`` with one side of the pages, group of heads by group."""
+    def _by_head(self, x: torch.Tensor, kv: PagedKV, role: Role) -> torch.Tensor:
+        """Products of ``x [batch, kv_heads, rows, ...]`` with one side of the pages, group of heads by group."""
+        product = self.packed_scores if role == "key" else self.packed_values
         parts: list[torch.Tensor] = []
         for group in kv.pages:
             own = x if len(kv.pages) == 1 else x[:, list(group.heads)]
             side = group.layout.key if role == "key" else group.layout.value
-            out = packed(own.flatten(0, 1), group.data.flatten(0, 1), side, kv.dtype, self.codes_product)
+            out = product(own.flatten(0, 1), group.data.flatten(0, 1), side, kv.dtype)
             parts.append(out.unflatten(0, own.shape[:2]))
         if len(parts) == 1:
             return parts[0]

@@ -1,21 +1,61 @@
-/* Products of fp32 rows with packed codes, page by page. The contract is in _cpu.py, the byte order in pages/_fragment.py. */
+/* Products of fp32 rows with packed codes, page by page. The contract is in _cpu.py, the byte order in
+ * pages/_fragment.py, the parameters' places in pages/_layout.py. */
 
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define MAX_COLS 256
+#define MAX_ROWS 16
 #define TILE 16
+
+struct plane {
+    int64_t offset;        /* first byte within the record */
+    const int32_t *starts; /* [rows][row bytes / run], offsets within the plane */
+    const int32_t *order;  /* [cols], the natural column of each stored one */
+    int32_t run, bits;
+    float weight;
+};
+
+struct strides {
+    int64_t lead, page, group, row; /* in floats */
+};
+
+struct job {
+    const uint8_t *pages; /* [lead][n][record bytes] */
+    int64_t lead_bytes, page_bytes;
+    int32_t lead, n, groups, m, rows, cols;
+    int32_t num_planes;
+    struct plane planes[2];
+    const float *x; /* rows of `cols` floats */
+    struct strides x_strides;
+    int64_t scale, zero;      /* first scale and zero point within the record; zero is -1 if none are stored */
+    int32_t step, group_step; /* halves from one column's to the next, from one group's to the next */
+    float symmetric;          /* then they are this times the scale */
+    float *out;               /* rows of `rows / groups` floats that are added to */
+    struct strides out_strides;
+};
+
+/* fp16 without a type for it: finite, as parameters are. */
+INLINE float half(const uint8_t *at) {
+    uint16_t bits;
+    memcpy(&bits, at, 2);
+    uint32_t wide = (uint32_t)(bits & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &wide, 4);
+    value *= 0x1p112f;
+    return bits & 0x8000 ? -value : value;
+}
 
 /* Bytes of matrix rows: runs of `run` bytes that start at the offsets of the table. */
 INLINE void gather_rows(const uint8_t *plane, const int32_t *starts, int runs, int run, uint8_t *bytes) {
     for (int i = 0; i < runs; i++) memcpy(bytes + i * run, plane + starts[i], run);
 }
 
-/* out += the products of some rows of one plane of one page with m moving rows; everything but m is a constant.
+/* out += the products of some rows of one plane of one page with m moving rows; cols and bits are constants.
  * Rows are gathered TILE at a time: wide loads right behind the narrow stores of the same row would stall. */
-INLINE void plane_product(const uint8_t *plane, const int32_t *starts, int run, const float *moving, int m,
-                          int rows, int cols, int bits, float *out) {
+INLINE void plane_product(const uint8_t *plane, const int32_t *starts, int run, const float *moving, int m, int rows,
+                          int cols, int bits, float *out, int64_t out_row) {
     const int bytes = cols * bits / 8, fields = 8 / bits;
     const uint32_t mask = (1u << bits) - 1;
     uint8_t tile[TILE * MAX_COLS];
@@ -35,36 +75,63 @@ INLINE void plane_product(const uint8_t *plane, const int32_t *starts, int run, 
             for (int i = 0; i < m; i++) {
                 float sum = 0;
                 for (int c = 0; c < cols; c++) sum += moving[i * cols + c] * codes[c];
-                out[i * rows + r + t] += sum;
+                out[i * out_row + r + t] += sum;
             }
         }
     }
 }
 
 #define BITS(COLS, B) \
-    case B: plane_product(plane, starts, run, moving, m, rows, COLS, B, out); break;
-#define COLUMNS(COLS)                                                      \
-    case COLS:                                                             \
+    case B: plane_product(plane, starts, run, moving, m, rows, COLS, B, out, out_row); break;
+#define COLUMNS(COLS)                                                             \
+    case COLS:                                                                    \
         switch (bits) { BITS(COLS, 1) BITS(COLS, 2) BITS(COLS, 4) BITS(COLS, 8) } \
         break;
 
 static void any_plane(const uint8_t *plane, const int32_t *starts, int run, const float *moving, int m, int rows,
-                      int cols, int bits, float *out) {
+                      int cols, int bits, float *out, int64_t out_row) {
     switch (cols) { COLUMNS(64) COLUMNS(80) COLUMNS(96) COLUMNS(128) COLUMNS(256) }
 }
 
-/* Adds one plane's share to out [pages][groups][m][rows / groups].
- * data: first byte of the plane in the first page; starts [rows][row bytes / run]; order [cols]: the natural column of
- * each stored one; moving [pages][groups][m][cols] in natural order; scratch [m][cols]. */
-void kvloom_plane_product(const uint8_t *data, int64_t page_stride, int64_t pages, const int32_t *starts, int run,
-                          const int32_t *order, float weight, int bits, int rows, int cols, int groups, int m,
-                          const float *moving, float *scratch, float *out) {
-    const int own = rows / groups, runs = cols * bits / 8 / run;
-    for (int64_t p = 0; p < pages; p++)
-        for (int g = 0; g < groups; g++) {
-            for (int i = 0; i < m; i++, moving += cols)
-                for (int c = 0; c < cols; c++) scratch[i * cols + c] = moving[order[c]] * weight;
-            any_plane(data + p * page_stride, starts + (int64_t)g * own * runs, run, scratch, m, own, cols, bits, out);
-            out += (int64_t)m * own;
+/* Rows of x times the scales of one group of one page; their products with the zero points start the sums of out. */
+static void fold(const struct job *job, const uint8_t *record, int group, const float *x, float *moving, float *out) {
+    const int own = job->rows / job->groups;
+    const uint8_t *scale = record + job->scale + 2 * (int64_t)group * job->group_step;
+    const uint8_t *zero = record + job->zero + 2 * (int64_t)group * job->group_step;
+    float scales[MAX_COLS], zeros[MAX_COLS];
+    for (int c = 0; c < job->cols; c++) scales[c] = half(scale + 2 * c * job->step);
+    for (int c = 0; c < job->cols; c++)
+        zeros[c] = job->zero < 0 ? job->symmetric * scales[c] : half(zero + 2 * c * job->step);
+    for (int i = 0; i < job->m; i++, x += job->x_strides.row, out += job->out_strides.row) {
+        float offset = 0;
+        for (int c = 0; c < job->cols; c++) {
+            moving[i * job->cols + c] = x[c] * scales[c];
+            offset += x[c] * zeros[c];
         }
+        for (int r = 0; r < own; r++) out[r] += offset;
+    }
+}
+
+static void group_product(const struct job *job, const uint8_t *record, int group, const float *x, float *out) {
+    const int own = job->rows / job->groups, cols = job->cols;
+    float moving[MAX_ROWS * MAX_COLS], stored[MAX_ROWS * MAX_COLS];
+    fold(job, record, group, x, moving, out);
+    for (const struct plane *p = job->planes; p < job->planes + job->num_planes; p++) {
+        const int runs = cols * p->bits / 8 / p->run;
+        for (int i = 0; i < job->m; i++)
+            for (int c = 0; c < cols; c++) stored[i * cols + c] = moving[i * cols + p->order[c]] * p->weight;
+        any_plane(record + p->offset, p->starts + (int64_t)group * own * runs, p->run, stored, job->m, own, cols,
+                  p->bits, out, job->out_strides.row);
+    }
+}
+
+void kvloom_product(const struct job *job) {
+    for (int l = 0; l < job->lead; l++)
+        for (int n = 0; n < job->n; n++)
+            for (int g = 0; g < job->groups; g++) {
+                const struct strides *x = &job->x_strides, *out = &job->out_strides;
+                group_product(job, job->pages + l * job->lead_bytes + n * job->page_bytes, g,
+                              job->x + l * x->lead + n * x->page + g * x->group,
+                              job->out + l * out->lead + n * out->page + g * out->group);
+            }
 }

@@ -7,7 +7,7 @@ that costs a byte permutation and a few whole-word operations, together with the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -126,7 +126,7 @@ class RowRuns:
     order: torch.Tensor
 
 
-@lru_cache(maxsize=256)
+@cache
 def row_runs(plane: Plane) -> RowRuns:
     """The runs of a byte-separable plane."""
     at = _row_bytes(torch.arange(plane.nbytes), plane)

@@ -16,7 +16,6 @@ from kvloom import kernels
 from kvloom.errors import KernelError
 from kvloom.kernels import _cpu
 from kvloom.kernels._cpu import CpuBackend
-from kvloom.kernels._folded import codes_product
 from kvloom.kernels._torch import TORCH
 from kvloom.pages import Format, page_layout
 
@@ -39,26 +38,26 @@ def fresh() -> Iterator[None]:
     bits=st.sampled_from([1, 2, 3, 4, 5, 6, 8]),
     head_dim=st.sampled_from([16, 64, 80, 96, 128, 256]),
     group=st.sampled_from([16, 64, 128]),
-    role=st.sampled_from(["key", "value"]),
+    symmetric=st.booleans(),
     lead=st.integers(1, 3),
     n=st.integers(1, 3),
     m=st.sampled_from([1, 3, 16, 17]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=100, deadline=None)
-def test_the_c_product_is_the_reference(bits, head_dim, group, role, lead, n, m, seed) -> None:
-    fmt = Format(bits, "per_channel", group)
-    layout = page_layout(fmt, fmt, head_dim)
-    side = layout.key if role == "key" else layout.value
+def test_the_c_products_are_the_reference(bits, head_dim, group, symmetric, lead, n, m, seed) -> None:
+    value_group = next(size for size in (group, 16) if head_dim % size == 0)
+    key, value = Format(bits, "per_channel", group, symmetric), Format(bits, "per_token", value_group, symmetric)
+    layout = page_layout(key, value, head_dim)
     torch.manual_seed(seed)
-    pages = torch.randint(0, 256, (lead, n, layout.nbytes), dtype=torch.uint8)
-    rows, cols = side.planes[0].rows, side.planes[0].cols
-    for groups in {1, side.groups if role == "key" else head_dim // 16}:
-        moving = torch.randn(lead, n, groups, m, cols)
-        expected = codes_product(moving.double(), pages, side)
-        got = CpuBackend().codes_product(moving, pages, side)
-        assert got.shape == (lead, n, groups, m, rows // groups)
-        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * 2**bits * cols**0.5)
+    tokens = n * layout.page_tokens
+    pages = TORCH.encode(*torch.randn(2, 1, lead, tokens, head_dim), layout)[0]
+    q, weights = torch.randn(lead, m, head_dim), torch.rand(lead, m, tokens + 3)[..., 3:]  # as sliced by attention
+    c = CpuBackend()
+    for name, x, side in (("packed_scores", q, layout.key), ("packed_values", weights, layout.value)):
+        expected = getattr(TORCH, name)(x.double(), pages, side, torch.float32)
+        got = getattr(c, name)(x, pages, side, torch.float32)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-3)  # sums of +-400 cancel
 
 
 @needs_compiler
