@@ -55,7 +55,7 @@ def test_extras_are_those_of_pyproject():
     assert set(_extras.EXTRAS) == set(optional) - {"all", "test", "dev"}
     assert optional["all"] == [f"kvloom[{','.join(_extras.EXTRAS)}]"]
     for extra, modules in _extras.EXTRAS.items():
-        packages = {re.split("[<>=]", requirement)[0] for requirement in optional[extra]}
+        packages = {re.split(r"[\[<>=]", requirement)[0] for requirement in optional[extra]}
         assert packages == {module.replace(".", "-") for module in modules}
 
 

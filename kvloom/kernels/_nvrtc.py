@@ -1,0 +1,151 @@
+"""CUDA C++ compiled at first use by NVRTC, through cuda-core; cubins are kept on disk.
+
+No toolkit is needed: the compiler comes with the `[gpu]` extra. A cubin is found again by its source, defines, device
+architecture and compiler version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from functools import cache, cached_property, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvloom._extras import pip_command
+from kvloom._userdir import cache_dir, write_once
+from kvloom.errors import KernelError
+
+Defines = tuple[tuple[str, int | str], ...]
+_STATIC_SHARED_BYTES = 48 * 1024
+
+
+class Module:
+    """Kernels of one compiled source on one device.
+
+    Args:
+        cubin: Device code.
+        device: Index of the CUDA device.
+    """
+
+    def __init__(self, cubin: bytes, device: int) -> None:
+        self._code = _core().ObjectCode.from_cubin(cubin)
+        self._device = device
+        self._kernels: dict[tuple[str, int], Any] = {}
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], block: tuple[int, int, int], *args: Any, shared: int = 0
+    ) -> None:
+        """Launch on torch's current stream.
+
+        Args:
+            name: Kernel, declared ``extern "C"``.
+            grid: Blocks.
+            block: Threads of a block.
+            *args: Tensors (their address), None (a null pointer), ints (int32), floats (float32), or ctypes scalars.
+            shared: Dynamic shared memory, bytes.
+        """
+        core = _core()
+        kernel = self._kernels.get((name, shared)) or self._prepared(name, shared)
+        stream = core.Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
+        config = core.LaunchConfig(grid=grid, block=block, shmem_size=shared)
+        core.launch(stream, config, kernel, *map(_argument, args))
+
+    def _prepared(self, name: str, shared: int) -> Any:
+        core = _core()
+        core.Device(self._device).set_current()
+        kernel = self._code.get_kernel(name)
+        if shared > _STATIC_SHARED_BYTES:
+            self._allow_shared(kernel, shared)
+        self._kernels[name, shared] = kernel
+        return kernel
+
+    def _allow_shared(self, kernel: Any, shared: int) -> None:
+        from cuda.bindings import driver
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        handle = driver.CUkernel(int(kernel.handle))
+        (error,) = driver.cuKernelSetAttribute(attribute, shared, handle, driver.CUdevice(self._device))
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise KernelError(f"the device refuses {shared} bytes of shared memory: {error.name}")
+
+    @cached_property
+    def registers(self) -> dict[str, int]:
+        """Registers a thread of every kernel launched so far."""
+        return {name: kernel.attributes.num_regs(self._device) for (name, _), kernel in self._kernels.items()}
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return ctypes.c_int32(value)
+    return ctypes.c_float(value) if isinstance(value, float) else value
+
+
+def module(source_file: str, defines: Defines) -> Module:
+    """A source of this package's ``cuda`` folder, compiled for the current device with these macros.
+
+    Raises:
+        KernelError: cuda-core is not installed, or the source does not compile.
+    """
+    return _module(source_file, defines, torch.cuda.current_device())
+
+
+@lru_cache(maxsize=1024)
+def _module(source_file: str, defines: Defines, device: int) -> Module:
+    major, minor = torch.cuda.get_device_capability(device)
+    return Module(cubin(source_file, defines, f"sm_{major}{minor}"), device)
+
+
+def cubin(source_file: str, defines: Defines, arch: str) -> bytes:
+    """Device code for an architecture such as ``sm_90``; compiling needs no device."""
+    source = files("kvloom.kernels").joinpath("cuda", source_file).read_text(encoding="utf-8")
+    facts = repr((source, defines, arch, _compiler_version())).encode()
+    target = cache_dir() / "kernels" / f"{Path(source_file).stem}-{arch}-{hashlib.sha256(facts).hexdigest()[:16]}.cubin"
+    if not target.exists():
+        write_once(target, _compile(source, defines, arch))
+    return target.read_bytes()
+
+
+def _compile(source: str, defines: Defines, arch: str) -> bytes:
+    core = _core()
+    options: dict[str, Any] = {"std": "c++17", "arch": arch, "define_macro": [(k, str(v)) for k, v in defines]}
+    try:
+        program = core.Program(source, code_type="c++", options=core.ProgramOptions(**options, **_headers()))
+        return bytes(program.compile("cubin").code)
+    except Exception as error:  # cuda-core has no public base class for NVRTC's errors
+        raise KernelError(f"NVRTC cannot compile for {arch}: {str(error)[:600]}") from error
+
+
+def _headers() -> dict[str, Any]:
+    """Where cuda_fp16.h is: an installed toolkit or runtime wheel, else the compiler's own copy."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    folder = find_nvidia_header_directory("cudart")
+    return {"include_path": folder} if folder else {"use_bundled_headers": True}
+
+
+@cache
+def _compiler_version() -> str:
+    from cuda.bindings import nvrtc
+
+    _core()
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+@cache
+def _core() -> Any:
+    try:
+        import cuda.core
+    except ImportError as error:
+        raise KernelError(f"cuda-core is not installed: {pip_command('gpu')}") from error
+    if not hasattr(cuda.core, "Program"):
+        raise KernelError(f"cuda-core is too old: {pip_command('gpu')}")
+    return cuda.core
