@@ -78,6 +78,11 @@ class Module:
         return {name: kernel.attributes.num_regs(self._device) for (name, _), kernel in self._kernels.items()}
 
 
+def int64(value: int) -> ctypes.c_int64:
+    """A 64-bit argument of a launch."""
+    return ctypes.c_int64(value)
+
+
 def _argument(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
@@ -106,7 +111,7 @@ def _module(source_file: str, defines: Defines, device: int) -> Module:
 def cubin(source_file: str, defines: Defines, arch: str) -> bytes:
     """Device code for an architecture such as ``sm_90``; compiling needs no device."""
     source = files("kvloom.kernels").joinpath("cuda", source_file).read_text(encoding="utf-8")
-    facts = repr((source, defines, arch, _compiler_version())).encode()
+    facts = repr((source, defines, arch, compiler_version())).encode()
     target = cache_dir() / "kernels" / f"{Path(source_file).stem}-{arch}-{hashlib.sha256(facts).hexdigest()[:16]}.cubin"
     if not target.exists():
         write_once(target, _compile(source, defines, arch))
@@ -132,10 +137,15 @@ def _headers() -> dict[str, Any]:
 
 
 @cache
-def _compiler_version() -> str:
+def compiler_version() -> str:
+    """NVRTC's version.
+
+    Raises:
+        KernelError: cuda-core is not installed.
+    """
+    _core()
     from cuda.bindings import nvrtc
 
-    _core()
     _, major, minor = nvrtc.nvrtcVersion()
     return f"{major}.{minor}"
 

@@ -1,0 +1,269 @@
+"""The CUDA backend: kernels written for the page format, compiled at first use (see `kvloom.kernels._nvrtc`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from kvloom.errors import KernelError
+from kvloom.kernels import _nvrtc
+from kvloom.kernels._nvrtc import Defines
+from kvloom.kernels._torch import TorchBackend
+from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout
+
+# movmatrix, redux and cp.async: Ampere and later.
+MIN_CAPABILITY = (8, 0)
+ROWS = 8  # query rows of one block, the N of the matrix instruction
+STAGES = 2
+PAGE_TOKENS = (64, 128)
+LOG2E = 1.4426950408889634
+# Shared memory of one block, and of all blocks of a multiprocessor, that the launch plans with.
+_RESERVED_BYTES = 1024
+
+
+class CudaBackend(TorchBackend):
+    """Attention over pages as one launch; what it does not serve goes to the reference.
+
+    Served: fp16 and bf16, pages of 64 or 128 tokens, boolean masks. A pass with more query rows of a KV head than a
+    page has tokens is left to dense attention over unpacked pages, which is then faster.
+
+    Raises:
+        KernelError: cuda-core is missing, or the device is older than Ampere.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+            raise KernelError(f"{torch.cuda.get_device_name(device)} is older than Ampere")
+        _nvrtc.compiler_version()
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv: PagedKV,
+        *,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Backend.attend`."""
+        if not _served(query, kv, mask):
+            return super().attend(query, kv, scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits)
+        return attend_pages(query, kv, scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits)[0]
+
+
+def _served(query: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None) -> bool:
+    rows = query.shape[1] // kv.shape[1] * query.shape[2]
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and kv.num_pages > 0
+        and kv.page_tokens in PAGE_TOKENS
+        and rows <= kv.page_tokens
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+    )
+
+
+def attend_pages(
+    query: torch.Tensor,
+    kv: PagedKV,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over sinks, pages and tail, one launch for each layout among the heads.
+
+    Args:
+        query: fp16 or bf16 ``[batch, query_heads, queries, head_dim]``.
+        kv: The layer's cache; ``num_pages`` at least 1.
+        scaling: Factor of the scores.
+        mask: None for causal, or boolean ``[batch or 1, 1, queries, kv.length]`` by slot.
+        softcap: See `Backend.attend`.
+        sink_logits: See `Backend.attend`.
+        lse: Whether to return the log-sum-exp too.
+
+    Returns:
+        ``[batch, queries, query_heads, head_dim]`` in the query's dtype, and the natural log-sum-exp of the scores,
+        fp32 ``[batch, query_heads, queries]``, or None.
+    """
+    query = _last_contiguous(query)
+    batch, query_heads, queries, dim = query.shape
+    out = query.new_empty((batch, queries, query_heads, dim))
+    sums = query.new_empty((batch, query_heads, queries), dtype=torch.float32) if lse else None
+    masked = mask is not None or queries > 1
+    if mask is not None:
+        mask = _last_contiguous(mask.expand(batch, 1, queries, kv.length))
+    logits = None if sink_logits is None else sink_logits.float()
+    sinks, tail = _aligned(kv.sinks), _aligned(kv.tail)
+    for group in kv.pages:
+        launch = _launch(group, query, kv, masked, softcap is not None)
+        launch.module.launch(
+            "attend",
+            (launch.splits, len(group.heads) * launch.row_tiles, batch),
+            (32 * launch.warps, 1, 1),
+            query,
+            *_strides(query),
+            query_heads // kv.shape[1],
+            queries,
+            query_heads,
+            group.data,
+            *map(_nvrtc.int64, group.data.stride()[:3]),
+            None,
+            0,
+            _head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
+            sinks.key,
+            sinks.value,
+            *_strides(sinks.key),
+            sinks.tokens,
+            tail.key,
+            tail.value,
+            *_strides(tail.key),
+            None,
+            kv.num_pages,
+            tail.tokens,
+            kv.length,
+            mask,
+            _nvrtc.int64(0 if mask is None else mask.stride(0)),
+            _nvrtc.int64(0 if mask is None else mask.stride(2)),
+            kv.visible if queries > 1 else None,
+            scaling * LOG2E,
+            0.0 if softcap is None else softcap * LOG2E,
+            logits,
+            *_workspace(launch, batch * len(group.heads), dim, query.device),
+            out,
+            sums,
+            shared=launch.shared,
+        )
+    return out, sums
+
+
+@dataclass(frozen=True)
+class _Launch:
+    module: _nvrtc.Module
+    warps: int
+    splits: int
+    row_tiles: int
+    shared: int
+
+
+def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, capped: bool) -> _Launch:
+    rows = query.shape[1] // kv.shape[1] * query.shape[2]
+    row_tiles = -(-rows // ROWS)
+    warps = _warps(group.layout)
+    shared = _shared_bytes(group.layout, warps)
+    device = query.device.index
+    slots = _multiprocessors(device) * max(1, min(_BLOCKS, _shared_limit(device) // (shared + _RESERVED_BYTES)))
+    units = kv.num_pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
+    splits = max(1, min(slots // (query.shape[0] * len(group.heads) * row_tiles), -(-units // warps)))
+    defines = attend_defines(group.layout, warps, query.dtype == torch.bfloat16, masked, capped)
+    return _Launch(_nvrtc.module("attend.cu", defines), warps, splits, row_tiles, shared)
+
+
+_BLOCKS = 3  # blocks of a multiprocessor that registers allow
+
+
+@lru_cache(maxsize=1024)
+def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: bool, capped: bool) -> Defines:
+    """Macros of ``attend.cu`` for a layout."""
+    key, value = layout.key, layout.value
+    numbers = {
+        "D": layout.head_dim,
+        "P": layout.page_tokens,
+        **dict(zip(("KB0", "KB1"), _plane_bits(key), strict=True)),
+        **dict(zip(("VB0", "VB1"), _plane_bits(value), strict=True)),
+        "KGROUPS": _groups(key),
+        "VGROUPS": _groups(value),
+        "KSYM": key.fmt.symmetric,
+        "VSYM": value.fmt.symmetric,
+        "KTOK": key.fmt.grouping == "per_token",
+        "VCH": value.fmt.grouping == "per_channel",
+        "BF16": bf16,
+        "MASKED": masked,
+        "SOFTCAP": capped,
+        "WARPS": warps,
+    }
+    return tuple((name, int(number)) for name, number in numbers.items())
+
+
+def _plane_bits(side: SideLayout) -> tuple[int, int]:
+    if side.fmt.is_passthrough:
+        return 16, 0
+    low, high = (*(plane.bits for plane in side.planes), 0)[:2]
+    return low, high
+
+
+def _groups(side: SideLayout) -> int:
+    return 1 if side.fmt.is_passthrough else side.groups
+
+
+def _warps(layout: PageLayout) -> int:
+    """Most warps, up to 4, whose rings fit in a block's shared memory."""
+    return next(warps for warps in (4, 2, 1) if warps == 1 or _shared_bytes(layout, warps) <= 160 * 1024)
+
+
+def _shared_bytes(layout: PageLayout, warps: int) -> int:
+    """The rings, or what merging the warps and the splits needs afterwards."""
+    merge = warps * ROWS * (layout.head_dim + 4 + 2) * 4
+    return max(warps * STAGES * layout.nbytes, merge, ROWS * 4 * _MAX_SPLITS)
+
+
+_MAX_SPLITS = 1024
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=16)
+def _shared_limit(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+@lru_cache(maxsize=1024)
+def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(heads, dtype=torch.int32, device=device)
+
+
+_TURNS: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _workspace(
+    launch: _Launch, tiles: int, dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial results, their maxima and sums, and a counter for every row tile, zero between launches."""
+    count = tiles * launch.row_tiles
+    shape = (count, launch.splits, ROWS)
+    partial = torch.empty((*shape, dim), dtype=torch.float32, device=device)
+    stats = torch.empty((*shape, 2), dtype=torch.float32, device=device)
+    place = (partial.device.index, torch.cuda.current_stream(device).cuda_stream)
+    turns = _TURNS.get(place)
+    if turns is None or len(turns) < count:
+        turns = _TURNS[place] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return partial, stats, turns
+
+
+def _strides(x: torch.Tensor) -> list[object]:
+    """Strides of all but the last dimension, in elements."""
+    return [_nvrtc.int64(stride) for stride in x.stride()[:3]]
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _aligned(exact: ExactKV) -> ExactKV:
+    """Rows that 16-byte loads can read, keys and values with the same strides."""
+    key, value = exact.key, exact.value
+    fits = (
+        key.stride() == value.stride() and key.stride(-1) == 1 and all(stride % 8 == 0 for stride in key.stride()[:3])
+    )
+    if fits and key.data_ptr() % 16 == 0 and value.data_ptr() % 16 == 0:
+        return exact
+    return ExactKV(key.contiguous(), value.contiguous())

@@ -1,0 +1,682 @@
+// Decode attention over packed pages, exact sinks and an exact tail, in one softmax and one launch.
+//
+// A warp walks pages; up to 8 rows (query heads of one KV head x queries) are the N of mma.m16n8k16, codes are its A
+// operand as fp16 subnormals (page-format.md, "What makes it work"). Splits are merged by the last block of each row
+// tile. Record layout: kvloom/pages/_layout.py; order of the codes: kvloom/pages/_fragment.py.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// Shape of the problem: D channels, P tokens in a page. KB0 + KB1, VB0 + VB1: bits of the planes (KB0 = 16: raw
+// elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored.
+#ifndef D
+#define D 128
+#define P 64
+#define KB0 4
+#define KB1 0
+#define VB0 4
+#define VB1 0
+#define KGROUPS 1
+#define VGROUPS 1
+#define KSYM 0
+#define VSYM 0
+#define KTOK 0
+#define VCH 0
+#define BF16 0
+#define MASKED 0
+#define SOFTCAP 0
+#define WARPS 4
+#endif
+
+typedef unsigned int u32;
+typedef unsigned char u8;
+typedef long long i64;
+
+constexpr int STAGES = 2, MT = P / 16, DT = D / 16, PAIRS = D / 8;
+constexpr bool KRAW = KB0 == 16, VRAW = VB0 == 16;
+constexpr int KB = KB0 + KB1, VB = VB0 + VB1;
+constexpr int KCODES = P * D * KB / 8, VCODES = P * D * VB / 8;
+constexpr int KPARAMS = KRAW ? 0 : KGROUPS * (KTOK ? P : D) * (2 - KSYM) * 2;
+constexpr int VPARAMS = VRAW ? 0 : VGROUPS * (VCH ? D : P) * (2 - VSYM) * 2;
+constexpr int PAGE = KCODES + KPARAMS + VCODES + VPARAMS;
+#ifndef HELD
+#define HELD 32  // words of codes that a thread holds at a time
+#endif
+constexpr float NEVER = -1e30f;
+constexpr u32 ALL = ~0u;
+
+__host__ __device__ constexpr int tiles_per_chunk(int tiles, int lane_bytes) {
+    for (int load = 16; load >= 4; load /= 2)
+        for (int n = 1; n <= tiles; n++)
+            if (tiles % n == 0 && n * lane_bytes % load == 0) return n;
+    return 1;
+}
+
+__device__ __forceinline__ u32 bits(half2 x) { return *reinterpret_cast<u32*>(&x); }
+__device__ __forceinline__ half2 as_half2(u32 x) { return *reinterpret_cast<half2*>(&x); }
+__device__ __forceinline__ half2 both(float x) { return __float2half2_rn(x); }
+__device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
+
+__device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ u32 transposed(u32 x) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+// Two elements of the compute dtype as fp16; bf16 beyond fp16's range is held at its end.
+__device__ __forceinline__ u32 element2(u32 x) {
+#if BF16
+    const float lo = __uint_as_float(x << 16), hi = __uint_as_float(x & 0xffff0000u);
+    return bits(__floats2half2_rn(fminf(fmaxf(lo, -65504.f), 65504.f), fminf(fmaxf(hi, -65504.f), 65504.f)));
+#else
+    return x;
+#endif
+}
+
+// A thread's D / 4 halves.
+__device__ __forceinline__ void load_channels(u32* x, const u8* at) {
+    if constexpr (D % 32 == 0) {
+#pragma unroll
+        for (int i = 0; i < PAIRS / 4; i++) {
+            const uint4 v = reinterpret_cast<const uint4*>(at)[i];
+            x[4 * i] = v.x; x[4 * i + 1] = v.y; x[4 * i + 2] = v.z; x[4 * i + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < PAIRS / 2; i++) {
+            const uint2 v = reinterpret_cast<const uint2*>(at)[i];
+            x[2 * i] = v.x; x[2 * i + 1] = v.y;
+        }
+    }
+}
+
+// One bit plane as the A operand: 16-row tiles, pairs of columns in the halves of words.
+template <int ROWS, int COLS, int BITS> struct Plane {
+    static constexpr int PAIRS = COLS / 8, KJ = 16 / BITS, TILES = ROWS / 16, LANE_BYTES = COLS * BITS / 16;
+    static constexpr int T = tiles_per_chunk(TILES, LANE_BYTES), W = T * LANE_BYTES / 4, CHUNKS = TILES / T;
+    static constexpr int BLOCK = W >= HELD ? 1 : HELD / W > CHUNKS ? CHUNKS : HELD / W;  // chunks held at a time
+    static constexpr int JS = 10 / BITS > KJ ? KJ : 10 / BITS;  // fields below the exponent
+    // Where rows begin inside words, a pair's field differs from row to row: bring every field to bit 0.
+    static constexpr bool ALIGNED = PAIRS % KJ == 0 || KJ % PAIRS == 0;
+    static __host__ __device__ constexpr int exponent(int pair) { return ALIGNED ? BITS * ((pair % KJ) % JS) : 0; }
+    static __device__ __forceinline__ u32 field(const u32* w, int row, int pair) {
+        const int first = row * PAIRS, seq = first + pair;
+        const int base = !ALIGNED ? seq % KJ : PAIRS < KJ ? first % KJ : 0;  // brings the row's fields to bit 0
+        const int j = seq % KJ - base;
+        const int shift = BITS * base + BITS * JS * (j / JS);
+        const u32 mask = ((1u << BITS) - 1) * 0x00010001u << (BITS * (j % JS));
+        return (shift ? w[seq / KJ] >> shift : w[seq / KJ]) & mask;
+    }
+    static __host__ __device__ constexpr bool touches(int chunk, int tile0, int tiles) {
+        return chunk * T + T > tile0 && chunk * T < tile0 + tiles;
+    }
+    static __device__ __forceinline__ void load(u32* w, const u8* plane, int chunk, int lane) {
+        const u8* at = plane + (chunk * 32 + lane) * (W * 4);
+        if constexpr (W % 4 == 0) {
+#pragma unroll
+            for (int i = 0; i < W / 4; i++) {
+                const uint4 v = reinterpret_cast<const uint4*>(at)[i];
+                w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w;
+            }
+        } else if constexpr (W % 2 == 0) {
+#pragma unroll
+            for (int i = 0; i < W / 2; i++) {
+                const uint2 v = reinterpret_cast<const uint2*>(at)[i];
+                w[2 * i] = v.x; w[2 * i + 1] = v.y;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < W; i++) w[i] = reinterpret_cast<const u32*>(at)[i];
+        }
+    }
+};
+
+// s[m] += codes of token tile m . q, for tiles [mtile0, mtile0 + mtiles) and column pairs of channel group `group` of
+// `groups` (others count as zero); in units of 2^-24.
+template <int BITS, int WEIGHT>
+__device__ __forceinline__ void code_scores(float (*s)[4], const u8* plane, const half2* q, int lane, int mtile0, int mtiles,
+                                            int group, int groups) {
+    using K = Plane<P, D, BITS>;
+    u32 b[PAIRS];
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) {
+        b[p] = bits(__hmul2(q[p], both((float)(1 << WEIGHT) / (1 << K::exponent(p)))));
+        if (groups > 1 && ((lane & 3) * (D / 4) + 2 * p) * groups / D != group) b[p] = 0;
+    }
+#pragma unroll
+    for (int chunk0 = 0; chunk0 < K::CHUNKS; chunk0 += K::BLOCK) {  // independent sums side by side hide the latency of mma
+        u32 w[K::BLOCK][K::W];
+#pragma unroll
+        for (int i = 0; i < K::BLOCK; i++)
+            if (chunk0 + i < K::CHUNKS && K::touches(chunk0 + i, mtile0, mtiles)) K::load(w[i], plane, chunk0 + i, lane);
+#pragma unroll
+        for (int ks = 0; ks < DT; ks++)
+#pragma unroll
+            for (int i = 0; i < K::BLOCK * K::T; i++) {
+                const int m = chunk0 * K::T + i, tile = i % K::T;
+                if (m < mtile0 || m >= mtile0 + mtiles) continue;
+                mma(s[m], K::field(w[i / K::T], 2 * tile, 2 * ks), K::field(w[i / K::T], 2 * tile + 1, 2 * ks),
+                    K::field(w[i / K::T], 2 * tile, 2 * ks + 1), K::field(w[i / K::T], 2 * tile + 1, 2 * ks + 1), b[2 * ks], b[2 * ks + 1]);
+            }
+    }
+}
+
+// o[d] += codes of channel tile d . p over token tiles [mtile0, mtile0 + mtiles), for tiles [dtile0, dtile0 + dtiles).
+template <int BITS, int WEIGHT>
+__device__ __forceinline__ void code_values(float (*o)[4], const u8* plane, float (*p)[4], float unit, int lane, int mtile0,
+                                            int mtiles, int dtile0, int dtiles) {
+    using V = Plane<D, P, BITS>;
+    u32 b[MT][2];
+#pragma unroll
+    for (int m = mtile0; m < mtile0 + mtiles; m++)
+#pragma unroll
+        for (int a = 0; a < 2; a++) {
+            const float x = unit * ((float)(1 << WEIGHT) / (1 << V::exponent(2 * m + a)));
+            b[m][a] = transposed(bits(__floats2half2_rn(p[m][2 * a] * x, p[m][2 * a + 1] * x)));
+        }
+#pragma unroll
+    for (int chunk0 = 0; chunk0 < V::CHUNKS; chunk0 += V::BLOCK) {
+        u32 w[V::BLOCK][V::W];
+#pragma unroll
+        for (int i = 0; i < V::BLOCK; i++)
+            if (chunk0 + i < V::CHUNKS && V::touches(chunk0 + i, dtile0, dtiles)) V::load(w[i], plane, chunk0 + i, lane);
+#pragma unroll
+        for (int m = mtile0; m < mtile0 + mtiles; m++)
+#pragma unroll
+            for (int i = 0; i < V::BLOCK * V::T; i++) {
+                const int d = chunk0 * V::T + i, tile = i % V::T;
+                if (d < dtile0 || d >= dtile0 + dtiles) continue;
+                mma(o[d], V::field(w[i / V::T], 2 * tile, 2 * m), V::field(w[i / V::T], 2 * tile + 1, 2 * m),
+                    V::field(w[i / V::T], 2 * tile, 2 * m + 1), V::field(w[i / V::T], 2 * tile + 1, 2 * m + 1), b[m][0], b[m][1]);
+            }
+    }
+}
+
+// s += elements of 16 tokens . q; lo and hi are rows g and g + 8 at this thread's channels.
+__device__ __forceinline__ void raw_scores(float* s, const u8* lo, const u8* hi, const half2* q) {
+#pragma unroll
+    for (int ks = 0; ks < DT; ks++) {
+        const uint2 a = reinterpret_cast<const uint2*>(lo)[ks], c = reinterpret_cast<const uint2*>(hi)[ks];
+        mma(s, element2(a.x), element2(c.x), element2(a.y), element2(c.y), bits(q[2 * ks]), bits(q[2 * ks + 1]));
+    }
+}
+
+// o += p . elements of 16 tokens, fp16 rows of D in shared memory (bf16 there is converted on the way).
+__device__ __forceinline__ void raw_values(float (*o)[4], u32 rows, const float* p, int lane, bool converted) {
+    const u32 b0 = transposed(bits(__floats2half2_rn(p[0], p[1]))), b1 = transposed(bits(__floats2half2_rn(p[2], p[3])));
+    const u32 at = rows + ((lane & 7) + (lane >= 16 ? 8 : 0)) * (D * 2) + (lane & 8) * 2;
+#pragma unroll
+    for (int d = 0; d < DT; d++) {
+        u32 a0, a1, a2, a3;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a0), "=r"(a1), "=r"(a2), "=r"(a3) : "r"(at + d * 32));
+        if (!converted) { a0 = element2(a0); a1 = element2(a1); a2 = element2(a2); a3 = element2(a3); }
+        mma(o[d], a0, a1, a2, a3, b0, b1);
+    }
+}
+
+struct Row {  // one of the two rows whose scores a thread holds
+    const u8* mask;
+    int last, boundary;  // newest slot it may read; first slot that it reads from the tail rather than from pages
+    __device__ __forceinline__ bool sees(int slot) const { return slot <= last && (!mask || mask[slot]); }
+};
+
+struct Softmax {  // running maximum (base 2) and sum of the two rows
+    float m0 = NEVER, m1 = NEVER, l0 = 0.f, l1 = 0.f;
+    // Turns scores of n tiles into weights; the factors of what was summed before go to r0, r1.
+    template <int N> __device__ __forceinline__ void update(float (*s)[4], float& r0, float& r1) {
+        float x0 = m0, x1 = m1;
+#pragma unroll
+        for (int m = 0; m < N; m++) { x0 = fmaxf(x0, fmaxf(s[m][0], s[m][2])); x1 = fmaxf(x1, fmaxf(s[m][1], s[m][3])); }
+#pragma unroll
+        for (int k = 4; k < 32; k *= 2) { x0 = fmaxf(x0, __shfl_xor_sync(ALL, x0, k)); x1 = fmaxf(x1, __shfl_xor_sync(ALL, x1, k)); }
+        r0 = exp2_(m0 - x0); r1 = exp2_(m1 - x1);
+        m0 = x0; m1 = x1; l0 *= r0; l1 *= r1;
+#pragma unroll
+        for (int m = 0; m < N; m++) {
+            s[m][0] = exp2_(s[m][0] - m0); s[m][1] = exp2_(s[m][1] - m1); s[m][2] = exp2_(s[m][2] - m0); s[m][3] = exp2_(s[m][3] - m1);
+            l0 += s[m][0] + s[m][2]; l1 += s[m][1] + s[m][3];
+        }
+    }
+};
+
+__device__ __forceinline__ void scale_all(float (*o)[4], float r0, float r1) {
+#pragma unroll
+    for (int i = 0; i < DT; i++) { o[i][0] *= r0; o[i][1] *= r1; o[i][2] *= r0; o[i][3] *= r1; }
+}
+
+__device__ __forceinline__ float over_rows(float x) {  // sum over the 8 lanes that share a column
+#pragma unroll
+    for (int k = 4; k < 32; k *= 2) x += __shfl_xor_sync(ALL, x, k);
+    return x;
+}
+
+// The largest of positive fp16 numbers over the warp, as its bits.
+__device__ __forceinline__ int warp_max(half2 x) {
+    return __reduce_max_sync(ALL, max(__half_as_ushort(__low2half(x)), __half_as_ushort(__high2half(x))));
+}
+
+// Query [batch, query_heads, queries, D] by strides in elements; rows of a KV head: row = head * queries + query.
+// Pages: by strides in bytes, in order, or through table [batch, table_stride] of page numbers. heads: KV head of each
+// head of `pages`. Sinks and tail [batch, kv_heads, tokens, D] by strides in elements. lens: {pages, tail, length} of
+// each sequence, read on the device in place of the three numbers. mask [batch, query, slot]. visible: pages each query
+// may read. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
+// [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero.
+extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
+    const u8* __restrict__ q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
+    const u8* __restrict__ pages, i64 page_batch, i64 page_head, i64 page_bytes, const int* __restrict__ table, int table_stride,
+    const int* __restrict__ heads, const u8* __restrict__ sink_k, const u8* __restrict__ sink_v, i64 sink_batch, i64 sink_head,
+    i64 sink_token, int num_sinks, const u8* __restrict__ tail_k, const u8* __restrict__ tail_v, i64 tail_batch, i64 tail_head,
+    i64 tail_token, const int* __restrict__ lens, int num_pages, int num_tail, int length, const u8* __restrict__ mask,
+    i64 mask_batch, i64 mask_query, const i64* __restrict__ visible, float scale_log2, float softcap,
+    const float* __restrict__ sink_logits, float* __restrict__ part_o, float* __restrict__ part_ml, int* __restrict__ turn,
+    u8* __restrict__ out, float* __restrict__ lse) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+    const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
+    const int row_tiles = (group * queries + 7) / 8, own = blockIdx.y / row_tiles, row0 = blockIdx.y % row_tiles * 8;
+    const int head = heads ? heads[own] : own, rows = min(8, group * queries - row0);
+    if (lens) { num_pages = lens[3 * batch]; num_tail = lens[3 * batch + 1]; length = lens[3 * batch + 2]; }
+    extern __shared__ __align__(16) u8 shared[];
+
+    // Units of work, in order: pages, then 16 exact tokens at a time. Each warp takes a run of them.
+    const int sink_units = (num_sinks + 15) / 16, tail_units = (num_tail + 15) / 16;
+    const int units = num_pages + sink_units + tail_units;
+    const int each = (units + splits * WARPS - 1) / (splits * WARPS);
+    const int first = (split * WARPS + warp) * each, last = min(first + each, units);
+    const int last_page = min(last, num_pages);
+    const u8* base = pages + batch * (table ? 0 : page_batch) + own * page_head;
+    u8* ring = shared + warp * STAGES * PAGE;
+    auto fetch = [&](int page) {
+        if (page < last_page) {
+            const i64 number = table ? table[(i64)batch * table_stride + page] : page;
+            const u8* from = base + number * page_bytes;
+            const u32 to = (u32)__cvta_generic_to_shared(ring + ((page - first) % STAGES) * PAGE);
+#pragma unroll
+            for (int i = 0; i < (PAGE / 16 + 31) / 32; i++)
+                if (i * 32 + lane < PAGE / 16)
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + (i * 32 + lane) * 16), "l"(from + (i * 32 + lane) * 16));
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) fetch(first + i);
+
+    // The query, normalised by a power of two so that products with scales stay in fp16: row g, channels t * D/4 ..
+    const u8* q_row;
+    {
+        const int r = row0 + (g < rows ? g : 0);
+        q_row = q + 2 * (batch * q_batch + (i64)(head * group + r / queries) * q_head + (r % queries) * q_query + t * (D / 4));
+    }
+    half2 q2[PAIRS];
+    float down = 1.f;
+    auto load_query = [&](float factor) {
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) {
+            const u32 x = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
+#if BF16
+            q2[p] = __floats2half2_rn(__uint_as_float(x << 16) * factor, __uint_as_float(x & 0xffff0000u) * factor);
+#else
+            q2[p] = __floats2half2_rn(__low2float(as_half2(x)) * factor, __high2float(as_half2(x)) * factor);
+#endif
+        }
+    };
+    float unit0, unit1;  // of scores of rows 2t, 2t + 1, in base 2
+    {
+        float norm = 0.f;
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) {
+            const u32 x = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
+#if BF16
+            norm = fmaxf(norm, fmaxf(fabsf(__uint_as_float(x << 16)), fabsf(__uint_as_float(x & 0xffff0000u))));
+#else
+            norm = fmaxf(norm, fmaxf(fabsf(__low2float(as_half2(x))), fabsf(__high2float(as_half2(x)))));
+#endif
+        }
+        norm = fmaxf(norm, __shfl_xor_sync(ALL, norm, 1));
+        norm = fmaxf(norm, __shfl_xor_sync(ALL, norm, 2));
+        const int e = norm > 1e-30f ? ilogbf(norm) + 1 : 0;
+        down = ldexpf(1.f, -e);
+        const float unit = ldexpf(1.f, e) * scale_log2;
+        unit0 = __shfl_sync(ALL, unit, 8 * t); unit1 = __shfl_sync(ALL, unit, 8 * t + 4);
+        load_query(down);
+    }
+    Row seer[2];
+    if constexpr (MASKED) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int query = (row0 + min(2 * t + i, rows - 1)) % queries;
+            seer[i].last = length - queries + query;
+            seer[i].boundary = num_sinks + (visible ? (int)visible[query] : num_pages) * P;
+            seer[i].mask = mask ? mask + batch * mask_batch + query * mask_query : nullptr;
+        }
+    }
+    auto capped = [&](float s) { return SOFTCAP ? softcap * tanhf(s / softcap) : s; };
+
+    float o[DT][4] = {}, z0[VGROUPS] = {}, z1[VGROUPS] = {};
+    Softmax sm;
+    int kexp = 0, vexp = 8;  // powers of two on Q for the keys' scales, on P for the values'
+    float qsum0[KGROUPS] = {}, qsum1[KGROUPS] = {};
+    if constexpr (KTOK && !KRAW) {  // sums of q over each channel group, for the zero points
+        kexp = 4;
+#pragma unroll
+        for (int grp = 0; grp < KGROUPS; grp++) {
+            float c[4] = {};
+#pragma unroll
+            for (int ks = 0; ks < DT; ks++) {
+                const bool a = (t * (D / 4) + 4 * ks) * KGROUPS / D == grp, b = (t * (D / 4) + 4 * ks + 2) * KGROUPS / D == grp;
+                const u32 one = bits(both(1.f));
+                mma(c, one, one, one, one, a ? bits(q2[2 * ks]) : 0u, b ? bits(q2[2 * ks + 1]) : 0u);
+            }
+            qsum0[grp] = c[0]; qsum1[grp] = c[1];
+        }
+        load_query(down * pow2(kexp));
+    }
+
+    for (int page = first; page < last_page; page++) {
+        __syncwarp();
+        fetch(page + STAGES - 1);
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
+        __syncwarp();
+        const u8* rec = ring + ((page - first) % STAGES) * PAGE;
+
+        float s[MT][4] = {};
+        if constexpr (KRAW) {
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                const u8* lo = rec + 2 * ((16 * m + g) * D + t * (D / 4));
+                raw_scores(s[m], lo, lo + 2 * 8 * D, q2);
+#pragma unroll
+                for (int i = 0; i < 4; i++) s[m][i] *= i & 1 ? unit1 : unit0;
+            }
+        } else if constexpr (KTOK) {
+            const float kunit = pow2(24 - kexp);
+#pragma unroll
+            for (int grp = 0; grp < KGROUPS; grp++) {
+                float part[MT][4] = {};
+                code_scores<KB0, 0>(part, rec, q2, lane, 0, MT, grp, KGROUPS);
+                if constexpr (KB1 > 0) code_scores<KB1 ? KB1 : 1, KB0>(part, rec + P * D * KB0 / 8, q2, lane, 0, MT, grp, KGROUPS);
+#pragma unroll
+                for (int m = 0; m < MT; m++)
+#pragma unroll
+                    for (int a = 0; a < 2; a++) {
+                        const int token = grp * P + 16 * m + 8 * a + g;
+                        float scale, zero;
+                        if constexpr (KSYM) {
+                            scale = __half2float(reinterpret_cast<const __half*>(rec + KCODES)[token]);
+                            zero = -0.5f * ((1 << KB) - 1) * scale;
+                        } else {
+                            const half2 pair = reinterpret_cast<const half2*>(rec + KCODES)[token];
+                            scale = __low2float(pair); zero = __high2float(pair);
+                        }
+                        s[m][2 * a] += (part[m][2 * a] * kunit * scale + zero * qsum0[grp]) * unit0;
+                        s[m][2 * a + 1] += (part[m][2 * a + 1] * kunit * scale + zero * qsum1[grp]) * unit1;
+                    }
+            }
+        } else {
+            u32 scales[KGROUPS][PAIRS];
+            half2 most = both(0.f);
+#pragma unroll
+            for (int grp = 0; grp < KGROUPS; grp++) {
+                load_channels(scales[grp], rec + KCODES + 2 * (grp * D + t * (D / 4)));
+#pragma unroll
+                for (int p = 0; p < PAIRS; p++) most = __hmax2(most, as_half2(scales[grp][p]));
+            }
+            // Keep the largest product within 2^0 .. 2^6: weights of the second plane fit above it, small ones below.
+            const int top = (warp_max(most) >> 10) - 14;  // scales < 2^top
+            if (kexp + top > 6 || kexp + top < 1) {
+                kexp = min(4 - top, 14);
+                load_query(down * pow2(kexp));
+            }
+            const float kunit = pow2(24 - kexp), zunit = pow2(-kexp);
+            float zs[KGROUPS][4] = {};
+#pragma unroll
+            for (int grp = 0; grp < KGROUPS; grp++) {
+                half2 qs[PAIRS];
+#pragma unroll
+                for (int p = 0; p < PAIRS; p++) qs[p] = __hmul2(q2[p], as_half2(scales[grp][p]));
+                if constexpr (KSYM) {
+#pragma unroll
+                    for (int ks = 0; ks < DT; ks++) {
+                        const u32 half_levels = bits(both(-0.5f * ((1 << KB) - 1)));
+                        mma(zs[grp], half_levels, half_levels, half_levels, half_levels, bits(qs[2 * ks]), bits(qs[2 * ks + 1]));
+                    }
+                } else {
+                    u32 z[PAIRS];
+                    load_channels(z, rec + KCODES + 2 * (KGROUPS * D + grp * D + t * (D / 4)));
+#pragma unroll
+                    for (int ks = 0; ks < DT; ks++)
+                        mma(zs[grp], z[2 * ks], z[2 * ks], z[2 * ks + 1], z[2 * ks + 1], bits(q2[2 * ks]), bits(q2[2 * ks + 1]));
+                }
+                constexpr int OWN = MT / KGROUPS;
+                code_scores<KB0, 0>(s, rec, qs, lane, grp * OWN, OWN, 0, 1);
+                if constexpr (KB1 > 0) code_scores<KB1 ? KB1 : 1, KB0>(s, rec + P * D * KB0 / 8, qs, lane, grp * OWN, OWN, 0, 1);
+            }
+            const float f0 = unit0 * kunit, f1 = unit1 * kunit, e0 = unit0 * zunit, e1 = unit1 * zunit;
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                const float* z = zs[m * KGROUPS / MT];
+                s[m][0] = s[m][0] * f0 + z[0] * e0; s[m][1] = s[m][1] * f1 + z[1] * e1;
+                s[m][2] = s[m][2] * f0 + z[0] * e0; s[m][3] = s[m][3] * f1 + z[1] * e1;
+            }
+        }
+        if constexpr (SOFTCAP || MASKED) {
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int slot = num_sinks + page * P + 16 * m + 8 * (i >> 1) + g;
+                    s[m][i] = capped(s[m][i]);
+                    if constexpr (MASKED)
+                        if (slot >= seer[i & 1].boundary || !seer[i & 1].sees(slot)) s[m][i] = NEVER;
+                }
+        }
+        float r0, r1;
+        sm.update<MT>(s, r0, r1);
+
+        const u8* vrec = rec + KCODES + KPARAMS;
+        if constexpr (VRAW) {
+            scale_all(o, r0, r1);
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+                raw_values(o, (u32)__cvta_generic_to_shared(vrec + 16 * m * D * 2), s[m], lane, false);
+        } else if constexpr (VCH) {
+            scale_all(o, r0, r1);
+            const __half* scales = reinterpret_cast<const __half*>(vrec + VCODES);
+            constexpr int OWN = MT / VGROUPS;
+#pragma unroll
+            for (int grp = 0; grp < VGROUPS; grp++) {
+                float part[DT][4] = {}, sum0 = 0.f, sum1 = 0.f;
+                code_values<VB0, 0>(part, vrec, s, 256.f, lane, grp * OWN, OWN, 0, DT);
+                if constexpr (VB1 > 0) code_values<VB1 ? VB1 : 1, VB0>(part, vrec + P * D * VB0 / 8, s, 256.f, lane, grp * OWN, OWN, 0, DT);
+#pragma unroll
+                for (int m = grp * OWN; m < grp * OWN + OWN; m++) { sum0 += s[m][0] + s[m][2]; sum1 += s[m][1] + s[m][3]; }
+                sum0 = over_rows(sum0); sum1 = over_rows(sum1);
+#pragma unroll
+                for (int i = 0; i < 2 * DT; i++) {
+                    const int channel = grp * D + 16 * (i >> 1) + 8 * (i & 1) + g;
+                    const float scale = __half2float(scales[channel]);
+                    const float zero = VSYM ? -0.5f * ((1 << VB) - 1) * scale : __half2float(scales[VGROUPS * D + channel]);
+                    float* c = o[i >> 1] + 2 * (i & 1);
+                    const float* x = part[i >> 1] + 2 * (i & 1);
+                    c[0] += x[0] * (scale * 65536.f) + zero * sum0; c[1] += x[1] * (scale * 65536.f) + zero * sum1;
+                }
+            }
+        } else {
+            half2 pairs[VGROUPS * MT][2];  // (scale, zero) of the thread's tokens
+            u32 most = 0;
+#pragma unroll
+            for (int i = 0; i < VGROUPS * MT * 2; i++) {
+                const int token = i / (2 * MT) * P + 16 * (i / 2 % MT) + 8 * (i & 1) + g;
+                if constexpr (VSYM) {
+                    const __half scale = reinterpret_cast<const __half*>(vrec + VCODES)[token];
+                    pairs[i >> 1][i & 1] = __floats2half2_rn(__half2float(scale), 0.f);
+                } else {
+                    pairs[i >> 1][i & 1] = reinterpret_cast<const half2*>(vrec + VCODES)[token];
+                }
+                most = max(most, bits(pairs[i >> 1][i & 1]) & 0x7fffu);
+            }
+            const int top = ((int)__reduce_max_sync(ALL, most) >> 10) - 14;
+            float unit = 1.f;
+            if (vexp + top > 9 || vexp + top < -1) {
+                const int now = min(7 - top, 20);
+                unit = pow2(now - vexp); vexp = now;
+            }
+            scale_all(o, r0 * unit, r1 * unit);
+            constexpr int OWN = DT / VGROUPS;
+#pragma unroll
+            for (int grp = 0; grp < VGROUPS; grp++) {
+                float ps[MT][4];
+                z0[grp] *= r0; z1[grp] *= r1;
+#pragma unroll
+                for (int m = 0; m < MT; m++)
+#pragma unroll
+                    for (int a = 0; a < 2; a++) {
+                        const half2 pair = pairs[grp * MT + m][a];
+                        const float scale = __low2float(pair), zero = VSYM ? -0.5f * ((1 << VB) - 1) * scale : __high2float(pair);
+                        ps[m][2 * a] = s[m][2 * a] * scale; ps[m][2 * a + 1] = s[m][2 * a + 1] * scale;
+                        z0[grp] += s[m][2 * a] * zero; z1[grp] += s[m][2 * a + 1] * zero;
+                    }
+                code_values<VB0, 0>(o, vrec, ps, pow2(vexp), lane, 0, MT, grp * OWN, OWN);
+                if constexpr (VB1 > 0) code_values<VB1 ? VB1 : 1, VB0>(o, vrec + P * D * VB0 / 8, ps, pow2(vexp), lane, 0, MT, grp * OWN, OWN);
+            }
+        }
+    }
+    if constexpr (!VRAW && !VCH) {  // from here on in true units, zero points included
+        const float vunit = pow2(24 - vexp);
+#pragma unroll
+        for (int grp = 0; grp < VGROUPS; grp++) { z0[grp] = over_rows(z0[grp]); z1[grp] = over_rows(z1[grp]); }
+#pragma unroll
+        for (int i = 0; i < DT; i++) {
+            const float a = z0[i * VGROUPS / DT], b = z1[i * VGROUPS / DT];
+            o[i][0] = o[i][0] * vunit + a; o[i][1] = o[i][1] * vunit + b; o[i][2] = o[i][2] * vunit + a; o[i][3] = o[i][3] * vunit + b;
+        }
+    }
+
+    if (last > max(first, num_pages)) {
+        load_query(down);
+        u32* stage = reinterpret_cast<u32*>(ring);
+        for (int unit = max(first, num_pages); unit < last; unit++) {
+            const bool is_sink = unit < num_pages + sink_units;
+            const int begin = (unit - num_pages - (is_sink ? 0 : sink_units)) * 16, count = is_sink ? num_sinks : num_tail;
+            const i64 stride = is_sink ? sink_token : tail_token;
+            const i64 at = is_sink ? batch * sink_batch + head * sink_head : batch * tail_batch + head * tail_head;
+            const u8* k = (is_sink ? sink_k : tail_k) + 2 * at;
+            const u8* v = (is_sink ? sink_v : tail_v) + 2 * at;
+            __syncwarp();
+            constexpr int ROW_LOADS = D / 8;  // 16 bytes each
+            for (int i = lane; i < 16 * ROW_LOADS; i += 32) {
+                const int token = begin + i / ROW_LOADS;
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (token < count) x = *reinterpret_cast<const uint4*>(v + 2 * (token * stride + i % ROW_LOADS * 8));
+                reinterpret_cast<uint4*>(stage)[i] = make_uint4(element2(x.x), element2(x.y), element2(x.z), element2(x.w));
+            }
+            float s[1][4] = {};
+            const int lo = min(begin + g, count - 1), hi = min(begin + g + 8, count - 1);
+            raw_scores(s[0], k + 2 * (lo * stride + t * (D / 4)), k + 2 * (hi * stride + t * (D / 4)), q2);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int token = begin + 8 * (i >> 1) + g, slot = is_sink ? token : length - num_tail + token;
+                s[0][i] = capped(s[0][i] * (i & 1 ? unit1 : unit0));
+                if (token >= count) s[0][i] = NEVER;
+                if constexpr (MASKED)
+                    if ((!is_sink && slot < seer[i & 1].boundary) || !seer[i & 1].sees(slot)) s[0][i] = NEVER;
+            }
+            float r0, r1;
+            sm.update<1>(s, r0, r1);
+            scale_all(o, r0, r1);
+            __syncwarp();
+            raw_values(o, (u32)__cvta_generic_to_shared(stage), s[0], lane, true);
+        }
+    }
+
+    // Merge the block's warps, then, in the last block of the row tile, the splits.
+    sm.l0 = over_rows(sm.l0); sm.l1 = over_rows(sm.l1);
+    __syncthreads();
+    constexpr int PITCH = D + 4;
+    float* so = reinterpret_cast<float*>(shared);  // [WARPS][8][PITCH]
+    float* sml = so + WARPS * 8 * PITCH;           // [WARPS][8][2]
+#pragma unroll
+    for (int i = 0; i < DT; i++) {
+        float* lo = so + (warp * 8 + 2 * t) * PITCH + 16 * i + g;
+        lo[0] = o[i][0]; lo[PITCH] = o[i][1]; lo[8] = o[i][2]; lo[PITCH + 8] = o[i][3];
+    }
+    if (g == 0) {
+        float* ml = sml + (warp * 8 + 2 * t) * 2;
+        ml[0] = sm.m0; ml[1] = sm.l0; ml[2] = sm.m1; ml[3] = sm.l1;
+    }
+    __syncthreads();
+    const i64 tile = (i64)batch * gridDim.y + blockIdx.y;
+    float* my_o = part_o + (tile * splits + split) * 8 * D;
+    float* my_ml = part_ml + (tile * splits + split) * 16;
+    for (int i = threadIdx.x; i < rows * D; i += WARPS * 32) {
+        const int r = i / D, c = i % D;
+        float mx = NEVER, l = 0.f, acc = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) mx = fmaxf(mx, sml[(w * 8 + r) * 2]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float f = exp2_(sml[(w * 8 + r) * 2] - mx);
+            l += f * sml[(w * 8 + r) * 2 + 1]; acc += f * so[(w * 8 + r) * PITCH + c];
+        }
+        my_o[i] = acc;
+        if (c == 0) { my_ml[2 * r] = mx; my_ml[2 * r + 1] = l; }
+    }
+    __threadfence();
+    __syncthreads();
+    int* ticket = reinterpret_cast<int*>(shared);
+    if (threadIdx.x == 0) *ticket = atomicAdd(turn + tile, 1);
+    __syncthreads();
+    const bool is_last = *ticket == splits - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    if (threadIdx.x == 0) turn[tile] = 0;
+
+    float* weights = reinterpret_cast<float*>(shared);  // [8][splits]
+    const float* all_ml = part_ml + tile * splits * 16;
+    for (int r = warp; r < rows; r += WARPS) {
+        float mx = NEVER, l = 0.f;
+        for (int i = lane; i < splits; i += 32) mx = fmaxf(mx, __ldcg(all_ml + i * 16 + 2 * r));
+#pragma unroll
+        for (int k = 1; k < 32; k *= 2) mx = fmaxf(mx, __shfl_xor_sync(ALL, mx, k));
+        const int row = row0 + r, q_index = row % queries, h = head * group + row / queries;
+        const float sink = sink_logits ? sink_logits[h] * 1.4426950408889634f : NEVER;
+        for (int i = lane; i < splits; i += 32) {
+            const float f = exp2_(__ldcg(all_ml + i * 16 + 2 * r) - mx);
+            weights[r * splits + i] = f; l += f * __ldcg(all_ml + i * 16 + 2 * r + 1);
+        }
+#pragma unroll
+        for (int k = 1; k < 32; k *= 2) l += __shfl_xor_sync(ALL, l, k);
+        if (sink_logits) {  // only the denominator knows of it
+            const float top = fmaxf(mx, sink);
+            l = l * exp2_(mx - top) + exp2_(sink - top);
+            for (int i = lane; i < splits; i += 32) weights[r * splits + i] *= exp2_(mx - top);
+            mx = top;
+        }
+        for (int i = lane; i < splits; i += 32) weights[r * splits + i] /= l;
+        if (lse && lane == 0) lse[((i64)batch * query_heads + h) * queries + q_index] = (mx + log2f(l)) * 0.6931471805599453f;
+    }
+    __syncthreads();
+    const float* all_o = part_o + tile * splits * 8 * D;
+    for (int i = threadIdx.x; i < rows * D / 4; i += WARPS * 32) {
+        const int r = 4 * i / D, c = 4 * i % D, row = row0 + r;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 16
+        for (int k = 0; k < splits; k++) {
+            const float4 v = __ldcg(reinterpret_cast<const float4*>(all_o + (i64)k * 8 * D) + i);
+            const float f = weights[r * splits + k];
+            sum.x += f * v.x; sum.y += f * v.y; sum.z += f * v.z; sum.w += f * v.w;
+        }
+        const i64 to = (((i64)batch * queries + row % queries) * query_heads + head * group + row / queries) * D + c;
+#if BF16
+        __nv_bfloat162* at = reinterpret_cast<__nv_bfloat162*>(out + 2 * to);
+        at[0] = __floats2bfloat162_rn(sum.x, sum.y); at[1] = __floats2bfloat162_rn(sum.z, sum.w);
+#else
+        half2* at = reinterpret_cast<half2*>(out + 2 * to);
+        at[0] = __floats2half2_rn(sum.x, sum.y); at[1] = __floats2half2_rn(sum.z, sum.w);
+#endif
+    }
+}
