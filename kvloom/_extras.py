@@ -13,6 +13,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "gguf": ("gguf", "accelerate"),
     "gpu": ("cuda.core",),
     "hqq": ("hqq",),
+    "plot": ("matplotlib",),
     "quanto": ("optimum.quanto", "ninja"),
 }
 """Extra of pyproject.toml -> the modules it brings."""

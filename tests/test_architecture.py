@@ -30,6 +30,7 @@ DOORS: dict[str, set[str] | str] = {
     "signals": RUNTIME | {"cache"},
     "allocate": {"plan", "signals"},
     "evaluate": {"plan", "cache"},
+    "bench": {"pages", "codecs", "kernels", "evaluate"},
     "report": {"evaluate"},
     "testing": {"codecs", "eviction", "signals"},
     "integrations": PUBLIC_API,

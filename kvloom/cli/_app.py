@@ -8,11 +8,12 @@ import typer
 from typer.core import TyperGroup
 
 from kvloom import __version__, errors
-from kvloom.cli import _assets, _doctor, _evaluate, _plan, _profile, _run
+from kvloom.cli import _assets, _bench, _doctor, _evaluate, _plan, _profile, _run
 
 _SHOWN = (
     errors.CacheError,
     errors.DataError,
+    errors.KernelError,
     errors.MissingExtraError,
     errors.ModelError,
     errors.PlanError,
@@ -73,3 +74,4 @@ for command in (
     _evaluate.demo,
 ):
     app.command(name="eval" if command is _evaluate.evaluate else None)(command)
+app.add_typer(_bench.app, name="bench")

@@ -75,7 +75,7 @@ def _check_range(low: torch.Tensor, high: torch.Tensor) -> None:
 
 
 def _asymmetric(low: torch.Tensor, high: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    zero = _fp16_down(low)
+    zero = _fp16_down(low + 0.0)  # +0 always: the sign of a minimum of both zeros depends on who finds it
     # By a tensor: CUDA divides by a number inexactly, and codes must be the same on every device.
     return _fp16_up((high - zero.to(high.dtype)) / high.new_full((1,), fmt.levels)), zero
 

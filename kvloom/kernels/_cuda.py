@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from kvloom.errors import KernelError
-from kvloom.kernels import _nvrtc
+from kvloom.kernels import _cuda_pages, _nvrtc
 from kvloom.kernels._nvrtc import Defines
 from kvloom.kernels._torch import TorchBackend
 from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout
@@ -16,15 +16,12 @@ from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout
 # movmatrix, redux and cp.async: Ampere and later.
 MIN_CAPABILITY = (8, 0)
 ROWS = 8  # query rows of one block, the N of the matrix instruction
-STAGES = 2
 PAGE_TOKENS = (64, 128)
 LOG2E = 1.4426950408889634
-# Shared memory of one block, and of all blocks of a multiprocessor, that the launch plans with.
-_RESERVED_BYTES = 1024
 
 
 class CudaBackend(TorchBackend):
-    """Attention over pages as one launch; what it does not serve goes to the reference.
+    """Attention over pages as one launch; packing and unpacking likewise. What is not served goes to the reference.
 
     Served: fp16 and bf16, pages of 64 or 128 tokens, boolean masks. A pass with more query rows of a KV head than a
     page has tokens is left to dense attention over unpacked pages, which is then faster.
@@ -39,6 +36,14 @@ class CudaBackend(TorchBackend):
         if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             raise KernelError(f"{torch.cuda.get_device_name(device)} is older than Ampere")
         _nvrtc.compiler_version()
+
+    def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        """See `Backend.encode`."""
+        return _cuda_pages.encode(key, value, layout)
+
+    def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.decode`."""
+        return _cuda_pages.decode(data, layout, dtype)
 
     def attend(
         self,
@@ -144,6 +149,15 @@ def attend_pages(
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How a kernel is cut up: warps of a block, pages a warp has on their way, blocks of a multiprocessor."""
+
+    warps: int
+    stages: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class _Launch:
     module: _nvrtc.Module
     warps: int
@@ -155,21 +169,40 @@ class _Launch:
 def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, capped: bool) -> _Launch:
     rows = query.shape[1] // kv.shape[1] * query.shape[2]
     row_tiles = -(-rows // ROWS)
-    warps = _warps(group.layout)
-    shared = _shared_bytes(group.layout, warps)
     device = query.device.index
-    slots = _multiprocessors(device) * max(1, min(_BLOCKS, _shared_limit(device) // (shared + _RESERVED_BYTES)))
+    tiles = query.shape[0] * len(group.heads) * row_tiles
+    shape = launch_shape(group.layout, tiles * kv.num_pages // _multiprocessors(device))
+    slots = _multiprocessors(device) * shape.blocks
     units = kv.num_pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
-    splits = max(1, min(slots // (query.shape[0] * len(group.heads) * row_tiles), -(-units // warps)))
-    defines = attend_defines(group.layout, warps, query.dtype == torch.bfloat16, masked, capped)
-    return _Launch(_nvrtc.module("attend.cu", defines), warps, splits, row_tiles, shared)
-
-
-_BLOCKS = 3  # blocks of a multiprocessor that registers allow
+    splits = max(1, min(slots // tiles, -(-units // shape.warps)))
+    shared = max(_shared_bytes(group.layout, shape), ROWS * 4 * splits)
+    defines = attend_defines(group.layout, shape, query.dtype == torch.bfloat16, masked, capped)
+    return _Launch(_nvrtc.module("attend.cu", defines), shape.warps, splits, row_tiles, shared)
 
 
 @lru_cache(maxsize=1024)
-def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: bool, capped: bool) -> Defines:
+def launch_shape(layout: PageLayout, pages: int) -> Shape:
+    """How to cut up a launch, as measured on an H100 (benchmarks/LOG.md): one block of eight warps, if they find work.
+
+    Args:
+        layout: Of the pages.
+        pages: That a multiprocessor has to read.
+    """
+    small = pages < _BUSY_PAGES
+    for shape in (Shape(8, 2, 1), Shape(4, 2, 1), Shape(2, 2, 1), Shape(1, 2, 1)):
+        fits = shape.blocks * (_shared_bytes(layout, shape) + _RESERVED_BYTES) <= _SHARED_BYTES
+        if fits and (shape.warps <= 4 or not small):
+            return shape
+    raise AssertionError("two pages of every layout fit")  # 256 channels of 16 bits: 128 KiB
+
+
+_BUSY_PAGES = 16
+# Shared memory of a multiprocessor that blocks may fill, and what each of them takes besides its own.
+_SHARED_BYTES, _RESERVED_BYTES = 220 * 1024, 1024
+
+
+@lru_cache(maxsize=1024)
+def attend_defines(layout: PageLayout, shape: Shape, bf16: bool, masked: bool, capped: bool) -> Defines:
     """Macros of ``attend.cu`` for a layout."""
     key, value = layout.key, layout.value
     numbers = {
@@ -186,7 +219,8 @@ def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: bool, cap
         "BF16": bf16,
         "MASKED": masked,
         "SOFTCAP": capped,
-        "WARPS": warps,
+        "WARPS": shape.warps,
+        "STAGES": shape.stages,
     }
     return tuple((name, int(number)) for name, number in numbers.items())
 
@@ -202,28 +236,15 @@ def _groups(side: SideLayout) -> int:
     return 1 if side.fmt.is_passthrough else side.groups
 
 
-def _warps(layout: PageLayout) -> int:
-    """Most warps, up to 4, whose rings fit in a block's shared memory."""
-    return next(warps for warps in (4, 2, 1) if warps == 1 or _shared_bytes(layout, warps) <= 160 * 1024)
-
-
-def _shared_bytes(layout: PageLayout, warps: int) -> int:
-    """The rings, or what merging the warps and the splits needs afterwards."""
-    merge = warps * ROWS * (layout.head_dim + 4 + 2) * 4
-    return max(warps * STAGES * layout.nbytes, merge, ROWS * 4 * _MAX_SPLITS)
-
-
-_MAX_SPLITS = 1024
+def _shared_bytes(layout: PageLayout, shape: Shape) -> int:
+    """The rings, or what merging the warps needs afterwards."""
+    ring = max(shape.stages * layout.nbytes, (shape.stages - 1) * layout.nbytes + 32 * layout.head_dim)
+    return shape.warps * max(ring, ROWS * (layout.head_dim + 4 + 2) * 4)
 
 
 @lru_cache(maxsize=16)
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache(maxsize=16)
-def _shared_limit(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @lru_cache(maxsize=1024)

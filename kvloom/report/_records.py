@@ -12,7 +12,8 @@ from kvloom.errors import DataError
 Record = dict[str, Any]
 
 NAMED = ("fidelity", "decode", "sample", "needle", "drift")
-KINDS = (*NAMED, "signal")
+BENCH = ("ceilings", "backend", "dense", "attend", "encode", "append")
+KINDS = (*NAMED, "signal", *(f"kernel_{kind}" for kind in BENCH))
 
 
 def load_records(source: str | Path) -> list[Record]:

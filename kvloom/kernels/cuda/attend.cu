@@ -25,19 +25,22 @@
 #define MASKED 0
 #define SOFTCAP 0
 #define WARPS 4
+#define STAGES 2
 #endif
 
 typedef unsigned int u32;
 typedef unsigned char u8;
 typedef long long i64;
 
-constexpr int STAGES = 2, MT = P / 16, DT = D / 16, PAIRS = D / 8;
+constexpr int MT = P / 16, DT = D / 16, PAIRS = D / 8;
 constexpr bool KRAW = KB0 == 16, VRAW = VB0 == 16;
 constexpr int KB = KB0 + KB1, VB = VB0 + VB1;
 constexpr int KCODES = P * D * KB / 8, VCODES = P * D * VB / 8;
 constexpr int KPARAMS = KRAW ? 0 : KGROUPS * (KTOK ? P : D) * (2 - KSYM) * 2;
 constexpr int VPARAMS = VRAW ? 0 : VGROUPS * (VCH ? D : P) * (2 - VSYM) * 2;
 constexpr int PAGE = KCODES + KPARAMS + VCODES + VPARAMS;
+// Shared bytes of a warp: pages on their way, the last slot shared with 16 exact values before it is needed.
+constexpr int RING = STAGES * PAGE > (STAGES - 1) * PAGE + 32 * D ? STAGES * PAGE : (STAGES - 1) * PAGE + 32 * D;
 #ifndef HELD
 #define HELD 32  // words of codes that a thread holds at a time
 #endif
@@ -218,6 +221,12 @@ __device__ __forceinline__ void raw_values(float (*o)[4], u32 rows, const float*
     }
 }
 
+// Where the share of a worker begins, of `total` things in order.
+__device__ __forceinline__ int share(u32 worker, u32 workers, u32 total) {
+    const u32 each = total / workers, more = total % workers;
+    return worker * each + worker * more / workers;
+}
+
 struct Row {  // one of the two rows whose scores a thread holds
     const u8* mask;
     int last, boundary;  // newest slot it may read; first slot that it reads from the tail rather than from pages
@@ -281,16 +290,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     if (lens) { num_pages = lens[3 * batch]; num_tail = lens[3 * batch + 1]; length = lens[3 * batch + 2]; }
     extern __shared__ __align__(16) u8 shared[];
 
-    // Units of work, in order: pages, then 16 exact tokens at a time. Each warp takes a run of them.
-    const int sink_units = (num_sinks + 15) / 16, tail_units = (num_tail + 15) / 16;
-    const int units = num_pages + sink_units + tail_units;
-    const int each = (units + splits * WARPS - 1) / (splits * WARPS);
-    const int first = (split * WARPS + warp) * each, last = min(first + each, units);
-    const int last_page = min(last, num_pages);
+    // Every warp takes an even share of the pages, in order, and of the exact tokens, 16 at a time.
+    const int sink_units = (num_sinks + 15) / 16, exact_units = sink_units + (num_tail + 15) / 16;
+    const u32 workers = splits * WARPS, worker = split * WARPS + warp;
+    const int first = share(worker, workers, num_pages), last = share(worker + 1, workers, num_pages);
     const u8* base = pages + batch * (table ? 0 : page_batch) + own * page_head;
-    u8* ring = shared + warp * STAGES * PAGE;
+    u8* ring = shared + warp * RING;
     auto fetch = [&](int page) {
-        if (page < last_page) {
+        if (page < last) {
             const i64 number = table ? table[(i64)batch * table_stride + page] : page;
             const u8* from = base + number * page_bytes;
             const u32 to = (u32)__cvta_generic_to_shared(ring + ((page - first) % STAGES) * PAGE);
@@ -311,37 +318,45 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         q_row = q + 2 * (batch * q_batch + (i64)(head * group + r / queries) * q_head + (r % queries) * q_query + t * (D / 4));
     }
     half2 q2[PAIRS];
-    float down = 1.f;
-    auto load_query = [&](float factor) {
+    float down;            // brings the query's largest element to [0.5, 1)
+    float unit0, unit1;    // of scores of rows 2t, 2t + 1, in base 2
+    int kexp = 4, vexp = 8;  // powers of two on Q for the keys' scales, on P for the values'
+    auto element = [&](u32 x, float& lo, float& hi) {
+#if BF16
+        lo = __uint_as_float(x << 16); hi = __uint_as_float(x & 0xffff0000u);
+#else
+        lo = __low2float(as_half2(x)); hi = __high2float(as_half2(x));
+#endif
+    };
+    auto scale_query = [&](const u32* raw, float factor) {
 #pragma unroll
         for (int p = 0; p < PAIRS; p++) {
-            const u32 x = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
-#if BF16
-            q2[p] = __floats2half2_rn(__uint_as_float(x << 16) * factor, __uint_as_float(x & 0xffff0000u) * factor);
-#else
-            q2[p] = __floats2half2_rn(__low2float(as_half2(x)) * factor, __high2float(as_half2(x)) * factor);
-#endif
+            float lo, hi;
+            element(raw[p], lo, hi);
+            q2[p] = __floats2half2_rn(lo * factor, hi * factor);
         }
     };
-    float unit0, unit1;  // of scores of rows 2t, 2t + 1, in base 2
+    auto load_query = [&](u32* raw) {
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) raw[p] = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
+    };
     {
-        float norm = 0.f;
+        u32 raw[PAIRS];
+        load_query(raw);
+        float norm = 0x1p-90f;
 #pragma unroll
         for (int p = 0; p < PAIRS; p++) {
-            const u32 x = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
-#if BF16
-            norm = fmaxf(norm, fmaxf(fabsf(__uint_as_float(x << 16)), fabsf(__uint_as_float(x & 0xffff0000u))));
-#else
-            norm = fmaxf(norm, fmaxf(fabsf(__low2float(as_half2(x))), fabsf(__high2float(as_half2(x)))));
-#endif
+            float lo, hi;
+            element(raw[p], lo, hi);
+            norm = fmaxf(norm, fmaxf(fabsf(lo), fabsf(hi)));
         }
         norm = fmaxf(norm, __shfl_xor_sync(ALL, norm, 1));
         norm = fmaxf(norm, __shfl_xor_sync(ALL, norm, 2));
-        const int e = norm > 1e-30f ? ilogbf(norm) + 1 : 0;
-        down = ldexpf(1.f, -e);
-        const float unit = ldexpf(1.f, e) * scale_log2;
+        const int e = (__float_as_int(norm) >> 23) - 126;
+        down = pow2(-e);
+        const float unit = pow2(e) * scale_log2;
         unit0 = __shfl_sync(ALL, unit, 8 * t); unit1 = __shfl_sync(ALL, unit, 8 * t + 4);
-        load_query(down);
+        scale_query(raw, down * pow2(kexp));
     }
     Row seer[2];
     if constexpr (MASKED) {
@@ -357,10 +372,46 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
 
     float o[DT][4] = {}, z0[VGROUPS] = {}, z1[VGROUPS] = {};
     Softmax sm;
-    int kexp = 0, vexp = 8;  // powers of two on Q for the keys' scales, on P for the values'
+    u32* stage = reinterpret_cast<u32*>(ring + (STAGES - 1) * PAGE);
+    const int last_unit = share(worker + 1, workers, exact_units);
+    for (int unit = share(worker, workers, exact_units); unit < last_unit; unit++) {
+        const bool is_sink = unit < sink_units;
+        const int begin = (unit - (is_sink ? 0 : sink_units)) * 16, count = is_sink ? num_sinks : num_tail;
+        const i64 stride = is_sink ? sink_token : tail_token;
+        const i64 at = is_sink ? batch * sink_batch + head * sink_head : batch * tail_batch + head * tail_head;
+        const u8* k = (is_sink ? sink_k : tail_k) + 2 * at;
+        const u8* v = (is_sink ? sink_v : tail_v) + 2 * at;
+        constexpr int LOADS = D / 8;  // of 16 bytes, a row; two rows' worth or more at a time
+        uint4 x[LOADS / 2];
+#pragma unroll
+        for (int i = 0; i < LOADS / 2; i++) {
+            const int n = i * 32 + lane, token = begin + n / LOADS;
+            x[i] = token < count ? *reinterpret_cast<const uint4*>(v + 2 * (token * stride + n % LOADS * 8)) : make_uint4(0, 0, 0, 0);
+        }
+        float s[1][4] = {};
+        const int lo = min(begin + g, count - 1), hi = min(begin + g + 8, count - 1);
+        raw_scores(s[0], k + 2 * (lo * stride + t * (D / 4)), k + 2 * (hi * stride + t * (D / 4)), q2);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < LOADS / 2; i++)
+            reinterpret_cast<uint4*>(stage)[i * 32 + lane] = make_uint4(element2(x[i].x), element2(x[i].y), element2(x[i].z), element2(x[i].w));
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int token = begin + 8 * (i >> 1) + g, slot = is_sink ? token : length - num_tail + token;
+            s[0][i] = capped(s[0][i] * (i & 1 ? unit1 : unit0) * pow2(-kexp));
+            if (token >= count) s[0][i] = NEVER;
+            if constexpr (MASKED)
+                if ((!is_sink && slot < seer[i & 1].boundary) || !seer[i & 1].sees(slot)) s[0][i] = NEVER;
+        }
+        float r0, r1;
+        sm.update<1>(s, r0, r1);
+        scale_all(o, r0, r1);
+        __syncwarp();
+        raw_values(o, (u32)__cvta_generic_to_shared(stage), s[0], lane, true);
+    }
+
     float qsum0[KGROUPS] = {}, qsum1[KGROUPS] = {};
     if constexpr (KTOK && !KRAW) {  // sums of q over each channel group, for the zero points
-        kexp = 4;
 #pragma unroll
         for (int grp = 0; grp < KGROUPS; grp++) {
             float c[4] = {};
@@ -370,12 +421,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 const u32 one = bits(both(1.f));
                 mma(c, one, one, one, one, a ? bits(q2[2 * ks]) : 0u, b ? bits(q2[2 * ks + 1]) : 0u);
             }
-            qsum0[grp] = c[0]; qsum1[grp] = c[1];
+            qsum0[grp] = c[0] * pow2(-kexp); qsum1[grp] = c[1] * pow2(-kexp);
         }
-        load_query(down * pow2(kexp));
     }
 
-    for (int page = first; page < last_page; page++) {
+    if constexpr (!VRAW && !VCH) scale_all(o, pow2(vexp - 24), pow2(vexp - 24));  // to units of codes and scaled weights
+    for (int page = first; page < last; page++) {
         __syncwarp();
         fetch(page + STAGES - 1);
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
@@ -389,7 +440,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 const u8* lo = rec + 2 * ((16 * m + g) * D + t * (D / 4));
                 raw_scores(s[m], lo, lo + 2 * 8 * D, q2);
 #pragma unroll
-                for (int i = 0; i < 4; i++) s[m][i] *= i & 1 ? unit1 : unit0;
+                for (int i = 0; i < 4; i++) s[m][i] *= (i & 1 ? unit1 : unit0) * pow2(-kexp);
             }
         } else if constexpr (KTOK) {
             const float kunit = pow2(24 - kexp);
@@ -428,7 +479,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
             const int top = (warp_max(most) >> 10) - 14;  // scales < 2^top
             if (kexp + top > 6 || kexp + top < 1) {
                 kexp = min(4 - top, 14);
-                load_query(down * pow2(kexp));
+                u32 raw[PAIRS];
+                load_query(raw);
+                scale_query(raw, down * pow2(kexp));
             }
             const float kunit = pow2(24 - kexp), zunit = pow2(-kexp);
             float zs[KGROUPS][4] = {};
@@ -544,7 +597,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
             }
         }
     }
-    if constexpr (!VRAW && !VCH) {  // from here on in true units, zero points included
+    if constexpr (!VRAW && !VCH) {  // back to true units, zero points included
         const float vunit = pow2(24 - vexp);
 #pragma unroll
         for (int grp = 0; grp < VGROUPS; grp++) { z0[grp] = over_rows(z0[grp]); z1[grp] = over_rows(z1[grp]); }
@@ -552,43 +605,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         for (int i = 0; i < DT; i++) {
             const float a = z0[i * VGROUPS / DT], b = z1[i * VGROUPS / DT];
             o[i][0] = o[i][0] * vunit + a; o[i][1] = o[i][1] * vunit + b; o[i][2] = o[i][2] * vunit + a; o[i][3] = o[i][3] * vunit + b;
-        }
-    }
-
-    if (last > max(first, num_pages)) {
-        load_query(down);
-        u32* stage = reinterpret_cast<u32*>(ring);
-        for (int unit = max(first, num_pages); unit < last; unit++) {
-            const bool is_sink = unit < num_pages + sink_units;
-            const int begin = (unit - num_pages - (is_sink ? 0 : sink_units)) * 16, count = is_sink ? num_sinks : num_tail;
-            const i64 stride = is_sink ? sink_token : tail_token;
-            const i64 at = is_sink ? batch * sink_batch + head * sink_head : batch * tail_batch + head * tail_head;
-            const u8* k = (is_sink ? sink_k : tail_k) + 2 * at;
-            const u8* v = (is_sink ? sink_v : tail_v) + 2 * at;
-            __syncwarp();
-            constexpr int ROW_LOADS = D / 8;  // 16 bytes each
-            for (int i = lane; i < 16 * ROW_LOADS; i += 32) {
-                const int token = begin + i / ROW_LOADS;
-                uint4 x = make_uint4(0, 0, 0, 0);
-                if (token < count) x = *reinterpret_cast<const uint4*>(v + 2 * (token * stride + i % ROW_LOADS * 8));
-                reinterpret_cast<uint4*>(stage)[i] = make_uint4(element2(x.x), element2(x.y), element2(x.z), element2(x.w));
-            }
-            float s[1][4] = {};
-            const int lo = min(begin + g, count - 1), hi = min(begin + g + 8, count - 1);
-            raw_scores(s[0], k + 2 * (lo * stride + t * (D / 4)), k + 2 * (hi * stride + t * (D / 4)), q2);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int token = begin + 8 * (i >> 1) + g, slot = is_sink ? token : length - num_tail + token;
-                s[0][i] = capped(s[0][i] * (i & 1 ? unit1 : unit0));
-                if (token >= count) s[0][i] = NEVER;
-                if constexpr (MASKED)
-                    if ((!is_sink && slot < seer[i & 1].boundary) || !seer[i & 1].sees(slot)) s[0][i] = NEVER;
-            }
-            float r0, r1;
-            sm.update<1>(s, r0, r1);
-            scale_all(o, r0, r1);
-            __syncwarp();
-            raw_values(o, (u32)__cvta_generic_to_shared(stage), s[0], lane, true);
         }
     }
 
@@ -624,10 +640,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         my_o[i] = acc;
         if (c == 0) { my_ml[2 * r] = mx; my_ml[2 * r + 1] = l; }
     }
-    __threadfence();
     __syncthreads();
     int* ticket = reinterpret_cast<int*>(shared);
-    if (threadIdx.x == 0) *ticket = atomicAdd(turn + tile, 1);
+    if (threadIdx.x == 0) {
+        __threadfence();
+        *ticket = atomicAdd(turn + tile, 1);
+    }
     __syncthreads();
     const bool is_last = *ticket == splits - 1;
     __syncthreads();
@@ -635,41 +653,49 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     __threadfence();
     if (threadIdx.x == 0) turn[tile] = 0;
 
+    // The first partial results are on their way while their weights are worked out.
+    constexpr int AHEAD = 16;
+    const float4* all_o = reinterpret_cast<const float4*>(part_o + tile * splits * 8 * D);
+    const int mine = min((int)threadIdx.x, rows * D / 4 - 1);
+    float4 early[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) early[k] = __ldcg(all_o + (i64)min(k, splits - 1) * 2 * D + mine);
+
     float* weights = reinterpret_cast<float*>(shared);  // [8][splits]
     const float* all_ml = part_ml + tile * splits * 16;
     for (int r = warp; r < rows; r += WARPS) {
-        float mx = NEVER, l = 0.f;
-        for (int i = lane; i < splits; i += 32) mx = fmaxf(mx, __ldcg(all_ml + i * 16 + 2 * r));
-#pragma unroll
-        for (int k = 1; k < 32; k *= 2) mx = fmaxf(mx, __shfl_xor_sync(ALL, mx, k));
-        const int row = row0 + r, q_index = row % queries, h = head * group + row / queries;
-        const float sink = sink_logits ? sink_logits[h] * 1.4426950408889634f : NEVER;
+        const int row = row0 + r, h = head * group + row / queries;
+        float mx = sink_logits ? sink_logits[h] * 1.4426950408889634f : NEVER, l = 0.f;  // a sink is in the sum alone
+        const float sink = mx;
         for (int i = lane; i < splits; i += 32) {
-            const float f = exp2_(__ldcg(all_ml + i * 16 + 2 * r) - mx);
-            weights[r * splits + i] = f; l += f * __ldcg(all_ml + i * 16 + 2 * r + 1);
-        }
-#pragma unroll
-        for (int k = 1; k < 32; k *= 2) l += __shfl_xor_sync(ALL, l, k);
-        if (sink_logits) {  // only the denominator knows of it
-            const float top = fmaxf(mx, sink);
-            l = l * exp2_(mx - top) + exp2_(sink - top);
-            for (int i = lane; i < splits; i += 32) weights[r * splits + i] *= exp2_(mx - top);
+            const float2 ml = __ldcg(reinterpret_cast<const float2*>(all_ml + i * 16 + 2 * r));
+            const float top = fmaxf(mx, ml.x);
+            l = l * exp2_(mx - top) + ml.y * exp2_(ml.x - top);
+            weights[r * splits + i] = ml.x;
             mx = top;
         }
-        for (int i = lane; i < splits; i += 32) weights[r * splits + i] /= l;
-        if (lse && lane == 0) lse[((i64)batch * query_heads + h) * queries + q_index] = (mx + log2f(l)) * 0.6931471805599453f;
+        const float own = mx;
+#pragma unroll
+        for (int k = 1; k < 32; k *= 2) mx = fmaxf(mx, __shfl_xor_sync(ALL, mx, k));
+        l *= exp2_(own - mx);
+#pragma unroll
+        for (int k = 1; k < 32; k *= 2) l += __shfl_xor_sync(ALL, l, k);
+        if (sink_logits) l += exp2_(sink - mx);
+        for (int i = lane; i < splits; i += 32) weights[r * splits + i] = exp2_(weights[r * splits + i] - mx) / l;
+        if (lse && lane == 0) lse[((i64)batch * query_heads + h) * queries + row % queries] = (mx + log2f(l)) * 0.6931471805599453f;
     }
     __syncthreads();
-    const float* all_o = part_o + tile * splits * 8 * D;
     for (int i = threadIdx.x; i < rows * D / 4; i += WARPS * 32) {
         const int r = 4 * i / D, c = 4 * i % D, row = row0 + r;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 16
-        for (int k = 0; k < splits; k++) {
-            const float4 v = __ldcg(reinterpret_cast<const float4*>(all_o + (i64)k * 8 * D) + i);
-            const float f = weights[r * splits + k];
-            sum.x += f * v.x; sum.y += f * v.y; sum.z += f * v.z; sum.w += f * v.w;
+        auto add = [&](const float4& v, float f) { sum.x += f * v.x; sum.y += f * v.y; sum.z += f * v.z; sum.w += f * v.w; };
+        int k = 0;
+        if (i == mine) {
+#pragma unroll
+            for (; k < AHEAD; k++) add(early[k], k < splits ? weights[r * splits + k] : 0.f);
         }
+#pragma unroll 8
+        for (; k < splits; k++) add(__ldcg(all_o + (i64)k * 2 * D + i), weights[r * splits + k]);
         const i64 to = (((i64)batch * queries + row % queries) * query_heads + head * group + row / queries) * D + c;
 #if BF16
         __nv_bfloat162* at = reinterpret_cast<__nv_bfloat162*>(out + 2 * to);

@@ -1,0 +1,269 @@
+"""Packing and unpacking of whole pages on a CUDA device: launchers of ``cuda/encode.cu`` and ``cuda/decode.cu``.
+
+Each is one launch for the keys and values of all sequences, heads and pages, and gives exactly the reference's bytes
+and numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+
+from kvloom.errors import CacheError, KernelError
+from kvloom.kernels._nvrtc import Defines, module
+from kvloom.pages import PageLayout, SideLayout
+
+MAX_HEAD_DIM = 256
+_BLOCK_TOKENS = 64  # a warp's, in per_channel groups
+_MAX_WARPS = 8
+_ALIGNMENT = 16
+_ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+
+
+def encode(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Pack whole pages. Waits for the device, to know that the elements are in range; `encode_into` need not.
+
+    Args:
+        key: fp32, fp16 or bf16 ``[batch, heads, pages * page_tokens, head_dim]``, any strides.
+        value: The same shape and dtype.
+        layout: Page layout of these heads.
+
+    Returns:
+        uint8 ``[batch, heads, pages, layout.nbytes]``.
+
+    Raises:
+        CacheError: An element to be quantised is NaN, infinite or beyond fp16's range.
+        KernelError: The kernels do not cover this layout or dtype.
+        ValueError: The tensors do not fit each other or the layout.
+    """
+    pages = key.shape[-2] // layout.page_tokens
+    out = torch.empty((*key.shape[:-2], pages, layout.nbytes), dtype=torch.uint8, device=key.device)
+    flag = torch.zeros(1, dtype=torch.int32, device=key.device)
+    encode_into(key, value, layout, out, flag)
+    check_range(flag)
+    return out
+
+
+def encode_into(
+    key: torch.Tensor, value: torch.Tensor, layout: PageLayout, out: torch.Tensor, flag: torch.Tensor | None = None
+) -> None:
+    """Pack whole pages into existing storage.
+
+    Args:
+        key: fp32, fp16 or bf16 ``[batch, heads, pages * page_tokens, head_dim]``. Channels that are not adjacent and
+            rows that do not start at multiples of 16 bytes are copied first.
+        value: The same shape and dtype.
+        layout: Page layout of these heads.
+        out: uint8 ``[batch, heads, pages, layout.nbytes]``, such as a slice of a page store: records are contiguous and
+            start at multiples of 16 bytes.
+        flag: int32 ``[1]`` that becomes 1 if an element to be quantised is NaN, infinite or beyond fp16's range, and is
+            never cleared, for `check_range` at a convenient time; None checks at once, which waits for the device.
+
+    Raises:
+        CacheError: ``flag`` is None and such an element exists; ``out`` then holds meaningless codes.
+        KernelError: The kernels do not cover this layout or dtype.
+        ValueError: The tensors do not fit each other or the layout.
+    """
+    _check_states(key, value, layout)
+    batch, heads, tokens, _ = key.shape
+    pages = tokens // layout.page_tokens
+    _check_records(out, (batch, heads, pages), layout, key.device)
+    seen = torch.zeros(1, dtype=torch.int32, device=key.device) if flag is None else flag
+    if out.numel():
+        key, value = _aligned(key), _aligned(value)
+        strides = [[ctypes.c_int64(n) for n in x.stride()[:3]] for x in (key, value, out)]
+        defines, warps, shared = _encode_build(layout, key.dtype)
+        with torch.cuda.device(key.device):
+            module("encode.cu", defines).launch(
+                "encode_pages",
+                (2 * pages, heads, batch),
+                (32 * warps, 1, 1),
+                key,
+                *strides[0],
+                value,
+                *strides[1],
+                out,
+                *strides[2],
+                seen,
+                shared=shared,
+            )
+    if flag is None:
+        check_range(seen)
+
+
+def check_range(flag: torch.Tensor) -> None:
+    """Wait for the device and raise CacheError if `encode_into` has set ``flag``."""
+    if flag.item():
+        raise CacheError(
+            "keys or values to be packed hold NaN, infinity or a magnitude above 65504, which fp16 scales "
+            "cannot express: find the layer that overflows, or keep it exact with bits=16."
+        )
+
+
+def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unpack whole pages.
+
+    Args:
+        data: uint8 ``[batch, heads, pages, layout.nbytes]``, records contiguous.
+        layout: Their layout.
+        dtype: fp32, fp16 or bf16, the compute dtype (that of the elements of a passthrough side).
+
+    Returns:
+        Keys and values ``[batch, heads, pages * page_tokens, head_dim]`` of ``dtype``, contiguous.
+
+    Raises:
+        KernelError: The kernels do not cover this layout or dtype.
+        ValueError: ``data`` does not fit the layout.
+    """
+    _check_supported(layout, dtype)
+    data = _aligned(data)
+    _check_records(data, tuple(data.shape[:-1]), layout, data.device)
+    batch, heads, pages, _ = data.shape
+    shape = (batch, heads, pages * layout.page_tokens, layout.head_dim)
+    key, value = (torch.empty(shape, dtype=dtype, device=data.device) for _ in range(2))
+    if data.numel():
+        defines, warps, shared = _decode_build(layout, dtype)
+        with torch.cuda.device(data.device):
+            module("decode.cu", defines).launch(
+                "decode_pages",
+                (2 * pages, heads, batch),
+                (32 * warps, 1, 1),
+                data,
+                *[ctypes.c_int64(n) for n in data.stride()[:3]],
+                key,
+                value,
+                shared=shared,
+            )
+    return key, value
+
+
+# -- what is launched -------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _encode_build(layout: PageLayout, dtype: torch.dtype) -> tuple[Defines, int, int]:
+    """Defines, warps of a block and bytes of shared memory of ``encode.cu``."""
+    sides = (layout.key, layout.value)
+    tile = 32 if dtype.itemsize == 2 and layout.head_dim % 32 == 0 else 16
+    tall = max(_warps_of_a_group(side) for side in sides)
+    tiles = layout.head_dim // tile
+    warps = tall * _fullest(tiles, range(max(1, 2 // tall), _MAX_WARPS // tall + 1))
+    defines = (*_defines(layout, dtype, warps), ("CHANNEL_TILE", tile))
+    return defines, warps, max(_code_bytes(side) + _reduction_bytes(side, warps, tile) for side in sides)
+
+
+@lru_cache(maxsize=1024)
+def _decode_build(layout: PageLayout, dtype: torch.dtype) -> tuple[Defines, int, int]:
+    """Defines, warps of a block and bytes of shared memory of ``decode.cu``."""
+    vectors = layout.page_tokens // 4 * layout.head_dim * dtype.itemsize // 16
+    warps = _fullest(-(-vectors // 32), range(4, _MAX_WARPS + 1))
+    return _defines(layout, dtype, warps), warps, max(map(_code_bytes, (layout.key, layout.value)))
+
+
+def _fullest(tiles: int, counts: range) -> int:
+    """How many workers are least idle over ``tiles`` tasks, dealt in rounds; the most of those."""
+    return max(counts, key=lambda count: (tiles / (-(-tiles // count) * count), count))
+
+
+def _is_per_channel(side: SideLayout) -> bool:
+    return side.fmt.grouping == "per_channel" and not side.fmt.is_passthrough
+
+
+def _warps_of_a_group(side: SideLayout) -> int:
+    return max(1, side.fmt.group_size // _BLOCK_TOKENS) if _is_per_channel(side) else 1
+
+
+def _code_bytes(side: SideLayout) -> int:
+    """A byte a code and four of padding a row (``PITCH``)."""
+    return 0 if side.fmt.is_passthrough else side.planes[0].rows * (side.planes[0].cols + 4)
+
+
+def _reduction_bytes(side: SideLayout, warps: int, tile: int) -> int:
+    """Two vectors of extremes a thread, and three floats a group of the block's tokens and channels."""
+    return 1024 * warps + _BLOCK_TOKENS * tile * warps // side.fmt.group_size * 12 if _is_per_channel(side) else 0
+
+
+def _defines(layout: PageLayout, dtype: torch.dtype, warps: int) -> Defines:
+    return (
+        ("PAGE_TOKENS", layout.page_tokens),
+        ("HEAD_DIM", layout.head_dim),
+        ("ELEMENT", _ELEMENTS[dtype]),
+        ("WARPS", warps),
+        ("VALUE_OFFSET", layout.value.offset),
+        *_side_defines("KEY", layout.key),
+        *_side_defines("VALUE", layout.value),
+    )
+
+
+def _side_defines(name: str, side: SideLayout) -> Defines:
+    tiles = [plane.tiles_per_chunk for plane in side.planes] + [1, 1]
+    return (
+        (f"{name}_BITS", side.fmt.bits),
+        (f"{name}_LOW_BITS", side.planes[0].bits if side.planes else side.fmt.bits),
+        (f"{name}_LOW_TILES", tiles[0]),
+        (f"{name}_HIGH_TILES", tiles[1]),
+        (f"{name}_PER_CHANNEL", int(side.fmt.grouping == "per_channel")),
+        (f"{name}_GROUP", side.fmt.group_size),
+        (f"{name}_SYMMETRIC", int(side.fmt.symmetric)),
+    )
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _check_supported(layout: PageLayout, dtype: torch.dtype) -> None:
+    if dtype not in _ELEMENTS:
+        raise KernelError(f"the CUDA page kernels take fp32, fp16 and bf16, not {dtype}")
+    if layout.head_dim > MAX_HEAD_DIM or layout.page_tokens % _BLOCK_TOKENS:
+        raise KernelError(
+            f"the CUDA page kernels take head_dim up to {MAX_HEAD_DIM} and pages of whole {_BLOCK_TOKENS} tokens, not "
+            f"{layout.head_dim} and {layout.page_tokens}"
+        )
+    for side in (layout.key, layout.value):
+        _check_side(side, dtype)
+
+
+def _check_side(side: SideLayout, dtype: torch.dtype) -> None:
+    if side.fmt.is_passthrough:
+        if side.nbytes != side.page_tokens * side.head_dim * dtype.itemsize:
+            raise KernelError(f"the page layout keeps {side.role}s in another compute dtype than {dtype}")
+    elif side.fmt.codec != "affine" or side.fmt.group_size % 16:
+        raise KernelError(
+            f"the CUDA page kernels take the affine codec in groups of whole 16 elements, not {side.fmt.codec!r} in "
+            f"groups of {side.fmt.group_size}"
+        )
+
+
+def _check_states(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> None:
+    _check_supported(layout, key.dtype)
+    if key.shape != value.shape or key.dtype != value.dtype or key.device != value.device:
+        raise ValueError(f"keys {_said(key)} and values {_said(value)} differ")
+    if key.dim() != 4 or key.shape[3] != layout.head_dim or key.shape[2] % layout.page_tokens:
+        raise ValueError(
+            f"keys and values {_said(key)} are not [batch, heads, whole pages of {layout.page_tokens} tokens, "
+            f"{layout.head_dim}]"
+        )
+
+
+def _check_records(data: torch.Tensor, lead: tuple[int, ...], layout: PageLayout, device: torch.device) -> None:
+    expected = (*lead, layout.nbytes)
+    if len(expected) != 4 or data.shape != expected or data.dtype != torch.uint8 or data.device != device:
+        raise ValueError(f"page records {_said(data)} are not uint8 {list(expected)} on {device}")
+    if not _is_aligned(data):
+        raise ValueError(f"page records are not contiguous at multiples of {_ALIGNMENT} bytes")
+
+
+def _said(x: torch.Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 bytes."""
+    steps = (step * x.itemsize for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    return x.stride(-1) == 1 and x.data_ptr() % _ALIGNMENT == 0 and all(step % _ALIGNMENT == 0 for step in steps)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)

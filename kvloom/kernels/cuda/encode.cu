@@ -1,0 +1,363 @@
+// Packs whole pages: one block quantises the keys or the values of one page and KV head and writes its part of the record.
+//
+// A block reads its elements once, into registers: a lane holds 4 tokens (a "quad") or 8 of one or more 16-byte vectors of
+// channels. Extremes are reduced, codes go to shared memory as bytes, and every thread gathers 16-byte pieces of the planes.
+// The quad s, t is tokens 16s + 2t + {0, 1, 8, 9}: the four columns of a value plane that lie together in a lane's fields
+// (kvloom/pages/_fragment.py).
+//
+// Defines: PAGE_TOKENS, HEAD_DIM, ELEMENT (float, __half, __nv_bfloat16), WARPS, CHANNEL_TILE (channels of a warp in
+// per_channel groups), VALUE_OFFSET (first byte of the values), and for KEY and VALUE: _BITS, _LOW_BITS (of the first plane),
+// _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane), _PER_CHANNEL, _GROUP, _SYMMETRIC.
+// Codes are the reference's bit for bit: compile without -use_fast_math, -ftz or -prec-div=false.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int THREADS = WARPS * 32, P = PAGE_TOKENS, D = HEAD_DIM;
+constexpr int V = 16 / sizeof(ELEMENT);  // elements of a 16-byte vector
+constexpr bool IS_WIDE = sizeof(ELEMENT) == 4;
+constexpr float FP16_MAX = 65504.f;
+
+template <bool IS_KEY_, int BITS_, int LOW_BITS_, int LOW_TILES_, int HIGH_TILES_, bool PER_CHANNEL_, int GROUP_, bool SYMMETRIC_>
+struct Side {
+    static constexpr bool IS_KEY = IS_KEY_, PER_CHANNEL = PER_CHANNEL_, SYMMETRIC = SYMMETRIC_;
+    static constexpr int BITS = BITS_, LOW_BITS = LOW_BITS_, HIGH_BITS = BITS_ - LOW_BITS_, GROUP = GROUP_;
+    static constexpr int LOW_TILES = LOW_TILES_, HIGH_TILES = HIGH_TILES_;
+    static constexpr int LEVELS = (1 << BITS) - 1;
+    static constexpr int ROWS = IS_KEY ? P : D, COLS = IS_KEY ? D : P;
+    static constexpr int PITCH = COLS + 4;  // bytes of a row of codes in shared memory; odd in words, against bank conflicts
+    static constexpr int PARAMS = P * D * BITS / 8, SCRATCH = ROWS * PITCH;
+};
+typedef Side<true, KEY_BITS, KEY_LOW_BITS, KEY_LOW_TILES, KEY_HIGH_TILES, KEY_PER_CHANNEL, KEY_GROUP, KEY_SYMMETRIC> Keys;
+typedef Side<false, VALUE_BITS, VALUE_LOW_BITS, VALUE_LOW_TILES, VALUE_HIGH_TILES, VALUE_PER_CHANNEL, VALUE_GROUP, VALUE_SYMMETRIC>
+    Values;
+
+// 16 bytes of elements; the overloads' last argument only says how a word is to be read.
+struct Vector {
+    u32 word[4];
+};
+
+template <class T> __device__ __forceinline__ u32 bits_of(T x) { return *reinterpret_cast<u32*>(&x); }
+__device__ __forceinline__ __half2 as_half2(u32 w) { return *reinterpret_cast<__half2*>(&w); }
+__device__ __forceinline__ __nv_bfloat162 as_bfloat162(u32 w) { return *reinterpret_cast<__nv_bfloat162*>(&w); }
+
+__device__ __forceinline__ u32 lower(u32 a, u32 b, float) { return __float_as_uint(fminf(__uint_as_float(a), __uint_as_float(b))); }
+__device__ __forceinline__ u32 upper(u32 a, u32 b, float) { return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b))); }
+__device__ __forceinline__ u32 lower(u32 a, u32 b, __half) { return bits_of(__hmin2_nan(as_half2(a), as_half2(b))); }
+__device__ __forceinline__ u32 upper(u32 a, u32 b, __half) { return bits_of(__hmax2_nan(as_half2(a), as_half2(b))); }
+__device__ __forceinline__ u32 lower(u32 a, u32 b, __nv_bfloat16) { return bits_of(__hmin2_nan(as_bfloat162(a), as_bfloat162(b))); }
+__device__ __forceinline__ u32 upper(u32 a, u32 b, __nv_bfloat16) { return bits_of(__hmax2_nan(as_bfloat162(a), as_bfloat162(b))); }
+
+// Whether a word holds NaN, infinity or a magnitude above 65504. `LEAST` is the bits of the smallest such magnitude; adding
+// what it lacks to 2^15 carries into the (cleared) sign bits.
+template <u32 LEAST> __device__ __forceinline__ bool reaches(u32 pair) {
+    return (((pair & 0x7fff7fffu) + (0x8000u - LEAST) * 0x00010001u) & 0x80008000u) != 0;
+}
+__device__ __forceinline__ bool is_beyond(u32 w, float) { return !(fabsf(__uint_as_float(w)) <= FP16_MAX); }
+__device__ __forceinline__ bool is_beyond(u32 w, __half) { return reaches<0x7c00>(w); }
+__device__ __forceinline__ bool is_beyond(u32 w, __nv_bfloat16) { return reaches<0x4780>(w); }
+
+__device__ __forceinline__ float number(const Vector& x, int i, float) { return __uint_as_float(x.word[i]); }
+__device__ __forceinline__ float number(const Vector& x, int i, __half) {
+    return i % 2 ? __high2float(as_half2(x.word[i / 2])) : __low2float(as_half2(x.word[i / 2]));
+}
+__device__ __forceinline__ float number(const Vector& x, int i, __nv_bfloat16) {
+    return __uint_as_float(i % 2 ? x.word[i / 2] & 0xffff0000u : x.word[i / 2] << 16);
+}
+__device__ __forceinline__ float number(float x) { return x; }
+__device__ __forceinline__ float number(__half x) { return __half2float(x); }
+__device__ __forceinline__ float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ __forceinline__ Vector load(const ELEMENT* at) {
+    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(at));
+    return {{v.x, v.y, v.z, v.w}};
+}
+
+// Extremes of `COUNT` vectors, place by place. NaN stays NaN in 16-bit elements and is looked for one by one in float.
+template <int COUNT> struct Extremes {
+    Vector low, high;
+    __device__ __forceinline__ Extremes(const Vector (&x)[COUNT], bool& is_bad) : low(x[0]), high(x[0]) {
+#pragma unroll
+        for (int n = 1; n < COUNT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                low.word[i] = lower(low.word[i], x[n].word[i], ELEMENT());
+                high.word[i] = upper(high.word[i], x[n].word[i], ELEMENT());
+            }
+#pragma unroll
+        for (int n = 0; n < (IS_WIDE ? COUNT : 1); n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (IS_WIDE) is_bad |= is_beyond(x[n].word[i], ELEMENT());
+                else is_bad |= is_beyond(low.word[i], ELEMENT()) || is_beyond(high.word[i], ELEMENT());
+            }
+    }
+};
+
+struct Grid {
+    float zero, scale, inverse;
+};
+
+// kvloom/codecs/_affine.py: the zero point rounds down, the scale up, so that the grid covers the group.
+template <class S> struct Params {
+    __half scale, zero;
+    __device__ __forceinline__ Params(float low, float high) {
+        float step;
+        if (S::SYMMETRIC) {
+            constexpr float FACTOR = (float)(2.0 / S::LEVELS);
+            step = __fmul_rn(fmaxf(fabsf(low), fabsf(high)), FACTOR);
+            zero = __float2half_rn(0.f);
+        } else {
+            zero = __float2half_rd(__fadd_rn(low, 0.f));  // -0 becomes +0, as in the reference
+            step = __fdiv_rn(__fsub_rn(high, __half2float(zero)), (float)S::LEVELS);
+        }
+        scale = __float2half_ru(fminf(step, FP16_MAX));
+    }
+    __device__ __forceinline__ Grid grid() const {
+        const float s = __half2float(scale);
+        const float z = S::SYMMETRIC ? __fmul_rn(s, -0.5f * S::LEVELS) : __half2float(zero);
+        return {z, s, s > 0.f ? __frcp_rn(s) : 0.f};
+    }
+};
+
+// The code of x in the low byte of the result. The quotient is the correctly rounded one: a product with the rounded
+// reciprocal and one correction equal the division for every fp32 x and every fp16 scale (checked over all significands).
+template <class S> __device__ __forceinline__ u32 code(float x, const Grid& grid) {
+    const float a = __fsub_rn(x, grid.zero);
+    const float near = __fmul_rn(a, grid.inverse);
+    float quotient = __fmaf_rn(__fmaf_rn(-near, grid.scale, a), grid.inverse, near);
+    if (S::LEVELS == 1) quotient = fminf(quotient, 1.f);  // only there a scale above 65504 is cut off
+    return __float_as_uint(__fadd_rn(quotient, 12582912.f));  // 1.5 * 2^23: rounds half to even
+}
+
+__device__ __forceinline__ u32 low_bytes(const u32 (&x)[4]) {
+    return __byte_perm(__byte_perm(x[0], x[1], 0x0040), __byte_perm(x[2], x[3], 0x0040), 0x5410);
+}
+
+__device__ __forceinline__ constexpr int quad_token(int quad, int i) { return quad / 4 * 16 + quad % 4 * 2 + i % 2 + i / 2 * 8; }
+
+// Codes of 4 channels of a quad to shared memory: rows are a plane's rows, columns are in the order of a lane's fields.
+template <class S> __device__ __forceinline__ void put(u8* codes, int quad, int channel, const u32 (&code)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const u32 by_channel[4] = {code[0][i], code[1][i], code[2][i], code[3][i]};
+        u8* at = S::IS_KEY ? codes + quad_token(quad, i) * S::PITCH + channel
+                           : codes + (channel + i) * S::PITCH + quad % 4 * (P / 4) + quad / 4 * 4;
+        *reinterpret_cast<u32*>(at) = low_bytes(S::IS_KEY ? code[i] : by_channel);
+    }
+}
+
+// Groups of tokens. A warp takes 64 tokens x CHANNEL_TILE channels at a time; a larger group is shared by its warps.
+template <class S> __device__ __forceinline__ bool quantise_per_channel(const ELEMENT* x, i64 stride, u8* record, u8* codes) {
+    constexpr int COLUMNS = CHANNEL_TILE / V, LANE_ROWS = 32 / COLUMNS, QUADS = 16 / LANE_ROWS;  // of a warp; quads of a lane
+    constexpr int TALL = (S::GROUP > 64 ? S::GROUP : 64) / 64, ACROSS = WARPS / TALL;
+    constexpr int TOKENS = 64 * TALL, CHANNELS = CHANNEL_TILE * ACROSS, GROUPS = TOKENS / S::GROUP, SHARERS = S::GROUP / (4 * QUADS);
+    static_assert(WARPS % TALL == 0 && P % TOKENS == 0, "a block's warps hold whole groups");
+    Vector* lows = reinterpret_cast<Vector*>(codes + S::SCRATCH);
+    Vector* highs = lows + THREADS;
+    Grid* grids = reinterpret_cast<Grid*>(highs + THREADS);
+    __half* params = reinterpret_cast<__half*>(record + S::PARAMS);
+    const int tid = threadIdx.x, warp = tid / 32, lane_row = tid % 32 / COLUMNS + warp % TALL * LANE_ROWS;
+    const int unit_channel = warp / TALL * CHANNEL_TILE + tid % COLUMNS * V;
+    bool is_bad = false;
+    for (int first_token = 0; first_token < P; first_token += TOKENS)
+        for (int first_channel = 0; first_channel < D; first_channel += CHANNELS) {
+            const int channel = first_channel + unit_channel;
+            const bool is_active = D % CHANNELS == 0 || channel < D;
+            Vector raw[4 * QUADS];
+            if (is_active) {
+#pragma unroll
+                for (int i = 0; i < 4 * QUADS; i++)
+                    raw[i] = load(x + (first_token + quad_token(lane_row * QUADS + i / 4, i % 4)) * stride + channel);
+                const Extremes<4 * QUADS> extremes(raw, is_bad);
+                lows[tid] = extremes.low;
+                highs[tid] = extremes.high;
+            }
+            __syncthreads();
+            for (int task = tid; task < GROUPS * CHANNELS; task += THREADS) {
+                const int group = task / CHANNELS, own = task % CHANNELS;
+                if (D % CHANNELS != 0 && first_channel + own >= D) continue;
+                float low = 0.f, high = 0.f;
+#pragma unroll 8
+                for (int i = 0; i < SHARERS; i++) {
+                    const int row = group * SHARERS + i, holder = own / CHANNEL_TILE * TALL + row / LANE_ROWS;
+                    const int at = (holder * LANE_ROWS + row % LANE_ROWS) * CHANNEL_TILE + own % CHANNEL_TILE;
+                    const float l = number(reinterpret_cast<const ELEMENT*>(lows)[at]);
+                    const float h = number(reinterpret_cast<const ELEMENT*>(highs)[at]);
+                    low = i ? fminf(low, l) : l;
+                    high = i ? fmaxf(high, h) : h;
+                }
+                const Params<S> own_params(low, high);
+                grids[task] = own_params.grid();
+                const int at = (first_token / S::GROUP + group) * D + first_channel + own;
+                params[at] = own_params.scale;
+                if (!S::SYMMETRIC) params[P / S::GROUP * D + at] = own_params.zero;
+            }
+            __syncthreads();
+            if (is_active) {
+                const Grid* own = grids + lane_row / SHARERS * CHANNELS + unit_channel;
+#pragma unroll
+                for (int block = 0; block < V / 4; block++) {
+                    Grid grid[4];
+#pragma unroll
+                    for (int k = 0; k < 4; k++) grid[k] = own[4 * block + k];
+#pragma unroll
+                    for (int q = 0; q < QUADS; q++) {
+                        u32 c[4][4];
+#pragma unroll
+                        for (int i = 0; i < 16; i++)
+                            c[i / 4][i % 4] = code<S>(number(raw[4 * q + i / 4], 4 * block + i % 4, ELEMENT()), grid[i % 4]);
+                        put<S>(codes, first_token / 4 + lane_row * QUADS + q, channel + 4 * block, c);
+                    }
+                }
+            }
+        }
+    return is_bad;
+}
+
+// Lanes that share a group of so many vectors: as few as leave each at most three.
+__host__ __device__ constexpr int sharers(int vectors) {
+    int lanes = 1;
+    while (lanes * 3 < vectors) lanes *= 2;
+    return lanes;
+}
+
+// Groups of channels. The lanes of a group hold a quad of tokens; each computes the parameters of one of the tokens.
+template <class S> __device__ __forceinline__ bool quantise_per_token(const ELEMENT* x, i64 stride, u8* record, u8* codes) {
+    constexpr int VECTORS = S::GROUP / V, LANES = sharers(VECTORS), OWN = (VECTORS + LANES - 1) / LANES;
+    constexpr int GROUPS = D / S::GROUP, TOTAL = P / 4 * GROUPS * LANES, SPREAD = LANES < 4 ? LANES : 4;
+    __half* params = reinterpret_cast<__half*>(record + S::PARAMS);
+    const int lane = threadIdx.x % 32;
+    bool is_bad = false;
+    for (int first = threadIdx.x - lane; first < TOTAL; first += THREADS) {
+        const int at = min(first + lane, TOTAL - 1);  // spare lanes do the last one's work again
+        const int group = at / LANES % GROUPS, quad = at / LANES / GROUPS;
+        int channel[OWN];
+#pragma unroll
+        for (int n = 0; n < OWN; n++) channel[n] = group * S::GROUP + min(n * LANES + at % LANES, VECTORS - 1) * V;
+        Vector raw[4][OWN];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int n = 0; n < OWN; n++) raw[i][n] = load(x + quad_token(quad, i) * stride + channel[n]);
+        float low[4], high[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            Extremes<OWN> extremes(raw[i], is_bad);
+#pragma unroll
+            for (int k = 1; k < 4; k++) {
+                extremes.low.word[0] = lower(extremes.low.word[0], extremes.low.word[k], ELEMENT());
+                extremes.high.word[0] = upper(extremes.high.word[0], extremes.high.word[k], ELEMENT());
+            }
+            low[i] = fminf(number(extremes.low, 0, ELEMENT()), number(extremes.low, IS_WIDE ? 0 : 1, ELEMENT()));
+            high[i] = fmaxf(number(extremes.high, 0, ELEMENT()), number(extremes.high, IS_WIDE ? 0 : 1, ELEMENT()));
+#pragma unroll
+            for (int step = 1; step < LANES; step *= 2) {
+                low[i] = fminf(low[i], __shfl_xor_sync(~0u, low[i], step));
+                high[i] = fmaxf(high[i], __shfl_xor_sync(~0u, high[i], step));
+            }
+        }
+        Grid grid[4];
+#pragma unroll
+        for (int k = 0; k < 4; k += SPREAD) {
+            float own_low = low[k], own_high = high[k];
+            const int mine = at % SPREAD;
+#pragma unroll
+            for (int i = 1; i < SPREAD; i++) {
+                own_low = mine == i ? low[k + i] : own_low;
+                own_high = mine == i ? high[k + i] : own_high;
+            }
+            const Params<S> own(own_low, own_high);
+            const int slot = group * P + quad_token(quad, k + mine);
+            if (at % LANES < SPREAD) {
+                if (S::SYMMETRIC) params[slot] = own.scale;
+                else reinterpret_cast<__half2*>(params)[slot] = __halves2half2(own.scale, own.zero);
+            }
+            const Grid own_grid = own.grid();
+#pragma unroll
+            for (int i = 0; i < SPREAD; i++) {
+                const int source = lane / SPREAD * SPREAD + i;
+                grid[k + i] = {__shfl_sync(~0u, own_grid.zero, source), __shfl_sync(~0u, own_grid.scale, source),
+                               __shfl_sync(~0u, own_grid.inverse, source)};
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < OWN; n++)
+#pragma unroll
+            for (int block = 0; block < V / 4; block++) {
+                u32 c[4][4];
+#pragma unroll
+                for (int i = 0; i < 16; i++)
+                    c[i / 4][i % 4] = code<S>(number(raw[i / 4][n], 4 * block + i % 4, ELEMENT()), grid[i / 4]);
+                put<S>(codes, quad, channel[n] + 4 * block, c);
+            }
+    }
+    return is_bad;
+}
+
+// One plane: 16 bytes a thread, word by word, two pairs of columns (4 adjacent codes of a row) at a time.
+template <class S, int BITS, int SHIFT, int TILES> __device__ __forceinline__ void pack(const u8* codes, u8* plane) {
+    constexpr u32 PAIRS = S::COLS / 8, KJ = 16 / BITS, WORDS = TILES * 2 * PAIRS / KJ;  // pairs of a row, of a word; words of a lane
+    constexpr u32 BYTES = S::ROWS * S::COLS * BITS / 8, OWN = ((1u << BITS) - 1) * 0x01010101u, TWO = ((1u << 2 * BITS) - 1) * 0x00010001u;
+    for (u32 v = threadIdx.x; v < BYTES / 16; v += THREADS) {
+        u32 out[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            const u32 holder = WORDS % 4 ? (4 * v + i) / WORDS : v / (WORDS % 4 ? 1 : WORDS / 4);
+            const u32 w = WORDS % 4 ? (4 * v + i) % WORDS : v % (WORDS % 4 ? 1 : WORDS / 4) * 4 + i;
+            const u32 lane = holder % 32, first_row = holder / 32 * TILES * 16 + lane / 4;
+            const u8* own = codes + first_row * S::PITCH + lane % 4 * (S::COLS / 4);
+            u32 word = 0;
+#pragma unroll
+            for (u32 q = 0; q < KJ / 2; q++) {
+                const u32 stream = PAIRS % KJ ? (w * KJ + 2 * q) / PAIRS : w / (PAIRS % KJ ? 1 : PAIRS / KJ);
+                const u32 pair = PAIRS % KJ ? (w * KJ + 2 * q) % PAIRS : w % (PAIRS % KJ ? 1 : PAIRS / KJ) * KJ + 2 * q;
+                const u32 four = *reinterpret_cast<const u32*>(own + stream * 8 * S::PITCH + 2 * pair);
+                const u32 split = __byte_perm(four, 0, 0x3120) >> SHIFT & OWN;  // first of each pair low, second high
+                word |= BITS == 8 ? split : ((split | split >> (8 - BITS)) & TWO) << (2 * BITS * q);
+            }
+            out[i] = word;
+        }
+        reinterpret_cast<uint4*>(plane)[v] = make_uint4(out[0], out[1], out[2], out[3]);
+    }
+}
+
+__device__ __forceinline__ void copy_elements(const ELEMENT* x, i64 stride, u8* record) {
+    for (int v = threadIdx.x; v < P * D / V; v += THREADS)
+        reinterpret_cast<uint4*>(record)[v] = __ldcs(reinterpret_cast<const uint4*>(x + v / (D / V) * stride + v % (D / V) * V));
+}
+
+template <class S> __device__ __forceinline__ void encode_side(const ELEMENT* x, i64 stride, u8* record, u8* codes, int* flag) {
+    if constexpr (S::BITS == 16) {
+        copy_elements(x, stride, record);
+    } else {
+        bool is_bad;
+        if constexpr (S::PER_CHANNEL) is_bad = quantise_per_channel<S>(x, stride, record, codes);
+        else is_bad = quantise_per_token<S>(x, stride, record, codes);
+        if (is_bad) *flag = 1;
+        __syncthreads();
+        pack<S, S::LOW_BITS, 0, S::LOW_TILES>(codes, record);
+        if constexpr (S::HIGH_BITS > 0)
+            pack<S, S::HIGH_BITS, S::LOW_BITS, S::HIGH_TILES>(codes, record + S::ROWS * S::COLS * S::LOW_BITS / 8);
+    }
+}
+
+// Grid (2 * pages, heads, batch): even blocks take keys, odd ones values. Strides in elements, of records in bytes.
+// key, value [batch, heads, pages * P, D]; records [batch, heads, pages, bytes]; flag becomes 1 if a group to be quantised
+// holds NaN, infinity or a magnitude above 65504.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    encode_pages(const ELEMENT* __restrict__ key, i64 key_batch, i64 key_head, i64 key_token, const ELEMENT* __restrict__ value,
+                 i64 value_batch, i64 value_head, i64 value_token, u8* __restrict__ records, i64 record_batch, i64 record_head,
+                 i64 record_page, int* __restrict__ flag) {
+    extern __shared__ __align__(16) u8 shared[];
+    const i64 page = blockIdx.x / 2, head = blockIdx.y, batch = blockIdx.z;
+    u8* record = records + batch * record_batch + head * record_head + page * record_page;
+    if (blockIdx.x % 2 == 0)
+        encode_side<Keys>(key + batch * key_batch + head * key_head + page * P * key_token, key_token, record, shared, flag);
+    else
+        encode_side<Values>(value + batch * value_batch + head * value_head + page * P * value_token, value_token,
+                            record + VALUE_OFFSET, shared, flag);
+}

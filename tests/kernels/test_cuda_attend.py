@@ -1,0 +1,193 @@
+"""Attention on CUDA against float64 on the same codes; compiling needs no device and is tested everywhere."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kvloom.errors import KernelError
+from kvloom.kernels import _cuda, _nvrtc, backend
+from kvloom.kernels._torch import TORCH, _decode_side
+from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, PageLayout, page_layout, page_tokens_of
+
+LAYOUTS = 24
+CASES = 10 * LAYOUTS
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: PageLayout
+    dtype: torch.dtype
+    masked: bool
+    softcap: float | None
+    group: int
+    queries: int
+    heads: int
+    batch: int
+    pages: int
+    sinks: int
+    tail: int
+    magnitude: float
+    padded: bool
+    sink_logits: bool
+    seed: int
+
+
+def random_layout(rng: random.Random) -> PageLayout:
+    dim = rng.choice([64, 80, 96, 128, 128, 256])
+    formats = []
+    for usual, other in (("per_channel", "per_token"), ("per_token", "per_channel")):
+        grouping = usual if rng.random() < 0.6 else other
+        sizes = [32, 64, 128] if grouping == "per_channel" else [s for s in (16, 32, 64, 128, dim) if dim % s == 0]
+        formats.append(Format(rng.choice([1, 2, 3, 4, 5, 6, 8, 16]), grouping, rng.choice(sizes), rng.random() < 0.3))
+    return page_layout(*formats, dim, 2, page_tokens_of(*formats))
+
+
+def random_case(seed: int) -> Case:
+    """Shapes differ with every seed, compiled kernels repeat."""
+    kernel, rng = random.Random(seed % LAYOUTS), random.Random(seed)
+    layout = random_layout(kernel)
+    dtype = torch.bfloat16 if kernel.random() < 0.4 else torch.float16
+    masked, softcap = kernel.random() < 0.5, 20.0 if kernel.random() < 0.2 else None
+    group = rng.choice([1, 2, 3, 4, 7, 8, 9, 16])
+    queries = rng.choice([n for n in (1, 2, 3, 5) if n * group <= layout.page_tokens]) if masked else 1
+    return Case(
+        layout,
+        dtype,
+        masked,
+        softcap,
+        group,
+        queries,
+        heads=rng.randint(1, 3),
+        batch=rng.randint(1, 3),
+        pages=rng.choice([1, 2, 5, 17, 40]),
+        sinks=rng.choice([0, 1, 4, 16, 20]),
+        tail=max(queries, rng.choice([1, 5, 16, 33, 70])),
+        magnitude=rng.choice([1.0, 1.0, 1.0, 300.0, 1e-3]),
+        padded=rng.random() < 0.5,
+        sink_logits=rng.random() < 0.3,
+        seed=seed,
+    )
+
+
+def states(case: Case) -> tuple[PagedKV, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A cache, a query, and the keys and values that the cache stands for."""
+    g = torch.Generator("cuda").manual_seed(case.seed)
+    layout, lead = case.layout, (case.batch, case.heads)
+    draw = lambda *shape: torch.randn(*shape, generator=g, device="cuda")  # noqa: E731
+    key, value = (case.magnitude * draw(2, *lead, case.pages * layout.page_tokens, layout.head_dim)).to(case.dtype)
+    key[..., 5] *= 8
+    data = TORCH.encode(key, value, layout)
+    sinks, tail = (
+        ExactKV(*(draw(*lead, n, layout.head_dim).to(case.dtype) for _ in range(2))) for n in (case.sinks, case.tail)
+    )
+    length = case.sinks + case.pages * layout.page_tokens + case.tail
+    visible = torch.full((case.queries,), case.pages, device="cuda")
+    heads = tuple(range(case.heads))
+    kv = PagedKV((HeadPages(heads, layout, data),), sinks, tail, length, layout.page_tokens, case.pages, visible)
+    query = draw(case.batch, case.queries, case.heads * case.group, layout.head_dim) * 2 / case.magnitude
+    packed = [
+        exact.float() if side.fmt.is_passthrough else _decode_side(data, side, torch.float32)
+        for exact, side in ((key, layout.key), (value, layout.value))
+    ]
+    whole = (
+        torch.cat([getattr(sinks, name).float(), part, getattr(tail, name).float()], dim=2).double()
+        for name, part in zip(("key", "value"), packed, strict=True)
+    )
+    return kv, query.to(case.dtype).transpose(1, 2), *whole
+
+
+def case_mask(case: Case, length: int) -> torch.Tensor:
+    """Boolean ``[batch, 1, queries, length]``: causal, and left padding of every sequence but the first."""
+    ones = torch.ones(case.queries, length, dtype=torch.bool, device="cuda")
+    mask = ones.tril(length - case.queries).expand(case.batch, 1, -1, -1).clone()
+    for b in range(case.batch if case.padded else 0):
+        mask[b, :, :, : b * 37 % (length - case.tail)] = False
+    return mask
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(CASES))
+def test_attention_is_float64s(seed: int) -> None:
+    case = random_case(seed)
+    kv, query, key, value = states(case)
+    mask = case_mask(case, kv.length)
+    given = mask if case.masked and (case.padded or case.queries == 1) else None
+    logits = torch.randn(query.shape[1], device="cuda") if case.sink_logits else None
+    poison = torch.full((1 << 22,), torch.nan, device="cuda")
+    del poison
+    scaling = case.layout.head_dim**-0.5
+    out, lse = _cuda.attend_pages(
+        query, kv, scaling=scaling, mask=given, softcap=case.softcap, sink_logits=logits, lse=True
+    )
+    scores = query.double() @ key.repeat_interleave(case.group, 1).transpose(-1, -2) * scaling
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    seen = mask if given is not None or case.queries > 1 else torch.ones_like(mask)
+    if given is None and case.queries > 1:
+        seen = case_mask(Case(**{**vars(case), "padded": False}), kv.length)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if logits is not None:
+        extra = logits.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, extra], dim=-1)
+    expected = (scores.softmax(-1)[..., : kv.length] @ value.repeat_interleave(case.group, 1)).transpose(1, 2)
+    error = float((out.double() - expected).norm() / expected.norm())
+    assert error < (2e-3 if case.dtype == torch.float16 else 1.2e-2)
+    assert lse is not None
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_heads_of_different_layouts() -> None:
+    torch.manual_seed(0)
+    dim, pages = 128, 3
+    narrow = page_layout(Format(2, "per_channel", 64), Format(2, "per_token", dim), dim)
+    broad = page_layout(Format(4, "per_channel", 64), Format(6, "per_token", dim), dim)
+    key, value = torch.randn(2, 2, 3, pages * 64, dim, device="cuda").half()
+    groups = tuple(
+        HeadPages(heads, layout, TORCH.encode(key[:, list(heads)], value[:, list(heads)], layout))
+        for heads, layout in (((0, 2), narrow), ((1,), broad))
+    )
+    exact = ExactKV(*torch.randn(2, 2, 3, 5, dim, device="cuda").half())
+    none = ExactKV(exact.key[:, :, :0], exact.value[:, :, :0])
+    kv = PagedKV(groups, none, exact, pages * 64 + 5, 64, pages, torch.full((1,), pages, device="cuda"))
+    query = torch.randn(2, 6, 1, dim, device="cuda").half()
+    out = backend(query.device).attend(query, kv, scaling=0.1)
+    assert float((out.float() - TORCH.attend(query.float(), kv, scaling=0.1)).norm() / out.float().norm()) < 2e-3
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_attention() -> None:
+    case = Case(**{**vars(random_case(0)), "masked": False, "queries": 1})
+    kv, query, _, _ = states(case)
+    device = backend(query.device)
+    expected = device.attend(query, kv, scaling=0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = device.attend(query, kv, scaling=0.1)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("seed", [1, 5])
+def test_kernels_compile_without_a_device(arch: str, seed: int) -> None:
+    pytest.importorskip("cuda.core")
+    case = random_case(seed)
+    shape = _cuda.launch_shape(case.layout, 100)
+    bf16 = case.dtype == torch.bfloat16
+    defines = _cuda.attend_defines(case.layout, shape, bf16, case.masked, case.softcap is not None)
+    assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
+
+
+def test_a_source_that_does_not_compile_is_one_sentence() -> None:
+    pytest.importorskip("cuda.core")
+    with pytest.raises(KernelError, match="NVRTC cannot compile for sm_90"):
+        _nvrtc.cubin("attend.cu", (("D", 7),), "sm_90")
