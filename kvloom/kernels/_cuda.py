@@ -144,6 +144,7 @@ def attend_pages(
             out,
             sums,
             shared=launch.shared,
+            cluster=launch.cluster,
         )
     return out, sums
 
@@ -164,6 +165,7 @@ class _Launch:
     splits: int
     row_tiles: int
     shared: int
+    cluster: int
 
 
 def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, capped: bool) -> _Launch:
@@ -175,9 +177,32 @@ def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, ca
     slots = _multiprocessors(device) * shape.blocks
     units = kv.num_pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
     splits = max(1, min(slots // tiles, -(-units // shape.warps)))
-    shared = max(_shared_bytes(group.layout, shape), ROWS * 4 * splits)
-    defines = attend_defines(group.layout, shape, query.dtype == torch.bfloat16, masked, capped)
-    return _Launch(_nvrtc.module("attend.cu", defines), shape.warps, splits, row_tiles, shared)
+    kernel = (group.layout, shape, query.dtype == torch.bfloat16, masked, capped)
+    shared = _shared_bytes(group.layout, shape)
+    if _merges_in_cluster(kernel, splits, tiles, shared, device):
+        return _Launch(
+            _nvrtc.module("attend.cu", attend_defines(*kernel, True)), shape.warps, splits, row_tiles, shared, splits
+        )
+    shared = max(shared, ROWS * 4 * splits)
+    return _Launch(
+        _nvrtc.module("attend.cu", attend_defines(*kernel, False)), shape.warps, splits, row_tiles, shared, 0
+    )
+
+
+@lru_cache(maxsize=1024)
+def _merges_in_cluster(
+    kernel: tuple[PageLayout, Shape, bool, bool, bool], splits: int, tiles: int, shared: int, device: int
+) -> bool:
+    """Whether the splits of a row tile can be one cluster, and all clusters run at the same time."""
+    if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
+        return False
+    if splits <= _PORTABLE_CLUSTER:
+        return True
+    module = _nvrtc.module("attend.cu", attend_defines(*kernel, True))
+    return module.active_clusters("attend", splits, 32 * kernel[1].warps, shared) >= tiles
+
+
+_PORTABLE_CLUSTER, _MAX_CLUSTER = 8, 16
 
 
 @lru_cache(maxsize=1024)
@@ -196,13 +221,15 @@ def launch_shape(layout: PageLayout, pages: int) -> Shape:
     raise AssertionError("two pages of every layout fit")  # 256 channels of 16 bits: 128 KiB
 
 
-_BUSY_PAGES = 16
+_BUSY_PAGES = 2
 # Shared memory of a multiprocessor that blocks may fill, and what each of them takes besides its own.
 _SHARED_BYTES, _RESERVED_BYTES = 220 * 1024, 1024
 
 
 @lru_cache(maxsize=1024)
-def attend_defines(layout: PageLayout, shape: Shape, bf16: bool, masked: bool, capped: bool) -> Defines:
+def attend_defines(
+    layout: PageLayout, shape: Shape, bf16: bool, masked: bool, capped: bool, clustered: bool
+) -> Defines:
     """Macros of ``attend.cu`` for a layout."""
     key, value = layout.key, layout.value
     numbers = {
@@ -221,6 +248,7 @@ def attend_defines(layout: PageLayout, shape: Shape, bf16: bool, masked: bool, c
         "SOFTCAP": capped,
         "WARPS": shape.warps,
         "STAGES": shape.stages,
+        "CLUSTER": clustered,
     }
     return tuple((name, int(number)) for name, number in numbers.items())
 
@@ -239,7 +267,8 @@ def _groups(side: SideLayout) -> int:
 def _shared_bytes(layout: PageLayout, shape: Shape) -> int:
     """The rings, or what merging the warps needs afterwards."""
     ring = max(shape.stages * layout.nbytes, (shape.stages - 1) * layout.nbytes + 32 * layout.head_dim)
-    return shape.warps * max(ring, ROWS * (layout.head_dim + 4 + 2) * 4)
+    merge = shape.warps * ROWS * (layout.head_dim + 4 + 2) * 4 + ROWS * (layout.head_dim + 2) * 4
+    return max(shape.warps * ring, merge)
 
 
 @lru_cache(maxsize=16)
@@ -257,8 +286,10 @@ _TURNS: dict[tuple[int, int], torch.Tensor] = {}
 
 def _workspace(
     launch: _Launch, tiles: int, dim: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Partial results, their maxima and sums, and a counter for every row tile, zero between launches."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What merging without clusters needs: partial results, their maxima and sums, and a counter for every row tile."""
+    if launch.cluster:
+        return None, None, None
     count = tiles * launch.row_tiles
     shape = (count, launch.splits, ROWS)
     partial = torch.empty((*shape, dim), dtype=torch.float32, device=device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,13 @@ class Module:
         self._kernels: dict[tuple[str, int], Any] = {}
 
     def launch(
-        self, name: str, grid: tuple[int, int, int], block: tuple[int, int, int], *args: Any, shared: int = 0
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        *args: Any,
+        shared: int = 0,
+        cluster: int = 0,
     ) -> None:
         """Launch on torch's current stream.
 
@@ -47,35 +53,53 @@ class Module:
             block: Threads of a block.
             *args: Tensors (their address), None (a null pointer), ints (int32), floats (float32), or ctypes scalars.
             shared: Dynamic shared memory, bytes.
+            cluster: Neighbours along the grid's first axis that form a cluster, dividing it; 0 for none.
         """
         core = _core()
         kernel = self._kernels.get((name, shared)) or self._prepared(name, shared)
         stream = core.Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
-        config = core.LaunchConfig(grid=grid, block=block, shmem_size=shared)
+        if cluster:  # cuda-core counts the grid in clusters
+            clusters = (grid[0] // cluster, *grid[1:])
+            config = core.LaunchConfig(grid=clusters, cluster=(cluster, 1, 1), block=block, shmem_size=shared)
+        else:
+            config = core.LaunchConfig(grid=grid, block=block, shmem_size=shared)
         core.launch(stream, config, kernel, *map(_argument, args))
+
+    def active_clusters(self, name: str, cluster: int, threads: int, shared: int) -> int:
+        """Clusters of so many blocks of so many threads that the device runs at the same time."""
+        from cuda.bindings import driver
+
+        kernel = self._kernels.get((name, shared)) or self._prepared(name, shared)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = cluster, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        dimension = driver.CUlaunchAttribute()
+        dimension.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimension.value.clusterDim.x, dimension.value.clusterDim.y, dimension.value.clusterDim.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [dimension], 1
+        error, count = driver.cuOccupancyMaxActiveClusters(driver.CUfunction(int(kernel.handle)), config)
+        return int(count) if error == driver.CUresult.CUDA_SUCCESS else 0
 
     def _prepared(self, name: str, shared: int) -> Any:
         core = _core()
         core.Device(self._device).set_current()
         kernel = self._code.get_kernel(name)
         if shared > _STATIC_SHARED_BYTES:
-            self._allow_shared(kernel, shared)
+            self._set(kernel, "MAX_DYNAMIC_SHARED_SIZE_BYTES", shared)
+        if torch.cuda.get_device_capability(self._device) >= (9, 0):
+            self._set(kernel, "NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1)
         self._kernels[name, shared] = kernel
         return kernel
 
-    def _allow_shared(self, kernel: Any, shared: int) -> None:
+    def _set(self, kernel: Any, attribute: str, value: int) -> None:
         from cuda.bindings import driver
 
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        kind = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{attribute}")
         handle = driver.CUkernel(int(kernel.handle))
-        (error,) = driver.cuKernelSetAttribute(attribute, shared, handle, driver.CUdevice(self._device))
+        (error,) = driver.cuKernelSetAttribute(kind, value, handle, driver.CUdevice(self._device))
         if error != driver.CUresult.CUDA_SUCCESS:
-            raise KernelError(f"the device refuses {shared} bytes of shared memory: {error.name}")
-
-    @cached_property
-    def registers(self) -> dict[str, int]:
-        """Registers a thread of every kernel launched so far."""
-        return {name: kernel.attributes.num_regs(self._device) for (name, _), kernel in self._kernels.items()}
+            raise KernelError(f"the device refuses {attribute} = {value}: {error.name}")
 
 
 def int64(value: int) -> ctypes.c_int64:

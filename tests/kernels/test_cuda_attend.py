@@ -176,14 +176,14 @@ def test_a_graph_replays_attention() -> None:
         assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("arch", "clustered"), [("sm_80", False), ("sm_90", False), ("sm_90", True)])
 @pytest.mark.parametrize("seed", [1, 5])
-def test_kernels_compile_without_a_device(arch: str, seed: int) -> None:
+def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int) -> None:
     pytest.importorskip("cuda.core")
     case = random_case(seed)
     shape = _cuda.launch_shape(case.layout, 100)
     bf16 = case.dtype == torch.bfloat16
-    defines = _cuda.attend_defines(case.layout, shape, bf16, case.masked, case.softcap is not None)
+    defines = _cuda.attend_defines(case.layout, shape, bf16, case.masked, case.softcap is not None, clustered)
     assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
 
 

@@ -1,8 +1,8 @@
 // Decode attention over packed pages, exact sinks and an exact tail, in one softmax and one launch.
 //
 // A warp walks pages; up to 8 rows (query heads of one KV head x queries) are the N of mma.m16n8k16, codes are its A
-// operand as fp16 subnormals (page-format.md, "What makes it work"). Splits are merged by the last block of each row
-// tile. Record layout: kvloom/pages/_layout.py; order of the codes: kvloom/pages/_fragment.py.
+// operand as fp16 subnormals (page-format.md, "What makes it work"). The splits of a row tile are merged inside their
+// cluster, or, without clusters, by the last block to finish. Record layout: kvloom/pages/_layout.py; order of the codes: kvloom/pages/_fragment.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -26,6 +26,7 @@
 #define SOFTCAP 0
 #define WARPS 4
 #define STAGES 2
+#define CLUSTER 0
 #endif
 
 typedef unsigned int u32;
@@ -263,6 +264,17 @@ __device__ __forceinline__ float over_rows(float x) {  // sum over the 8 lanes t
     return x;
 }
 
+#if CLUSTER
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same place in another block's shared memory
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+#endif
+
 // The largest of positive fp16 numbers over the warp, as its bits.
 __device__ __forceinline__ int warp_max(half2 x) {
     return __reduce_max_sync(ALL, max(__half_as_ushort(__low2half(x)), __half_as_ushort(__high2half(x))));
@@ -293,7 +305,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     // Every warp takes an even share of the pages, in order, and of the exact tokens, 16 at a time.
     const int sink_units = (num_sinks + 15) / 16, exact_units = sink_units + (num_tail + 15) / 16;
     const u32 workers = splits * WARPS, worker = split * WARPS + warp;
-    const int first = share(worker, workers, num_pages), last = share(worker + 1, workers, num_pages);
+    const bool apart = num_pages + exact_units <= workers;  // then nobody has more than one of either
+    const int first = apart ? min(worker, num_pages) : share(worker, workers, num_pages);
+    const int last = apart ? min(worker + 1, num_pages) : share(worker + 1, workers, num_pages);
+    const int first_unit = apart ? min(max((int)worker - num_pages, 0), exact_units) : share(worker, workers, exact_units);
+    const int last_unit = apart ? min(max((int)worker + 1 - num_pages, 0), exact_units) : share(worker + 1, workers, exact_units);
     const u8* base = pages + batch * (table ? 0 : page_batch) + own * page_head;
     u8* ring = shared + warp * RING;
     auto fetch = [&](int page) {
@@ -373,8 +389,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     float o[DT][4] = {}, z0[VGROUPS] = {}, z1[VGROUPS] = {};
     Softmax sm;
     u32* stage = reinterpret_cast<u32*>(ring + (STAGES - 1) * PAGE);
-    const int last_unit = share(worker + 1, workers, exact_units);
-    for (int unit = share(worker, workers, exact_units); unit < last_unit; unit++) {
+    for (int unit = first_unit; unit < last_unit; unit++) {
         const bool is_sink = unit < sink_units;
         const int begin = (unit - (is_sink ? 0 : sink_units)) * 16, count = is_sink ? num_sinks : num_tail;
         const i64 stride = is_sink ? sink_token : tail_token;
@@ -624,22 +639,82 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         ml[0] = sm.m0; ml[1] = sm.l0; ml[2] = sm.m1; ml[3] = sm.l1;
     }
     __syncthreads();
+#if CLUSTER
+    float* my_o = sml + WARPS * 16;  // [8][D], then [8][2]
+    float* my_ml = my_o + 8 * D;
+#else
     const i64 tile = (i64)batch * gridDim.y + blockIdx.y;
     float* my_o = part_o + (tile * splits + split) * 8 * D;
     float* my_ml = part_ml + (tile * splits + split) * 16;
-    for (int i = threadIdx.x; i < rows * D; i += WARPS * 32) {
-        const int r = i / D, c = i % D;
-        float mx = NEVER, l = 0.f, acc = 0.f;
+#endif
+    for (int i = threadIdx.x; i < rows * D / 4; i += WARPS * 32) {
+        const int r = 4 * i / D, c = 4 * i % D;
+        float mx = NEVER, l = 0.f;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) mx = fmaxf(mx, sml[(w * 8 + r) * 2]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float f = exp2_(sml[(w * 8 + r) * 2] - mx);
-            l += f * sml[(w * 8 + r) * 2 + 1]; acc += f * so[(w * 8 + r) * PITCH + c];
+            const float4 v = *reinterpret_cast<const float4*>(so + (w * 8 + r) * PITCH + c);
+            l += f * sml[(w * 8 + r) * 2 + 1];
+            sum.x += f * v.x; sum.y += f * v.y; sum.z += f * v.z; sum.w += f * v.w;
         }
-        my_o[i] = acc;
+        reinterpret_cast<float4*>(my_o)[i] = sum;
         if (c == 0) { my_ml[2 * r] = mx; my_ml[2 * r + 1] = l; }
     }
+    auto store = [&](int i, float4 x) {  // result i, 4 channels
+        const int r = 4 * i / D, row = row0 + r;
+        const i64 to = (((i64)batch * queries + row % queries) * query_heads + head * group + row / queries) * D + 4 * i % D;
+#if BF16
+        __nv_bfloat162* at = reinterpret_cast<__nv_bfloat162*>(out + 2 * to);
+        at[0] = __floats2bfloat162_rn(x.x, x.y); at[1] = __floats2bfloat162_rn(x.z, x.w);
+#else
+        half2* at = reinterpret_cast<half2*>(out + 2 * to);
+        at[0] = __floats2half2_rn(x.x, x.y); at[1] = __floats2half2_rn(x.z, x.w);
+#endif
+    };
+    auto store_lse = [&](int r, float mx, float l) {
+        const int row = row0 + r, h = head * group + row / queries;
+        lse[((i64)batch * query_heads + h) * queries + row % queries] = (mx + log2f(l)) * 0.6931471805599453f;
+    };
+#if CLUSTER
+    // Sixteen lanes hold the splits' shares of one result; the blocks of the cluster take turns at the results.
+    cluster_barrier();
+    const u32 far_o = in_block((u32)__cvta_generic_to_shared(my_o), min((u32)lane & 15, (u32)splits - 1));
+    const u32 far_ml = in_block((u32)__cvta_generic_to_shared(my_ml), min((u32)lane & 15, (u32)splits - 1));
+    for (int base = split; base < rows * D / 4; base += splits * WARPS * 2) {
+        const int i = base + (threadIdx.x >> 4) * splits;
+        const bool mine = i < rows * D / 4 && (lane & 15) < splits;
+        const int r = mine ? 4 * i / D : 0, h = head * group + (row0 + r) / queries;
+        float mx = NEVER, l = 0.f;
+        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (mine) {
+            asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(mx), "=f"(l) : "r"(far_ml + 8 * r));
+            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(far_o + 16 * i));
+        }
+        const float sink = sink_logits ? sink_logits[h] * 1.4426950408889634f : NEVER;
+        float top = mx;
+#pragma unroll
+        for (int k = 1; k < 16; k *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, k));
+        top = fmaxf(top, sink);
+        const float f = exp2_(mx - top);
+        l *= f; x.x *= f; x.y *= f; x.z *= f; x.w *= f;
+#pragma unroll
+        for (int k = 1; k < 16; k *= 2) {
+            l += __shfl_xor_sync(ALL, l, k);
+            x.x += __shfl_xor_sync(ALL, x.x, k); x.y += __shfl_xor_sync(ALL, x.y, k);
+            x.z += __shfl_xor_sync(ALL, x.z, k); x.w += __shfl_xor_sync(ALL, x.w, k);
+        }
+        if (sink_logits) l += exp2_(sink - top);  // only the sum knows of it
+        if (mine && (lane & 15) == 0) {
+            store(i, make_float4(x.x / l, x.y / l, x.z / l, x.w / l));
+            if (lse && 4 * i % D == 0) store_lse(r, top, l);
+        }
+    }
+    cluster_barrier();  // no block leaves while another reads its share
+#else
     __syncthreads();
     int* ticket = reinterpret_cast<int*>(shared);
     if (threadIdx.x == 0) {
@@ -664,7 +739,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     float* weights = reinterpret_cast<float*>(shared);  // [8][splits]
     const float* all_ml = part_ml + tile * splits * 16;
     for (int r = warp; r < rows; r += WARPS) {
-        const int row = row0 + r, h = head * group + row / queries;
+        const int h = head * group + (row0 + r) / queries;
         float mx = sink_logits ? sink_logits[h] * 1.4426950408889634f : NEVER, l = 0.f;  // a sink is in the sum alone
         const float sink = mx;
         for (int i = lane; i < splits; i += 32) {
@@ -682,11 +757,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         for (int k = 1; k < 32; k *= 2) l += __shfl_xor_sync(ALL, l, k);
         if (sink_logits) l += exp2_(sink - mx);
         for (int i = lane; i < splits; i += 32) weights[r * splits + i] = exp2_(weights[r * splits + i] - mx) / l;
-        if (lse && lane == 0) lse[((i64)batch * query_heads + h) * queries + row % queries] = (mx + log2f(l)) * 0.6931471805599453f;
+        if (lse && lane == 0) store_lse(r, mx, l);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < rows * D / 4; i += WARPS * 32) {
-        const int r = 4 * i / D, c = 4 * i % D, row = row0 + r;
+        const int r = 4 * i / D;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         auto add = [&](const float4& v, float f) { sum.x += f * v.x; sum.y += f * v.y; sum.z += f * v.z; sum.w += f * v.w; };
         int k = 0;
@@ -696,13 +771,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         }
 #pragma unroll 8
         for (; k < splits; k++) add(__ldcg(all_o + (i64)k * 2 * D + i), weights[r * splits + k]);
-        const i64 to = (((i64)batch * queries + row % queries) * query_heads + head * group + row / queries) * D + c;
-#if BF16
-        __nv_bfloat162* at = reinterpret_cast<__nv_bfloat162*>(out + 2 * to);
-        at[0] = __floats2bfloat162_rn(sum.x, sum.y); at[1] = __floats2bfloat162_rn(sum.z, sum.w);
-#else
-        half2* at = reinterpret_cast<half2*>(out + 2 * to);
-        at[0] = __floats2half2_rn(sum.x, sum.y); at[1] = __floats2half2_rn(sum.z, sum.w);
-#endif
+        store(i, sum);
     }
+#endif
 }
