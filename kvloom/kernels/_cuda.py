@@ -16,6 +16,7 @@ from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout
 # movmatrix, redux and cp.async: Ampere and later.
 MIN_CAPABILITY = (8, 0)
 ROWS = 8  # query rows of one block, the N of the matrix instruction
+STAGES = 2  # pages of a warp in shared memory, as in attend.cu
 PAGE_TOKENS = (64, 128)
 LOG2E = 1.4426950408889634
 
@@ -69,6 +70,7 @@ def _served(query: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None) -> bool
         and kv.page_tokens in PAGE_TOKENS
         and rows <= kv.page_tokens
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+        and all(block_warps(group.layout, 0, _shared_limit(query.device.index)) for group in kv.pages)
     )
 
 
@@ -150,15 +152,6 @@ def attend_pages(
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How a kernel is cut up: warps of a block, pages a warp has on their way, blocks of a multiprocessor."""
-
-    warps: int
-    stages: int
-    blocks: int
-
-
-@dataclass(frozen=True)
 class _Launch:
     module: _nvrtc.Module
     warps: int
@@ -173,25 +166,22 @@ def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, ca
     row_tiles = -(-rows // ROWS)
     device = query.device.index
     tiles = query.shape[0] * len(group.heads) * row_tiles
-    shape = launch_shape(group.layout, tiles * kv.num_pages // _multiprocessors(device))
-    slots = _multiprocessors(device) * shape.blocks
+    warps = block_warps(group.layout, tiles * kv.num_pages // _multiprocessors(device), _shared_limit(device))
     units = kv.num_pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
-    splits = max(1, min(slots // tiles, -(-units // shape.warps)))
-    kernel = (group.layout, shape, query.dtype == torch.bfloat16, masked, capped)
-    shared = _shared_bytes(group.layout, shape)
+    splits = max(1, min(_multiprocessors(device) // tiles, -(-units // warps)))
+    kernel = (group.layout, warps, query.dtype == torch.bfloat16, masked, capped)
+    shared = _shared_bytes(group.layout, warps)
     if _merges_in_cluster(kernel, splits, tiles, shared, device):
         return _Launch(
-            _nvrtc.module("attend.cu", attend_defines(*kernel, True)), shape.warps, splits, row_tiles, shared, splits
+            _nvrtc.module("attend.cu", attend_defines(*kernel, True)), warps, splits, row_tiles, shared, splits
         )
     shared = max(shared, ROWS * 4 * splits)
-    return _Launch(
-        _nvrtc.module("attend.cu", attend_defines(*kernel, False)), shape.warps, splits, row_tiles, shared, 0
-    )
+    return _Launch(_nvrtc.module("attend.cu", attend_defines(*kernel, False)), warps, splits, row_tiles, shared, 0)
 
 
 @lru_cache(maxsize=1024)
 def _merges_in_cluster(
-    kernel: tuple[PageLayout, Shape, bool, bool, bool], splits: int, tiles: int, shared: int, device: int
+    kernel: tuple[PageLayout, int, bool, bool, bool], splits: int, tiles: int, shared: int, device: int
 ) -> bool:
     """Whether the splits of a row tile can be one cluster, and all clusters run at the same time."""
     if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
@@ -199,37 +189,33 @@ def _merges_in_cluster(
     if splits <= _PORTABLE_CLUSTER:
         return True
     module = _nvrtc.module("attend.cu", attend_defines(*kernel, True))
-    return module.active_clusters("attend", splits, 32 * kernel[1].warps, shared) >= tiles
+    return module.active_clusters("attend", splits, 32 * kernel[1], shared) >= tiles
 
 
 _PORTABLE_CLUSTER, _MAX_CLUSTER = 8, 16
 
 
 @lru_cache(maxsize=1024)
-def launch_shape(layout: PageLayout, pages: int) -> Shape:
-    """How to cut up a launch, as measured on an H100 (benchmarks/LOG.md): one block of eight warps, if they find work.
+def block_warps(layout: PageLayout, pages: int, shared_limit: int) -> int:
+    """Warps of a block, one block a multiprocessor: on an H100 eight are best, if they find work (benchmarks/LOG.md).
 
     Args:
         layout: Of the pages.
         pages: That a multiprocessor has to read.
+        shared_limit: Bytes of shared memory that a block may have.
+
+    Returns:
+        8, 4, 2 or 1; or 0 where not even one warp's pages fit.
     """
-    small = pages < _BUSY_PAGES
-    for shape in (Shape(8, 2, 1), Shape(4, 2, 1), Shape(2, 2, 1), Shape(1, 2, 1)):
-        fits = shape.blocks * (_shared_bytes(layout, shape) + _RESERVED_BYTES) <= _SHARED_BYTES
-        if fits and (shape.warps <= 4 or not small):
-            return shape
-    raise AssertionError("two pages of every layout fit")  # 256 channels of 16 bits: 128 KiB
+    most = 8 if pages >= _BUSY_PAGES else 4
+    return next((n for n in (8, 4, 2, 1) if n <= most and _shared_bytes(layout, n) <= shared_limit), 0)
 
 
 _BUSY_PAGES = 2
-# Shared memory of a multiprocessor that blocks may fill, and what each of them takes besides its own.
-_SHARED_BYTES, _RESERVED_BYTES = 220 * 1024, 1024
 
 
 @lru_cache(maxsize=1024)
-def attend_defines(
-    layout: PageLayout, shape: Shape, bf16: bool, masked: bool, capped: bool, clustered: bool
-) -> Defines:
+def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: bool, capped: bool, clustered: bool) -> Defines:
     """Macros of ``attend.cu`` for a layout."""
     key, value = layout.key, layout.value
     numbers = {
@@ -246,8 +232,7 @@ def attend_defines(
         "BF16": bf16,
         "MASKED": masked,
         "SOFTCAP": capped,
-        "WARPS": shape.warps,
-        "STAGES": shape.stages,
+        "WARPS": warps,
         "CLUSTER": clustered,
     }
     return tuple((name, int(number)) for name, number in numbers.items())
@@ -264,16 +249,21 @@ def _groups(side: SideLayout) -> int:
     return 1 if side.fmt.is_passthrough else side.groups
 
 
-def _shared_bytes(layout: PageLayout, shape: Shape) -> int:
+def _shared_bytes(layout: PageLayout, warps: int) -> int:
     """The rings, or what merging the warps needs afterwards."""
-    ring = max(shape.stages * layout.nbytes, (shape.stages - 1) * layout.nbytes + 32 * layout.head_dim)
-    merge = shape.warps * ROWS * (layout.head_dim + 4 + 2) * 4 + ROWS * (layout.head_dim + 2) * 4
-    return max(shape.warps * ring, merge)
+    ring = max(STAGES * layout.nbytes, (STAGES - 1) * layout.nbytes + 32 * layout.head_dim)
+    merge = warps * ROWS * (layout.head_dim + 4 + 2) * 4 + ROWS * (layout.head_dim + 2) * 4
+    return max(warps * ring, merge)
 
 
 @lru_cache(maxsize=16)
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=16)
+def _shared_limit(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @lru_cache(maxsize=1024)

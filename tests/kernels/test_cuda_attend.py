@@ -181,10 +181,18 @@ def test_a_graph_replays_attention() -> None:
 def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int) -> None:
     pytest.importorskip("cuda.core")
     case = random_case(seed)
-    shape = _cuda.launch_shape(case.layout, 100)
+    warps = _cuda.block_warps(case.layout, 100, 227 * 1024)
     bf16 = case.dtype == torch.bfloat16
-    defines = _cuda.attend_defines(case.layout, shape, bf16, case.masked, case.softcap is not None, clustered)
+    defines = _cuda.attend_defines(case.layout, warps, bf16, case.masked, case.softcap is not None, clustered)
     assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
+
+
+def test_blocks_fit_the_device() -> None:
+    wide, raw = Format(4, "per_channel", 64), Format(16, "per_channel", 64)
+    usual, largest = page_layout(wide, Format(4, "per_token", 128), 128), page_layout(raw, raw, 256)
+    assert [_cuda.block_warps(usual, pages, 227 * 1024) for pages in (1, 100)] == [4, 8]
+    assert _cuda.block_warps(usual, 100, 99 * 1024) == 4
+    assert [_cuda.block_warps(largest, 100, limit * 1024) for limit in (227, 99)] == [1, 0]
 
 
 def test_a_source_that_does_not_compile_is_one_sentence() -> None:

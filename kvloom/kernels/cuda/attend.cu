@@ -25,7 +25,6 @@
 #define MASKED 0
 #define SOFTCAP 0
 #define WARPS 4
-#define STAGES 2
 #define CLUSTER 0
 #endif
 
@@ -33,7 +32,7 @@ typedef unsigned int u32;
 typedef unsigned char u8;
 typedef long long i64;
 
-constexpr int MT = P / 16, DT = D / 16, PAIRS = D / 8;
+constexpr int STAGES = 2, MT = P / 16, DT = D / 16, PAIRS = D / 8;
 constexpr bool KRAW = KB0 == 16, VRAW = VB0 == 16;
 constexpr int KB = KB0 + KB1, VB = VB0 + VB1;
 constexpr int KCODES = P * D * KB / 8, VCODES = P * D * VB / 8;
@@ -275,11 +274,6 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 }
 #endif
 
-// The largest of positive fp16 numbers over the warp, as its bits.
-__device__ __forceinline__ int warp_max(half2 x) {
-    return __reduce_max_sync(ALL, max(__half_as_ushort(__low2half(x)), __half_as_ushort(__high2half(x))));
-}
-
 // Query [batch, query_heads, queries, D] by strides in elements; rows of a KV head: row = head * queries + query.
 // Pages: by strides in bytes, in order, or through table [batch, table_stride] of page numbers. heads: KV head of each
 // head of `pages`. Sinks and tail [batch, kv_heads, tokens, D] by strides in elements. lens: {pages, tail, length} of
@@ -491,8 +485,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 for (int p = 0; p < PAIRS; p++) most = __hmax2(most, as_half2(scales[grp][p]));
             }
             // Keep the largest product within 2^0 .. 2^6: weights of the second plane fit above it, small ones below.
-            const int top = (warp_max(most) >> 10) - 14;  // scales < 2^top
-            if (kexp + top > 6 || kexp + top < 1) {
+            const int own_most = max(__half_as_ushort(__low2half(most)), __half_as_ushort(__high2half(most)));
+            if (__any_sync(ALL, own_most >= (21 - kexp) << 10) || __all_sync(ALL, own_most < (15 - kexp) << 10)) {
+                const int top = ((int)__reduce_max_sync(ALL, (u32)own_most) >> 10) - 14;  // scales < 2^top
                 kexp = min(4 - top, 14);
                 u32 raw[PAIRS];
                 load_query(raw);
@@ -586,10 +581,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 }
                 most = max(most, bits(pairs[i >> 1][i & 1]) & 0x7fffu);
             }
-            const int top = ((int)__reduce_max_sync(ALL, most) >> 10) - 14;
             float unit = 1.f;
-            if (vexp + top > 9 || vexp + top < -1) {
-                const int now = min(7 - top, 20);
+            if (__any_sync(ALL, (int)most >= (24 - vexp) << 10) || __all_sync(ALL, (int)most < (13 - vexp) << 10)) {
+                const int now = min(7 - (((int)__reduce_max_sync(ALL, most) >> 10) - 14), 20);
                 unit = pow2(now - vexp); vexp = now;
             }
             scale_all(o, r0 * unit, r1 * unit);
