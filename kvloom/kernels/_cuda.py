@@ -70,7 +70,7 @@ def _served(query: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None) -> bool
         and kv.page_tokens in PAGE_TOKENS
         and rows <= kv.page_tokens
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
-        and all(block_warps(group.layout, 0, _shared_limit(query.device.index)) for group in kv.pages)
+        and all(block_warps(group.layout, 0, _nvrtc.shared_limit(query.device.index)) for group in kv.pages)
     )
 
 
@@ -166,7 +166,7 @@ def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, ca
     row_tiles = -(-rows // ROWS)
     device = query.device.index
     tiles = query.shape[0] * len(group.heads) * row_tiles
-    warps = block_warps(group.layout, tiles * kv.num_pages // _multiprocessors(device), _shared_limit(device))
+    warps = block_warps(group.layout, tiles * kv.num_pages // _multiprocessors(device), _nvrtc.shared_limit(device))
     units = kv.num_pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
     splits = max(1, min(_multiprocessors(device) // tiles, -(-units // warps)))
     kernel = (group.layout, warps, query.dtype == torch.bfloat16, masked, capped)
@@ -259,11 +259,6 @@ def _shared_bytes(layout: PageLayout, warps: int) -> int:
 @lru_cache(maxsize=16)
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache(maxsize=16)
-def _shared_limit(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @lru_cache(maxsize=1024)

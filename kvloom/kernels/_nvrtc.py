@@ -160,6 +160,12 @@ def _headers() -> dict[str, Any]:
     return {"include_path": folder} if folder else {"use_bundled_headers": True}
 
 
+@lru_cache(maxsize=64)
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    return int(_core().Device(device).properties.max_shared_memory_per_block_optin)
+
+
 @cache
 def compiler_version() -> str:
     """NVRTC's version.
