@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvloom.assets import CALIBRATION, EVALUATION, MODEL_NAME, load_model, texts, token_windows
-from kvloom.demo._lineup import Entry, exact_name, lineup, uniform_name
+from kvloom.demo._lineup import Entry, lineup
 from kvloom.evaluate import (
     WARM_UP,
     Contestant,
@@ -38,8 +38,6 @@ PROMPT = (
     " do with it what I liked. The first thing I noticed was"
 )
 
-_TIMED = ("dense", uniform_name(3, 3), exact_name(3.5))
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -64,7 +62,7 @@ class Sizes:
     prompts: int = 8
     prompt_tokens: int = 512
     decode_context: int = 2048
-    decode_steps: int = 12
+    decode_steps: int = 9
     sample_tokens: int = 24
     seed: int = 0
 
@@ -190,11 +188,10 @@ def _decode(
 ) -> list[Record]:
     length = sizes.decode_context + WARM_UP + sizes.decode_steps
     tokens = token_windows(tokenizer, texts(EVALUATION), length, 1, sizes.seed)[0]
-    plans = [plan for plan in _plans(model, entries, "exact") if plan.name in _TIMED]
     return decode_speed(
         model,
         tokens,
-        [*plans, *peers.contestants],
+        [*_plans(model, entries, "exact"), *peers.contestants],
         context=sizes.decode_context,
         steps=sizes.decode_steps,
         out=runs / "decode.jsonl",

@@ -139,7 +139,7 @@ def test_the_whole_path(tiny_folder, tmp_path, monkeypatch):
     assert {name: len(records) for name, records in lines.items()} == {
         "signal": 1,
         "fidelity": 18,
-        "decode": 3,
+        "decode": 18,
         "samples": 13,
     }
     klds = {record["name"]: record["kld"]["value"] for record in lines["fidelity"]}
