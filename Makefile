@@ -26,8 +26,10 @@ assets: setup
 demo: assets
 	$(BIN)/kvloom demo
 
+# Triton's kernels are interpreted, which is set for a whole process before triton is imported.
 test: assets
 	$(PYTEST) -n $(JOBS)
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels/test_triton.py
 
 lint: setup
 	$(BIN)/ruff check

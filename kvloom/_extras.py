@@ -11,7 +11,7 @@ from kvloom.errors import MissingExtraError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "cli": ("typer", "rich"),
     "gguf": ("gguf", "accelerate"),
-    "gpu": ("cuda.core",),
+    "gpu": ("cuda.core", "triton"),
     "hqq": ("hqq",),
     "plot": ("matplotlib",),
     "quanto": ("optimum.quanto", "ninja"),

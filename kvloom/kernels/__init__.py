@@ -13,13 +13,14 @@ from kvloom.kernels._base import Backend
 from kvloom.kernels._cpu import CpuBackend
 from kvloom.kernels._cuda import CudaBackend
 from kvloom.kernels._torch import TORCH, dense_attention
+from kvloom.kernels._triton import TritonBackend
 
 __all__ = ["Backend", "backend", "backends", "dense_attention"]
 
 # Fastest first, by type of device; each raises KernelError where it cannot run.
 _BACKENDS: dict[str, dict[str, Callable[[torch.device], Backend]]] = {
     "cpu": {"c": lambda _: CpuBackend()},
-    "cuda": {"cuda": CudaBackend},
+    "cuda": {"cuda": CudaBackend, "triton": lambda _: TritonBackend()},
 }
 
 

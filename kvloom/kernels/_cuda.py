@@ -34,6 +34,8 @@ class CudaBackend(TorchBackend):
     name = "cuda"
 
     def __init__(self, device: torch.device) -> None:
+        if torch.version.hip:
+            raise KernelError("this is an AMD device")
         if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             raise KernelError(f"{torch.cuda.get_device_name(device)} is older than Ampere")
         _nvrtc.compiler_version()
