@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypedDict, TypeVar
 
 import torch
 
@@ -18,7 +21,18 @@ MIN_CAPABILITY = (8, 0)
 ROWS = 8  # query rows of one block, the N of the matrix instruction
 STAGES = 2  # pages of a warp in shared memory, as in attend.cu
 PAGE_TOKENS = (64, 128)
+MAX_HEAD_DIM = 256
 LOG2E = 1.4426950408889634
+
+
+_T = TypeVar("_T")
+
+
+class _Options(TypedDict):
+    scaling: float
+    mask: torch.Tensor | None
+    softcap: float | None
+    sink_logits: torch.Tensor | None
 
 
 class CudaBackend(TorchBackend):
@@ -39,14 +53,17 @@ class CudaBackend(TorchBackend):
         if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             raise KernelError(f"{torch.cuda.get_device_name(device)} is older than Ampere")
         _nvrtc.compiler_version()
+        self._is_broken = False
 
     def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         """See `Backend.encode`."""
-        return _cuda_pages.encode(key, value, layout)
+        ours = partial(_cuda_pages.encode, key, value, layout)
+        return self._unless_broken(ours, partial(super().encode, key, value, layout))
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
-        return _cuda_pages.decode(data, layout, dtype)
+        ours = partial(_cuda_pages.decode, data, layout, dtype)
+        return self._unless_broken(ours, partial(super().decode, data, layout, dtype))
 
     def attend(
         self,
@@ -59,15 +76,28 @@ class CudaBackend(TorchBackend):
         sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
+        options: _Options = {"scaling": scaling, "mask": mask, "softcap": softcap, "sink_logits": sink_logits}
+        reference = partial(super().attend, query, kv, **options)
         if not _served(query, kv, mask):
-            return super().attend(query, kv, scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits)
-        return attend_pages(query, kv, scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits)[0]
+            return reference()
+        return self._unless_broken(lambda: attend_pages(query, kv, **options)[0], reference)
+
+    def _unless_broken(self, ours: Callable[[], _T], reference: Callable[[], _T]) -> _T:
+        """Our result; or the reference's, from the first kernel that cannot be built or launched here."""
+        if not self._is_broken:
+            try:
+                return ours()
+            except KernelError as error:
+                self._is_broken = True
+                logging.getLogger("kvloom").warning("kvloom's cuda kernels are no longer used: %s.", error)
+        return reference()
 
 
 def _served(query: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None) -> bool:
     rows = query.shape[1] // kv.shape[1] * query.shape[2]
     return (
         query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= MAX_HEAD_DIM
         and kv.num_pages > 0
         and kv.page_tokens in PAGE_TOKENS
         and rows <= kv.page_tokens

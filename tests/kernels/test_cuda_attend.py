@@ -187,6 +187,23 @@ def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int)
     assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
 
 
+def test_kernels_that_cannot_be_built_give_way_to_the_reference(monkeypatch, caplog) -> None:
+    def unbuildable(*args: object) -> None:
+        raise KernelError("NVRTC cannot compile for sm_99")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 9))
+    monkeypatch.setattr(_nvrtc, "compiler_version", lambda: "0")
+    monkeypatch.setattr("kvloom.kernels._cuda_pages.encode", unbuildable)
+    layout = page_layout(Format(4, "per_channel", 64), Format(4, "per_token", 64), 64)
+    device = _cuda.CudaBackend(torch.device("cuda", 0))
+    key, value = torch.randn(2, 1, 1, 64, 64)
+    for _ in range(2):
+        assert torch.equal(device.encode(key, value, layout), TORCH.encode(key, value, layout))
+    assert [record.getMessage() for record in caplog.records] == [
+        "kvloom's cuda kernels are no longer used: NVRTC cannot compile for sm_99."
+    ]
+
+
 def test_blocks_fit_the_device() -> None:
     wide, raw = Format(4, "per_channel", 64), Format(16, "per_channel", 64)
     usual, largest = page_layout(wide, Format(4, "per_token", 128), 128), page_layout(raw, raw, 256)

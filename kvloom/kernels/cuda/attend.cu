@@ -58,6 +58,7 @@ __device__ __forceinline__ u32 bits(half2 x) { return *reinterpret_cast<u32*>(&x
 __device__ __forceinline__ half2 as_half2(u32 x) { return *reinterpret_cast<half2*>(&x); }
 __device__ __forceinline__ half2 both(float x) { return __float2half2_rn(x); }
 __device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float rounded(float x) { return __half2float(__float2half_rn(x * 256.f)) * (1 / 256.f); }
 __device__ __forceinline__ float pow2(int e) { return __int_as_float((e + 127) << 23); }
 
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -555,7 +556,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 code_values<VB0, 0>(part, vrec, s, 256.f, lane, grp * OWN, OWN, 0, DT);
                 if constexpr (VB1 > 0) code_values<VB1 ? VB1 : 1, VB0>(part, vrec + P * D * VB0 / 8, s, 256.f, lane, grp * OWN, OWN, 0, DT);
 #pragma unroll
-                for (int m = grp * OWN; m < grp * OWN + OWN; m++) { sum0 += s[m][0] + s[m][2]; sum1 += s[m][1] + s[m][3]; }
+                for (int m = grp * OWN; m < grp * OWN + OWN; m++) {  // of the rounded weights, as the codes meet them
+                    sum0 += rounded(s[m][0]) + rounded(s[m][2]); sum1 += rounded(s[m][1]) + rounded(s[m][3]);
+                }
                 sum0 = over_rows(sum0); sum1 = over_rows(sum1);
 #pragma unroll
                 for (int i = 0; i < 2 * DT; i++) {
