@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvloom.codecs._affine import AFFINE, Affine
+from kvloom.codecs._affine import AFFINE, OUT_OF_RANGE, Affine
 from kvloom.codecs._base import Codec, Encoded, get, register, wide
 
-__all__ = ["AFFINE", "Affine", "Codec", "Encoded", "get", "register", "wide"]
+__all__ = ["AFFINE", "OUT_OF_RANGE", "Affine", "Codec", "Encoded", "get", "register", "wide"]

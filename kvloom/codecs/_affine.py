@@ -47,6 +47,12 @@ class Affine(Codec):
         return ungroup(values, encoded.codes.shape, fmt)
 
 
+OUT_OF_RANGE = (
+    "keys or values to be packed hold NaN, infinity or a magnitude above 65504, which fp16 scales cannot express: find "
+    "the layer that overflows, or keep it exact with bits=16."
+)
+
+
 def group(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Groups along the last axis: ``[..., tokens, head_dim]`` -> ``[..., a, b, group_size]``.
 
@@ -68,10 +74,7 @@ def ungroup(x: torch.Tensor, shape: torch.Size, fmt: Format) -> torch.Tensor:
 def _check_range(low: torch.Tensor, high: torch.Tensor) -> None:
     bound = torch.maximum(low.abs(), high.abs()).amax() if low.numel() else low.new_zeros(())
     if not bool(bound <= _FP16_MAX):
-        raise CacheError(
-            "keys or values to be packed hold NaN, infinity or a magnitude above 65504, which fp16 scales "
-            "cannot express: find the layer that overflows, or keep it exact with bits=16."
-        )
+        raise CacheError(OUT_OF_RANGE)
 
 
 def _asymmetric(low: torch.Tensor, high: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import NotRequired, TypedDict
 
 import torch
 
 from kvloom.pages import PagedKV, PageLayout
+
+
+class AttendOptions(TypedDict):
+    """Keyword arguments of `Backend.attend`, for backends that pass them on."""
+
+    scaling: float
+    mask: NotRequired[torch.Tensor | None]
+    softcap: NotRequired[float | None]
+    sink_logits: NotRequired[torch.Tensor | None]
+
+
+def rows_of_a_head(query: torch.Tensor, kv: PagedKV) -> int:
+    """Query rows that read one KV head: query heads of its group x queries."""
+    return query.shape[1] // kv.shape[1] * query.shape[2]
+
+
+@lru_cache(maxsize=1024)
+def head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int32 numbers of KV heads, on the device."""
+    return torch.tensor(heads, dtype=torch.int32, device=device)
 
 
 class Backend(ABC):

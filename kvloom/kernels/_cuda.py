@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TypedDict, TypeVar
+from functools import cache, lru_cache, partial
+from typing import TypeVar, Unpack
 
 import torch
 
 from kvloom.errors import KernelError
 from kvloom.kernels import _cuda_pages, _nvrtc
+from kvloom.kernels._base import AttendOptions, head_index, rows_of_a_head
+from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
 from kvloom.kernels._torch import TorchBackend
 from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout
@@ -21,18 +23,10 @@ MIN_CAPABILITY = (8, 0)
 ROWS = 8  # query rows of one block, the N of the matrix instruction
 STAGES = 2  # pages of a warp in shared memory, as in attend.cu
 PAGE_TOKENS = (64, 128)
-MAX_HEAD_DIM = 256
 LOG2E = 1.4426950408889634
 
 
 _T = TypeVar("_T")
-
-
-class _Options(TypedDict):
-    scaling: float
-    mask: torch.Tensor | None
-    softcap: float | None
-    sink_logits: torch.Tensor | None
 
 
 class CudaBackend(TorchBackend):
@@ -57,28 +51,22 @@ class CudaBackend(TorchBackend):
 
     def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         """See `Backend.encode`."""
-        ours = partial(_cuda_pages.encode, key, value, layout)
-        return self._unless_broken(ours, partial(super().encode, key, value, layout))
+        reference = partial(super().encode, key, value, layout)
+        if not _cuda_pages.covers(layout, key.dtype):
+            return reference()
+        return self._unless_broken(partial(_cuda_pages.encode, key, value, layout), reference)
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
-        ours = partial(_cuda_pages.decode, data, layout, dtype)
-        return self._unless_broken(ours, partial(super().decode, data, layout, dtype))
+        reference = partial(super().decode, data, layout, dtype)
+        if not _cuda_pages.covers(layout, dtype):
+            return reference()
+        return self._unless_broken(partial(_cuda_pages.decode, data, layout, dtype), reference)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        kv: PagedKV,
-        *,
-        scaling: float,
-        mask: torch.Tensor | None = None,
-        softcap: float | None = None,
-        sink_logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, kv: PagedKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         """See `Backend.attend`."""
-        options: _Options = {"scaling": scaling, "mask": mask, "softcap": softcap, "sink_logits": sink_logits}
         reference = partial(super().attend, query, kv, **options)
-        if not _served(query, kv, mask):
+        if not _served(query, kv, options.get("mask")):
             return reference()
         return self._unless_broken(lambda: attend_pages(query, kv, **options)[0], reference)
 
@@ -94,13 +82,12 @@ class CudaBackend(TorchBackend):
 
 
 def _served(query: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None) -> bool:
-    rows = query.shape[1] // kv.shape[1] * query.shape[2]
     return (
         query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= MAX_HEAD_DIM
         and kv.num_pages > 0
         and kv.page_tokens in PAGE_TOKENS
-        and rows <= kv.page_tokens
+        and rows_of_a_head(query, kv) <= kv.page_tokens
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
         and all(block_warps(group.layout, 0, _nvrtc.shared_limit(query.device.index)) for group in kv.pages)
     )
@@ -155,7 +142,7 @@ def attend_pages(
             *map(_nvrtc.int64, group.data.stride()[:3]),
             None,
             0,
-            _head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
+            head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
             sinks.key,
             sinks.value,
             *_strides(sinks.key),
@@ -194,8 +181,7 @@ class _Launch:
 
 
 def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, capped: bool) -> _Launch:
-    rows = query.shape[1] // kv.shape[1] * query.shape[2]
-    row_tiles = -(-rows // ROWS)
+    row_tiles = -(-rows_of_a_head(query, kv) // ROWS)
     device = query.device.index
     tiles = query.shape[0] * len(group.heads) * row_tiles
     warps = block_warps(group.layout, tiles * kv.num_pages // _multiprocessors(device), _nvrtc.shared_limit(device))
@@ -293,12 +279,11 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache(maxsize=1024)
-def _head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(heads, dtype=torch.int32, device=device)
-
-
-_TURNS: dict[tuple[int, int], torch.Tensor] = {}
+@cache
+def _turns(device: int, stream: int, capacity: int) -> torch.Tensor:
+    """Counters of one stream, zero between its launches; never freed, since a captured graph may hold them."""
+    del stream  # part of the key: launches side by side must not take each other's turns
+    return torch.zeros(capacity, dtype=torch.int32, device=torch.device("cuda", device))
 
 
 def _workspace(
@@ -309,13 +294,10 @@ def _workspace(
         return None, None, None
     count = tiles * launch.row_tiles
     shape = (count, launch.splits, ROWS)
-    partial = torch.empty((*shape, dim), dtype=torch.float32, device=device)
+    sums = torch.empty((*shape, dim), dtype=torch.float32, device=device)
     stats = torch.empty((*shape, 2), dtype=torch.float32, device=device)
-    place = (partial.device.index, torch.cuda.current_stream(device).cuda_stream)
-    turns = _TURNS.get(place)
-    if turns is None or len(turns) < count:
-        turns = _TURNS[place] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return partial, stats, turns
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return sums, stats, _turns(sums.device.index, stream, max(4096, 1 << (count - 1).bit_length()))
 
 
 def _strides(x: torch.Tensor) -> list[object]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from kvloom.codecs import OUT_OF_RANGE
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._nvrtc import Defines, module
 from kvloom.pages import PageLayout, SideLayout
@@ -40,9 +41,7 @@ def encode(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.
     """
     pages = key.shape[-2] // layout.page_tokens
     out = torch.empty((*key.shape[:-2], pages, layout.nbytes), dtype=torch.uint8, device=key.device)
-    flag = torch.zeros(1, dtype=torch.int32, device=key.device)
-    encode_into(key, value, layout, out, flag)
-    check_range(flag)
+    encode_into(key, value, layout, out)
     return out
 
 
@@ -96,10 +95,7 @@ def encode_into(
 def check_range(flag: torch.Tensor) -> None:
     """Wait for the device and raise CacheError if `encode_into` has set ``flag``."""
     if flag.item():
-        raise CacheError(
-            "keys or values to be packed hold NaN, infinity or a magnitude above 65504, which fp16 scales "
-            "cannot express: find the layer that overflows, or keep it exact with bits=16."
-        )
+        raise CacheError(OUT_OF_RANGE)
 
 
 def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,6 +207,15 @@ def _side_defines(name: str, side: SideLayout) -> Defines:
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def covers(layout: PageLayout, dtype: torch.dtype) -> bool:
+    """Whether the kernels take this layout and dtype."""
+    try:
+        _check_supported(layout, dtype)
+    except KernelError:
+        return False
+    return True
 
 
 def _check_supported(layout: PageLayout, dtype: torch.dtype) -> None:

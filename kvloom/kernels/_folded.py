@@ -65,9 +65,8 @@ def packed_values(x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype:
         out += (x @ zero.flatten(1, 2)).transpose(-1, -2).unsqueeze(-1)
         return out.transpose(1, 2).flatten(2)
     moving = _block_diagonal(by_page.flatten(0, 1), side.groups).reshape(lead, -1, 1, side.groups * m, side.page_tokens)
-    partial = _codes_product(moving, pages, side).view(
-        *scale.shape[:3], m, -1
-    )  # parameters [lead, n, token groups, channels]
+    # Parameters [lead, n, token groups, channels].
+    partial = _codes_product(moving, pages, side).view(*scale.shape[:3], m, -1)
     sums = x.unflatten(-1, (scale.shape[1] * side.groups, -1)).sum(-1)  # [lead, m, n * groups]
     return (partial * scale.unsqueeze(3)).sum((1, 2)).add_(sums @ zero.flatten(1, 2))
 

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvloom import codecs
 from kvloom.codecs import Encoded, wide
-from kvloom.kernels._base import Backend
+from kvloom.kernels._base import Backend, rows_of_a_head
 from kvloom.kernels._folded import packed_scores, packed_values
 from kvloom.pages import PagedKV, PageLayout, Role, SideLayout, pack_side, unpack_raw, unpack_side
 
@@ -54,8 +54,7 @@ class TorchBackend(Backend):
         )
         if kv.num_pages == 0:
             return dense_attention(query, key, value, mask=mask, **options)
-        rows = query.shape[1] // key.shape[1] * query.shape[2]
-        if rows > kv.page_tokens:
+        if rows_of_a_head(query, kv) > kv.page_tokens:
             packed_key, packed_value = self._decode_all(kv)
             key, value = torch.cat([key, packed_key], -2), torch.cat([value, packed_value], -2)
             return dense_attention(query, key, value, mask=_slot_mask(kv, mask, query.shape[2]), **options)

@@ -8,13 +8,15 @@ how many pages there are room for, so that CUDA graphs hold.
 from __future__ import annotations
 
 import importlib
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
+from typing import Unpack
 
 import torch
 
 from kvloom._extras import pip_command
 from kvloom.errors import KernelError
+from kvloom.kernels._base import AttendOptions, head_index, rows_of_a_head
 from kvloom.kernels._torch import TorchBackend
 from kvloom.kernels._triton_tiles import MIN_COLUMNS, SideTile, next_power, row_tile, side_tile
 from kvloom.pages import PagedKV, PageLayout, SideLayout, pack_side, unpack_raw
@@ -102,23 +104,13 @@ class TritonBackend(TorchBackend):
         )
         return out
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        kv: PagedKV,
-        *,
-        scaling: float,
-        mask: torch.Tensor | None = None,
-        softcap: float | None = None,
-        sink_logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, kv: PagedKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         """See `Backend.attend`."""
         if not _serves(query, kv):
-            return super().attend(query, kv, scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits)
+            return super().attend(query, kv, **options)
         query = query if query.stride(-1) == 1 else query.contiguous()
-        with torch.cuda.device_of(query):  # Triton launches on the current device
-            partial, stats = self._attend_splits(query, kv, scaling, mask, softcap)
-            return self._combine(query, partial, stats, sink_logits)
+        partial, stats = self._attend_splits(query, kv, options["scaling"], options.get("mask"), options.get("softcap"))
+        return self._combine(query, partial, stats, options.get("sink_logits"))
 
     def _attend_splits(
         self, query: torch.Tensor, kv: PagedKV, scaling: float, mask: torch.Tensor | None, softcap: float | None
@@ -139,7 +131,7 @@ class TritonBackend(TorchBackend):
         for pages in kv.pages:
             columns = row_tile(pages.layout, rows)
             self._attend_kernels.attend_split[(splits, len(pages.heads) * -(-rows // columns), batch)](
-                *(partial, stats, query, pages.data, _indices(pages.heads, kv.device), *exact, kv.visible),
+                *(partial, stats, query, pages.data, head_index(pages.heads, kv.device), *exact, kv.visible),
                 query if mask is None else mask.view(torch.uint8) if is_bool else mask,
                 *query.stride()[:3],
                 *pages.data.stride()[:3],
@@ -207,13 +199,12 @@ def _is_affine(layout: PageLayout) -> bool:
 
 def _serves(query: torch.Tensor, kv: PagedKV) -> bool:
     """Whether the kernels cover this case."""
-    rows = query.shape[1] // kv.shape[1] * query.shape[2]
     return (
         kv.num_pages > 0
         and query.dtype == kv.dtype
         and kv.dtype in _DTYPES
         and kv.page_tokens in PAGE_TOKENS
-        and rows <= MAX_ROWS
+        and rows_of_a_head(query, kv) <= MAX_ROWS
         and query.shape[3] <= MAX_HEAD_DIM[kv.dtype.itemsize]
         and all(_is_affine(group.layout) for group in kv.pages)
     )
@@ -239,11 +230,6 @@ def _stages(layout: PageLayout, dtype: torch.dtype) -> int:
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; one on the CPU, where Triton interprets."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@lru_cache(maxsize=256)
-def _indices(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(heads, dtype=torch.int32, device=device)
 
 
 def _broadcast_strides(mask: torch.Tensor) -> tuple[int, ...]:

@@ -197,6 +197,9 @@ def test_kernels_that_cannot_be_built_give_way_to_the_reference(monkeypatch, cap
     layout = page_layout(Format(4, "per_channel", 64), Format(4, "per_token", 64), 64)
     device = _cuda.CudaBackend(torch.device("cuda", 0))
     key, value = torch.randn(2, 1, 1, 64, 64)
+    in_float64 = (key.double(), value.double(), layout)  # not covered, which breaks nothing
+    assert torch.equal(device.encode(*in_float64), TORCH.encode(*in_float64))
+    assert not caplog.records
     for _ in range(2):
         assert torch.equal(device.encode(key, value, layout), TORCH.encode(key, value, layout))
     assert [record.getMessage() for record in caplog.records] == [

@@ -2,7 +2,8 @@
 //
 // A warp walks pages; up to 8 rows (query heads of one KV head x queries) are the N of mma.m16n8k16, codes are its A
 // operand as fp16 subnormals (page-format.md, "What makes it work"). The splits of a row tile are merged inside their
-// cluster, or, without clusters, by the last block to finish. Record layout: kvloom/pages/_layout.py; order of the codes: kvloom/pages/_fragment.py.
+// cluster, or, without clusters, by the last block to finish. Record layout: kvloom/pages/_layout.py; order of the codes:
+// kvloom/pages/_fragment.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
