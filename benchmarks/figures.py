@@ -259,7 +259,7 @@ def run_drift(bench: Bench) -> Iterator[Verdict]:
             slope <= 2 * error,
             f"{one['name']}: {sum(one['blocks']['tokens']):,} tokens decoded one by one, mean KLD "
             f"{one['kld']['value']:.5f}, at once {other['kld']['value']:.5f}; the difference rises by "
-            f"{slope:.1e} +- {2 * error:.1e} a block of {one['block']}",
+            f"{slope:.1e} +- {2 * error:.1e} a block of {Protocol().block} tokens",
         )
     names = [uniform_name(2, 2), exact_name(2.5), NEEDLE_PLAN, uniform_name(4, 4)]
     records = drift(

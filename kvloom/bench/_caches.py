@@ -6,7 +6,7 @@ import torch
 
 from kvloom.bench._grid import Grid, Pair, Shape
 from kvloom.kernels import Backend
-from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout
+from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout, StaticKV
 
 OUTLIER_CHANNEL = 5
 OUTLIER = 8.0
@@ -42,6 +42,19 @@ def packed_cache(backend: Backend, grid: Grid, shape: Shape, pair: Pair, device:
     one = Shape(1, shape.tokens)
     rows = [backend.encode(*random_dense(grid, one, shape.tokens, device), layout) for _ in range(shape.batch)]
     return _paged(layout, torch.cat(rows), ExactKV(*random_dense(grid, shape, grid.window, device)))
+
+
+def static_cache(grid: Grid, shape: Shape, pair: Pair, device: torch.device) -> StaticKV:
+    """An empty cache with room for whole pages of tokens and no window."""
+    layout = grid.layout(pair)
+    lead = (shape.batch, grid.kv_heads)
+    data = torch.zeros(*lead, shape.tokens // layout.page_tokens, layout.nbytes, dtype=torch.uint8, device=device)
+    exact = torch.zeros(2, *lead, layout.page_tokens, grid.head_dim, dtype=grid.dtype, device=device)
+    state, flags = (torch.zeros(n, dtype=torch.int32, device=device) for n in (2 * shape.batch + 1, 2))
+    filled = torch.arange(shape.tokens + 1, dtype=torch.int32, device=device) // layout.page_tokens
+    pages = (HeadPages(tuple(range(grid.kv_heads)), layout, data),)
+    none = ExactKV(exact[0][:, :, :0], exact[1][:, :, :0])
+    return StaticKV(pages, none, ExactKV(exact[0], exact[1]), state, flags, filled, layout.page_tokens)
 
 
 def _parameters(size: tuple[int, ...], side: SideLayout, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from kvloom.bench._bytes import attend_bytes, attend_flops, encode_bytes
-from kvloom.bench._caches import packed_cache, random_cache, random_dense, random_query
+from kvloom.bench._caches import packed_cache, random_cache, random_dense, random_query, static_cache
 from kvloom.bench._ceilings import Ceilings
 from kvloom.bench._error import exact_paged_attention, judged, poisoned, relative_error
 from kvloom.bench._figures import Dense, against_dense, rates, times_bound
@@ -20,7 +20,7 @@ from kvloom.errors import KernelError
 from kvloom.evaluate import Record
 from kvloom.kernels import Backend
 
-# A page of appended tokens is a hundred small launches, whose number matters and not where their bytes lie.
+# A page of appended tokens is many small launches, whose number matters and not where their bytes lie.
 APPEND_COPIES = 4
 _REFUSALS = (KernelError, NotImplementedError, torch.OutOfMemoryError)
 
@@ -55,10 +55,9 @@ def encode_record(cell: Cell, clock: Clock, ceilings: Ceilings) -> Record:
 
 
 def append_record(cell: Cell, clock: Clock) -> Record:
-    """One layer's upkeep in a decode step, amortised over a page: ``seconds`` of a step.
+    """One layer's upkeep in a decode step of a cache of fixed size, amortised over a page: ``seconds`` of a step.
 
-    A token is copied into the window at every step; at the last step of a page the page is packed and copied to its
-    place among the others.
+    A token is copied into the window at every step; at the last step of a page the page is packed into its place.
     """
     return _unless_refused(lambda: _append(cell, clock))
 
@@ -124,16 +123,12 @@ def _append(cell: Cell, clock: Clock) -> Record:
 
 def _page_of_steps(cell: Cell, page: Shape) -> Launch:
     """As many appended tokens as fill a page, and the packing of that page."""
-    layout = cell.grid.layout(cell.pair)
-    new_key, new_value = random_dense(cell.grid, page, page.tokens, cell.device)
-    key, value = torch.empty_like(new_key), torch.empty_like(new_value)
-    size = (page.batch, cell.grid.kv_heads, 1, layout.nbytes)
-    place = torch.empty(size, dtype=torch.uint8, device=cell.device)
+    key, value = random_dense(cell.grid, page, page.tokens, cell.device)
+    kv = static_cache(cell.grid, page, cell.pair, cell.device)
 
     def launch() -> None:
+        kv.state.zero_()
         for slot in range(page.tokens):
-            key[:, :, slot].copy_(new_key[:, :, slot])
-            value[:, :, slot].copy_(new_value[:, :, slot])
-        place.copy_(cell.backend.encode(key, value, layout))
+            cell.backend.append(key[:, :, slot : slot + 1], value[:, :, slot : slot + 1], kv)
 
     return launch

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvloom import kernels
 from kvloom.errors import ModelError
-from kvloom.pages import PagedKV
+from kvloom.pages import PagedKV, StaticKV
 
 ATTENTION = "kvloom"
 _REGISTRY_WORD = "ALL_ATTENTION_FUNCTIONS"
@@ -21,8 +21,8 @@ _REGISTRY_WORD = "ALL_ATTENTION_FUNCTIONS"
 def loom_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | PagedKV,
-    value: torch.Tensor | PagedKV,
+    key: torch.Tensor | PagedKV | StaticKV,
+    value: torch.Tensor | PagedKV | StaticKV,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -35,7 +35,7 @@ def loom_attention(
     Args:
         module: The attention module.
         query: ``[batch, query_heads, queries, head_dim]``.
-        key: A layer's `PagedKV`, or a tensor ``[batch, kv_heads, tokens, head_dim]``.
+        key: A layer's `PagedKV` or `StaticKV`, or a tensor ``[batch, kv_heads, tokens, head_dim]``.
         value: Likewise.
         attention_mask: 4-D, boolean or additive, or None for causal.
         dropout: Must be 0; packed caches are for inference.
@@ -59,9 +59,11 @@ def loom_attention(
         "softcap": softcap,
         "sink_logits": s_aux,
     }
+    if isinstance(key, StaticKV):
+        return kernels.attend_static(query, key, **options), None
     if isinstance(key, PagedKV):
         return kernels.backend(key.device).attend(query, key, **options), None
-    if isinstance(value, PagedKV):
+    if not isinstance(value, torch.Tensor):
         raise ModelError("a layer mixed packed values with plain keys; kvloom cannot serve this model.")
     return kernels.dense_attention(query, key, value, **options), None
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from kvloom.cache import _file
 from kvloom.cache._attention import ATTENTION
+from kvloom.cache._flags import Flags
 from kvloom.cache._layer import LoomLayer, NonFinite
+from kvloom.cache._static import StaticLoomLayer
 from kvloom.errors import CacheError, PlanError
-from kvloom.pages import PagedKV
 from kvloom.plan import Fingerprint, Plan
 
 
@@ -28,31 +31,43 @@ class LoomCache(DynamicCache):
         model: The transformers model (or its config) the cache is for.
         nonfinite: What packing does with NaN, infinities and magnitudes above 65504: ``error`` (default) or
             ``clamp``.
+        max_tokens: Room for so many tokens of each sequence, allocated at the first pass, in place of a cache that
+            grows. With the CUDA kernels (fp16 or bf16, and `kvloom.enable`) ``generate`` then compiles decoding and
+            replays it as CUDA graphs.
 
     Raises:
         ModelError: The model is not the plan's, or cannot be packed.
         PlanError: The plan asks for what no code does yet (an evict entry).
+        CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite``.
     """
 
-    def __init__(self, plan: Plan, model: Any, *, nonfinite: NonFinite = "error") -> None:
+    def __init__(
+        self, plan: Plan, model: Any, *, nonfinite: NonFinite = "error", max_tokens: int | None = None
+    ) -> None:
         config = getattr(model, "config", model)
         fingerprint = Fingerprint.of(model)
         plan.model.check(fingerprint)
         evicting = [str(entry.layers) for entry in plan.layers if entry.evict is not None]
         if evicting:
             raise PlanError(f"layers {evicting[0]}: evict is not supported yet; remove the entry from the plan.")
+        if max_tokens is not None and max_tokens < 1:
+            raise CacheError(
+                f"max_tokens is {max_tokens}: give the number of tokens to make room for, or leave it out."
+            )
         super().__init__(config=config)
         self.plan = plan
-        attention = _AttentionName(config)
+        self.max_tokens = max_tokens
+        make: Callable[..., LoomLayer] = LoomLayer
+        if max_tokens is not None:
+            make = partial(StaticLoomLayer, max_tokens=max_tokens, expected=_expected(model))
+        self._flags = Flags()
+        options: dict[str, Any] = {"prefill": plan.prefill, "nonfinite": nonfinite, "flags": self._flags}
+        is_enabled = _AttentionName(config).is_loom
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[i] = LoomLayer(
-                    plan.spec(i),
-                    plan.model,
-                    prefill=plan.prefill,
-                    nonfinite=nonfinite,
-                    is_enabled=attention.is_loom,
-                )
+                self.layers[i] = make(plan.spec(i), plan.model, is_enabled=is_enabled, **options)
+            elif type(layer) is DynamicSlidingWindowLayer and max_tokens is not None:
+                self.layers[i] = StaticSlidingWindowLayer(max_tokens, layer.sliding_window)
         self._last_packed = max(self.packed_layers)
         self._marks: dict[int, Any] = {}
         self._has_warned = False
@@ -64,22 +79,53 @@ class LoomCache(DynamicCache):
 
         If it fails, the pass is undone in every attention layer it has reached: the cache stays as it was before.
         """
+        if self.max_tokens is not None and key_states.shape[-2] == 1 and self._cannot_fail(layer_idx):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx in self._marks:
             self._marks.clear()  # an earlier pass ended before the last layer
         if layer_idx <= self._last_packed:
             self._marks[layer_idx] = _mark(self.layers[layer_idx])
         try:
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if layer_idx == self._last_packed:
+                self._flags.check()
         except Exception:
+            self._flags.clear()
             for i, mark in self._marks.items():
                 _roll_back(self.layers[i], mark)
             self._marks.clear()
             raise
         if layer_idx == self._last_packed:
             self._marks.clear()
-        if isinstance(self.layers[layer_idx], LoomLayer) and not isinstance(states[0], PagedKV):
+        if isinstance(self.layers[layer_idx], LoomLayer) and isinstance(states[0], torch.Tensor):
             self._warn_dense()
         return states
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the mask of a pass of so many tokens, if there is room for them (see `check`)."""
+        if self.max_tokens is not None and not torch.compiler.is_compiling():
+            self.check(room_for=query_length)
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def check(self, *, room_for: int = 0) -> None:
+        """Wait for the device, and raise what decoding with ``max_tokens`` could not raise when it happened.
+
+        Models and ``generate`` call it before every pass that is not compiled, since they ask for the size of the mask.
+
+        Args:
+            room_for: Tokens about to come.
+
+        Raises:
+            CacheError: NaN, infinity or a magnitude above 65504 was packed, or there is no room for the tokens.
+        """
+        layer = self.layers[self._last_packed]
+        if isinstance(layer, StaticLoomLayer) and not _is_capturing():
+            layer.check(room_for=room_for)
+
+    def _cannot_fail(self, layer_idx: int) -> bool:
+        """Whether a pass of one token through a layer of fixed size raises nothing."""
+        return torch.compiler.is_compiling() or bool(self.layers[layer_idx].is_compileable)
 
     def _warn_dense(self) -> None:
         if not self._has_warned:
@@ -105,7 +151,7 @@ class LoomCache(DynamicCache):
         Raises:
             CacheError: The cache is empty.
         """
-        model, tokens = self.plan.model, self.get_seq_length()
+        model, tokens = self.plan.model, int(self.get_seq_length())
         batch = next(iter(self.packed_layers.values())).batch_size
         if tokens == 0:
             raise CacheError("an empty cache has no bits: true_bits needs at least one token.")
@@ -121,27 +167,50 @@ class LoomCache(DynamicCache):
         _file.save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, plan: Plan, model: Any, *, nonfinite: NonFinite = "error") -> LoomCache:
+    def load(cls, path: str | Path, plan: Plan, model: Any, **options: Any) -> LoomCache:
         """Read a cache written by `save`, onto the model's device.
+
+        Args:
+            path: The file.
+            plan: The plan it was written under.
+            model: The model.
+            **options: Those of the class.
 
         Raises:
             CacheError: The file is missing, cut short, foreign, or written under another plan or for another model.
         """
-        cache = cls(plan, model, nonfinite=nonfinite)
+        cache = cls(plan, model, **options)
         _file.restore(cache, Path(path), getattr(model, "device", "cpu"))
         return cache
 
 
 def _mark(layer: Any) -> Any:
-    """What `_roll_back` needs; transformers' own attention layers replace their tensors and never write into them."""
-    return layer.mark() if isinstance(layer, LoomLayer) else vars(layer).copy()
+    """What `_roll_back` needs; transformers' growing layers replace their tensors, its static ones write into them."""
+    if isinstance(layer, LoomLayer):
+        return layer.mark()
+    fields = vars(layer).copy()
+    contents = [(x, x.clone()) for x in fields.values() if isinstance(layer, StaticLayer) and torch.is_tensor(x)]
+    return fields, contents
 
 
 def _roll_back(layer: Any, mark: Any) -> None:
     if isinstance(layer, LoomLayer):
         layer.roll_back(mark)
-    else:
-        vars(layer).update(mark)
+        return
+    fields, contents = mark
+    vars(layer).update(fields)
+    for tensor, before in contents:
+        tensor.copy_(before)
+
+
+def _expected(model: Any) -> tuple[torch.device, torch.dtype] | None:
+    """Device and dtype of the states of a model; None if only its config is known."""
+    device, dtype = getattr(model, "device", None), getattr(model, "dtype", None)
+    return (device, dtype) if isinstance(device, torch.device) and isinstance(dtype, torch.dtype) else None
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _AttentionName:

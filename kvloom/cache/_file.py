@@ -27,7 +27,7 @@ def save(cache: LoomCache, path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(cache.layers):
         tensors |= {f"layers.{i}.{name}": t.contiguous() for name, t in _layer_tensors(layer, i)}
-    header = {"format": _FORMAT, "plan": _plan_text(cache), "tokens": str(cache.get_seq_length())}
+    header = {"format": _FORMAT, "plan": _plan_text(cache), "tokens": str(int(cache.get_seq_length()))}
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata=header)

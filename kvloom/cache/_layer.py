@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvloom import kernels
+from kvloom.cache._flags import Flags
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError, ModelError
 from kvloom.pages import ExactKV, HeadPages, PagedKV
-from kvloom.plan import Fingerprint, LayerPlan, Prefill, full_pages, head_layouts, itemsize
+from kvloom.plan import Fingerprint, LayerPlan, Prefill, Window, full_pages, head_layouts, itemsize
 
 NonFinite = Literal["error", "clamp"]
 _CLAMP = 65280.0  # a number of every dtype; the grid's rounding still fits in fp16's 65504
@@ -41,6 +43,7 @@ class LoomLayer(CacheLayerMixin):
         prefill: See `kvloom.Plan`.
         nonfinite: What packing does with NaN, infinities and magnitudes above 65504: ``error``, or ``clamp``
             (NaN becomes 0, everything else at most 65280).
+        flags: Where a device notes what it packed out of range; whoever calls `update` checks them.
         is_enabled: Whether the model's attention reads packed pages now; otherwise dense tensors are returned.
     """
 
@@ -55,6 +58,7 @@ class LoomLayer(CacheLayerMixin):
         *,
         prefill: Prefill,
         nonfinite: NonFinite,
+        flags: Flags,
         is_enabled: Callable[[], bool],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,6 +66,7 @@ class LoomLayer(CacheLayerMixin):
         self.model = model
         self.prefill = prefill
         self.nonfinite = nonfinite
+        self.flags = flags
         self.is_enabled = is_enabled
         self.record_past = False
         self._clear()
@@ -129,7 +134,8 @@ class LoomLayer(CacheLayerMixin):
         if self._reads_own_pages():
             handle = self._pack_under(queries)
         else:
-            handle = self._handle(self.tail, [self.num_pages] * queries)
+            visible = torch.full((queries,), self.num_pages, device=self.device)
+            handle = self._handle(self.tail, visible)
             if not self.record_past:
                 self._pack()
         return (handle, handle) if self.is_enabled() else self._dense(handle)
@@ -158,11 +164,13 @@ class LoomLayer(CacheLayerMixin):
             return
         tokens = new * self.page_tokens
         key, value = self.tail.key[:, :, :tokens], self.tail.value[:, :, :tokens]
-        self.pages = tuple(
-            HeadPages(g.heads, g.layout, torch.cat([g.data, self._encoded(key, value, g)], dim=2)) for g in self.pages
-        )
+        self.pages = tuple(self._extended(g, self._encoded(key, value, g)) for g in self.pages)
         self.num_pages += new
         self.tail = ExactKV(self.tail.key[:, :, tokens:].clone(), self.tail.value[:, :, tokens:].clone())
+
+    def _extended(self, group: HeadPages, records: torch.Tensor) -> HeadPages:
+        """The pages with records ``[batch, heads, pages, layout.nbytes]`` after them."""
+        return HeadPages(group.heads, group.layout, torch.cat([group.data, records], dim=2))
 
     def _encoded(self, key: torch.Tensor, value: torch.Tensor, group: HeadPages) -> torch.Tensor:
         layout = group.layout
@@ -170,7 +178,7 @@ class LoomLayer(CacheLayerMixin):
             x if self.nonfinite == "error" or side.fmt.is_passthrough else _clamped(x)
             for x, side in ((_of(key, group), layout.key), (_of(value, group), layout.value))
         )
-        return kernels.backend(self.device).encode(key, value, layout)
+        return kernels.backend(self.device).encode(key, value, layout, self.flags.pending(self.device))
 
     def _reads_own_pages(self) -> bool:
         """Whether a query of the pass just appended is to read a page that earlier tokens of the pass fill."""
@@ -187,16 +195,14 @@ class LoomLayer(CacheLayerMixin):
             )
         tail, pages, before = self.tail, self.pages, self.num_pages
         self._pack()
-        tokens = range(self.length - queries, self.length)
-        filled = (full_pages(self.entry.window, n, self.page_tokens) for n in tokens)
-        handle = self._handle(tail, [max(count, before) for count in filled])
+        visible = _filled(self.entry.window, self.length - queries, self.length, self.page_tokens, self.device)
+        handle = self._handle(tail, visible.clamp(min=before))
         if self.record_past:
             self.tail, self.pages, self.num_pages = tail, pages, before
         return handle
 
-    def _handle(self, tail: ExactKV, visible: list[int]) -> PagedKV:
-        counts = torch.tensor(visible, dtype=torch.long, device=self.device)
-        return PagedKV(self.pages, self.sinks, tail, self.length, self.page_tokens, self.num_pages, counts)
+    def _handle(self, tail: ExactKV, visible: torch.Tensor) -> PagedKV:
+        return PagedKV(self.pages, self.sinks, tail, self.length, self.page_tokens, self.num_pages, visible)
 
     # -- the dense way ------------------------------------------------------------------------------------------------
 
@@ -377,6 +383,12 @@ def _heads_by_layout(layouts: tuple[Any, ...]) -> list[tuple[int, ...]]:
     for head, layout in enumerate(layouts):
         groups.setdefault(layout, []).append(head)
     return [tuple(heads) for heads in groups.values()]
+
+
+@lru_cache(maxsize=16)
+def _filled(window: Window, start: int, stop: int, page_tokens: int, device: torch.device) -> torch.Tensor:
+    """int64 ``[stop - start]``, full pages by number of tokens; the same for all layers of a pass and a window."""
+    return torch.tensor([full_pages(window, n, page_tokens) for n in range(start, stop)], device=device)
 
 
 def _clamped(x: torch.Tensor) -> torch.Tensor:

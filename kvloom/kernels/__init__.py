@@ -1,56 +1,11 @@
-"""The hot operations (encode, attend, decode) behind one contract."""
+"""The hot operations (encode, attend, decode, append) behind one contract."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import cache
-
-import torch
-
-from kvloom.errors import KernelError
+from kvloom.codecs import OUT_OF_RANGE
 from kvloom.kernels._base import Backend
-from kvloom.kernels._cpu import CpuBackend
-from kvloom.kernels._cuda import CudaBackend
-from kvloom.kernels._torch import TORCH, dense_attention
-from kvloom.kernels._triton import TritonBackend
+from kvloom.kernels._ops import append, attend_static
+from kvloom.kernels._registry import backend, backends
+from kvloom.kernels._torch import dense_attention
 
-__all__ = ["Backend", "backend", "backends", "dense_attention"]
-
-# Fastest first, by type of device; each raises KernelError where it cannot run.
-_BACKENDS: dict[str, dict[str, Callable[[torch.device], Backend]]] = {
-    "cpu": {"c": lambda _: CpuBackend()},
-    "cuda": {"cuda": CudaBackend, "triton": lambda _: TritonBackend()},
-}
-
-
-def backend(device: torch.device) -> Backend:
-    """The fastest backend for ``device``; what keeps a faster one from being used is logged once, as a warning."""
-    return _fastest(device.type, device.index)
-
-
-def backends(device: torch.device) -> dict[str, Backend | str]:
-    """Every backend for ``device`` by name, fastest first, or the reason why it cannot run there."""
-    return dict(_known(device.type, device.index))
-
-
-@cache
-def _known(kind: str, index: int | None) -> dict[str, Backend | str]:
-    device = torch.device(kind) if index is None else torch.device(kind, index)
-    found: dict[str, Backend | str] = {}
-    for name, make in _BACKENDS.get(kind, {}).items():
-        try:
-            found[name] = make(device)
-        except KernelError as error:
-            found[name] = str(error)
-    found[TORCH.name] = TORCH
-    return found
-
-
-@cache
-def _fastest(kind: str, index: int | None) -> Backend:
-    for name, found in _known(kind, index).items():
-        if isinstance(found, Backend):
-            return found
-        logging.getLogger("kvloom").warning("kvloom's %s kernels are not used: %s.", name, found)
-    raise AssertionError("the torch reference runs everywhere")
+__all__ = ["OUT_OF_RANGE", "Backend", "append", "attend_static", "backend", "backends", "dense_attention"]

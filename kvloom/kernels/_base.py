@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, Unpack
 
 import torch
 
-from kvloom.pages import PagedKV, PageLayout
+from kvloom.kernels._static import append_by_sequence, attend_by_sequence
+from kvloom.pages import PagedKV, PageLayout, StaticKV
 
 
 class AttendOptions(TypedDict):
@@ -20,7 +22,7 @@ class AttendOptions(TypedDict):
     sink_logits: NotRequired[torch.Tensor | None]
 
 
-def rows_of_a_head(query: torch.Tensor, kv: PagedKV) -> int:
+def rows_of_a_head(query: torch.Tensor, kv: PagedKV | StaticKV) -> int:
     """Query rows that read one KV head: query heads of its group x queries."""
     return query.shape[1] // kv.shape[1] * query.shape[2]
 
@@ -37,16 +39,22 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def encode(
+        self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout, flags: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Pack whole pages.
 
         Args:
             key: ``[batch, heads, pages * page_tokens, head_dim]``, compute dtype.
             value: The same shape.
             layout: Page layout of these heads.
+            flags: int32 whose first element may become 1 in place of an error, so that nobody waits for the device.
 
         Returns:
             uint8 ``[batch, heads, pages, layout.nbytes]``.
+
+        Raises:
+            CacheError: An element to be quantised is NaN, infinite or beyond fp16's range.
         """
 
     @abstractmethod
@@ -87,3 +95,32 @@ class Backend(ABC):
         Returns:
             ``[batch, queries, query_heads, head_dim]`` in the query's dtype.
         """
+
+    def is_graph_safe(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
+        """Whether `append` and `attend_static` of such a cache launch the same at every step and never wait."""
+        return False
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+        """Append one token to every sequence, and pack the page that is full with it.
+
+        What is found on the device cannot be raised: ``kv.flags`` are set.
+
+        Args:
+            key: ``[batch, kv_heads, 1, head_dim]``, compute dtype.
+            value: The same shape.
+            kv: The layer's cache, changed in place.
+        """
+        append_by_sequence(self, key, value, kv)
+
+    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
+        """`attend` with a cache of fixed size.
+
+        Args:
+            query: ``[batch, query_heads, 1, head_dim]``, of the token appended last.
+            kv: The layer's cache.
+            **options: See `attend`; the mask covers at least the slots held.
+
+        Returns:
+            ``[batch, 1, query_heads, head_dim]`` in the query's dtype.
+        """
+        return attend_by_sequence(self, query, kv, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import TypeVar, Unpack
@@ -16,7 +16,7 @@ from kvloom.kernels._base import AttendOptions, head_index, rows_of_a_head
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
 from kvloom.kernels._torch import TorchBackend
-from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout
+from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout, StaticKV
 
 # movmatrix, redux and cp.async: Ampere and later.
 MIN_CAPABILITY = (8, 0)
@@ -47,14 +47,17 @@ class CudaBackend(TorchBackend):
         if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             raise KernelError(f"{torch.cuda.get_device_name(device)} is older than Ampere")
         _nvrtc.compiler_version()
+        self._shared = _nvrtc.shared_limit(torch.cuda.current_device() if device.index is None else device.index)
         self._is_broken = False
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def encode(
+        self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout, flags: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See `Backend.encode`."""
-        reference = partial(super().encode, key, value, layout)
+        reference = partial(super().encode, key, value, layout, flags)
         if not _cuda_pages.covers(layout, key.dtype):
             return reference()
-        return self._unless_broken(partial(_cuda_pages.encode, key, value, layout), reference)
+        return self._unless_broken(partial(_cuda_pages.encode, key, value, layout, flags), reference)
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
@@ -66,7 +69,29 @@ class CudaBackend(TorchBackend):
     def attend(self, query: torch.Tensor, kv: PagedKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         """See `Backend.attend`."""
         reference = partial(super().attend, query, kv, **options)
-        if not _served(query, kv, options.get("mask")):
+        if not _served(query, kv, options.get("mask"), self._shared):
+            return reference()
+        return self._unless_broken(lambda: attend_pages(query, kv, **options)[0], reference)
+
+    def is_graph_safe(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
+        """See `Backend.is_graph_safe`."""
+        return (
+            not self._is_broken
+            and _is_covered(layouts, dtype, self._shared)
+            and all(_cuda_pages.covers(layout, dtype) for layout in layouts)
+        )
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+        """See `Backend.append`."""
+        reference = partial(super().append, key, value, kv)
+        if not self.is_graph_safe([group.layout for group in kv.pages], key.dtype):
+            return reference()
+        return self._unless_broken(partial(_cuda_pages.append, key, value, kv), reference)
+
+    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
+        """See `Backend.attend_static`."""
+        reference = partial(super().attend_static, query, kv, **options)
+        if not _served(query, kv, options.get("mask"), self._shared):
             return reference()
         return self._unless_broken(lambda: attend_pages(query, kv, **options)[0], reference)
 
@@ -81,21 +106,27 @@ class CudaBackend(TorchBackend):
         return reference()
 
 
-def _served(query: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None) -> bool:
+def _served(query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | None, shared_limit: int) -> bool:
     return (
-        query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] <= MAX_HEAD_DIM
-        and kv.num_pages > 0
-        and kv.page_tokens in PAGE_TOKENS
+        (kv.num_pages > 0 or isinstance(kv, StaticKV))
         and rows_of_a_head(query, kv) <= kv.page_tokens
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
-        and all(block_warps(group.layout, 0, _nvrtc.shared_limit(query.device.index)) for group in kv.pages)
+        and _is_covered([group.layout for group in kv.pages], query.dtype, shared_limit)
+    )
+
+
+def _is_covered(layouts: Sequence[PageLayout], dtype: torch.dtype, shared_limit: int) -> bool:
+    return dtype in (torch.float16, torch.bfloat16) and all(
+        layout.head_dim <= MAX_HEAD_DIM
+        and layout.page_tokens in PAGE_TOKENS
+        and block_warps(layout, 0, shared_limit) > 0
+        for layout in layouts
     )
 
 
 def attend_pages(
     query: torch.Tensor,
-    kv: PagedKV,
+    kv: PagedKV | StaticKV,
     *,
     scaling: float,
     mask: torch.Tensor | None = None,
@@ -107,9 +138,10 @@ def attend_pages(
 
     Args:
         query: fp16 or bf16 ``[batch, query_heads, queries, head_dim]``.
-        kv: The layer's cache; ``num_pages`` at least 1.
+        kv: The layer's cache; ``num_pages`` at least 1. Of a `StaticKV` the last query's token is the newest, and every
+            query reads the pages that one reads.
         scaling: Factor of the scores.
-        mask: None for causal, or boolean ``[batch or 1, 1, queries, kv.length]`` by slot.
+        mask: None for causal, or boolean ``[batch or 1, 1, queries, slots]``, for every slot held.
         softcap: See `Backend.attend`.
         sink_logits: See `Backend.attend`.
         lse: Whether to return the log-sum-exp too.
@@ -122,11 +154,13 @@ def attend_pages(
     batch, query_heads, queries, dim = query.shape
     out = query.new_empty((batch, queries, query_heads, dim))
     sums = query.new_empty((batch, query_heads, queries), dtype=torch.float32) if lse else None
-    masked = mask is not None or queries > 1
+    masked = 1 if queries > 1 else 0 if mask is None else 2
     if mask is not None:
-        mask = _last_contiguous(mask.expand(batch, 1, queries, kv.length))
+        mask = _last_contiguous(mask.expand(batch, -1, -1, -1))
     logits = None if sink_logits is None else sink_logits.float()
     sinks, tail = _aligned(kv.sinks), _aligned(kv.tail)
+    static = kv if isinstance(kv, StaticKV) else None
+    table = None if static is None else static.table
     for group in kv.pages:
         launch = _launch(group, query, kv, masked, softcap is not None)
         launch.module.launch(
@@ -140,8 +174,8 @@ def attend_pages(
             query_heads,
             group.data,
             *map(_nvrtc.int64, group.data.stride()[:3]),
-            None,
-            0,
+            table,
+            0 if table is None else table.stride(0),
             head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
             sinks.key,
             sinks.value,
@@ -150,18 +184,19 @@ def attend_pages(
             tail.key,
             tail.value,
             *_strides(tail.key),
-            None,
+            0 if static is None else tail.tokens,
+            None if static is None else static.state,
             kv.num_pages,
             tail.tokens,
             kv.length,
             mask,
             _nvrtc.int64(0 if mask is None else mask.stride(0)),
             _nvrtc.int64(0 if mask is None else mask.stride(2)),
-            kv.visible if queries > 1 else None,
+            kv.visible if queries > 1 and isinstance(kv, PagedKV) else None,
             scaling * LOG2E,
             0.0 if softcap is None else softcap * LOG2E,
             logits,
-            *_workspace(launch, batch * len(group.heads), dim, query.device),
+            *_workspace(launch, batch * len(group.heads), dim, query.device, static),
             out,
             sums,
             shared=launch.shared,
@@ -180,7 +215,7 @@ class _Launch:
     cluster: int
 
 
-def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, capped: bool) -> _Launch:
+def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV | StaticKV, masked: int, capped: bool) -> _Launch:
     row_tiles = -(-rows_of_a_head(query, kv) // ROWS)
     device = query.device.index
     tiles = query.shape[0] * len(group.heads) * row_tiles
@@ -199,7 +234,7 @@ def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV, masked: bool, ca
 
 @lru_cache(maxsize=1024)
 def _merges_in_cluster(
-    kernel: tuple[PageLayout, int, bool, bool, bool], splits: int, tiles: int, shared: int, device: int
+    kernel: tuple[PageLayout, int, bool, int, bool], splits: int, tiles: int, shared: int, device: int
 ) -> bool:
     """Whether the splits of a row tile can be one cluster, and all clusters run at the same time."""
     if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
@@ -233,8 +268,8 @@ _BUSY_PAGES = 2
 
 
 @lru_cache(maxsize=1024)
-def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: bool, capped: bool, clustered: bool) -> Defines:
-    """Macros of ``attend.cu`` for a layout."""
+def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: int, capped: bool, clustered: bool) -> Defines:
+    """Macros of ``attend.cu`` for a layout; ``masked`` as there."""
     key, value = layout.key, layout.value
     numbers = {
         "D": layout.head_dim,
@@ -287,7 +322,7 @@ def _turns(device: int, stream: int, capacity: int) -> torch.Tensor:
 
 
 def _workspace(
-    launch: _Launch, tiles: int, dim: int, device: torch.device
+    launch: _Launch, tiles: int, dim: int, device: torch.device, static: StaticKV | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What merging without clusters needs: partial results, their maxima and sums, and a counter for every row tile."""
     if launch.cluster:
@@ -296,6 +331,8 @@ def _workspace(
     shape = (count, launch.splits, ROWS)
     sums = torch.empty((*shape, dim), dtype=torch.float32, device=device)
     stats = torch.empty((*shape, 2), dtype=torch.float32, device=device)
+    if static is not None and static.counters().numel() >= count:  # an allocation would outlive a graph's memory
+        return sums, stats, static.counters()
     stream = torch.cuda.current_stream(device).cuda_stream
     return sums, stats, _turns(sums.device.index, stream, max(4096, 1 << (count - 1).bit_length()))
 

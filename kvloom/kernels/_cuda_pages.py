@@ -1,4 +1,4 @@
-"""Packing and unpacking of whole pages on a CUDA device: launchers of ``cuda/encode.cu`` and ``cuda/decode.cu``.
+"""Packing and unpacking of pages on a CUDA device: launchers of ``cuda/encode.cu`` and ``cuda/decode.cu``.
 
 Each is one launch for the keys and values of all sequences, heads and pages, and gives exactly the reference's bytes
 and numbers.
@@ -13,8 +13,9 @@ import torch
 
 from kvloom.codecs import OUT_OF_RANGE
 from kvloom.errors import CacheError, KernelError
-from kvloom.kernels._nvrtc import Defines, module
-from kvloom.pages import PageLayout, SideLayout
+from kvloom.kernels._base import head_index
+from kvloom.kernels._nvrtc import Defines, int64, module
+from kvloom.pages import PageLayout, SideLayout, StaticKV
 
 MAX_HEAD_DIM = 256
 _BLOCK_TOKENS = 64  # a warp's, in per_channel groups
@@ -23,30 +24,33 @@ _ALIGNMENT = 16
 _ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 
-def encode(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Pack whole pages. Waits for the device, to know that the elements are in range; `encode_into` need not.
+def encode(
+    key: torch.Tensor, value: torch.Tensor, layout: PageLayout, flags: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pack whole pages.
 
     Args:
         key: fp32, fp16 or bf16 ``[batch, heads, pages * page_tokens, head_dim]``, any strides.
         value: The same shape and dtype.
         layout: Page layout of these heads.
+        flags: See `encode_into`.
 
     Returns:
         uint8 ``[batch, heads, pages, layout.nbytes]``.
 
     Raises:
-        CacheError: An element to be quantised is NaN, infinite or beyond fp16's range.
+        CacheError: See `encode_into`.
         KernelError: The kernels do not cover this layout or dtype.
         ValueError: The tensors do not fit each other or the layout.
     """
     pages = key.shape[-2] // layout.page_tokens
     out = torch.empty((*key.shape[:-2], pages, layout.nbytes), dtype=torch.uint8, device=key.device)
-    encode_into(key, value, layout, out)
+    encode_into(key, value, layout, out, flags)
     return out
 
 
 def encode_into(
-    key: torch.Tensor, value: torch.Tensor, layout: PageLayout, out: torch.Tensor, flag: torch.Tensor | None = None
+    key: torch.Tensor, value: torch.Tensor, layout: PageLayout, out: torch.Tensor, flags: torch.Tensor | None = None
 ) -> None:
     """Pack whole pages into existing storage.
 
@@ -57,11 +61,11 @@ def encode_into(
         layout: Page layout of these heads.
         out: uint8 ``[batch, heads, pages, layout.nbytes]``, such as a slice of a page store: records are contiguous and
             start at multiples of 16 bytes.
-        flag: int32 ``[1]`` that becomes 1 if an element to be quantised is NaN, infinite or beyond fp16's range, and is
-            never cleared, for `check_range` at a convenient time; None checks at once, which waits for the device.
+        flags: int32 whose first element becomes 1 if an element to be quantised is NaN, infinite or beyond fp16's
+            range, and is never cleared; None checks at once, which waits for the device.
 
     Raises:
-        CacheError: ``flag`` is None and such an element exists; ``out`` then holds meaningless codes.
+        CacheError: ``flags`` is None and such an element exists; ``out`` then holds meaningless codes.
         KernelError: The kernels do not cover this layout or dtype.
         ValueError: The tensors do not fit each other or the layout.
     """
@@ -69,10 +73,10 @@ def encode_into(
     batch, heads, tokens, _ = key.shape
     pages = tokens // layout.page_tokens
     _check_records(out, (batch, heads, pages), layout, key.device)
-    seen = torch.zeros(1, dtype=torch.int32, device=key.device) if flag is None else flag
+    seen = torch.zeros(1, dtype=torch.int32, device=key.device) if flags is None else flags
     if out.numel():
         key, value = _aligned(key), _aligned(value)
-        strides = [[ctypes.c_int64(n) for n in x.stride()[:3]] for x in (key, value, out)]
+        strides = [_strides(x) for x in (key, value, out)]
         defines, warps, shared = _encode_build(layout, key.dtype)
         with torch.cuda.device(key.device):
             module("encode.cu", defines).launch(
@@ -88,14 +92,54 @@ def encode_into(
                 seen,
                 shared=shared,
             )
-    if flag is None:
-        check_range(seen)
-
-
-def check_range(flag: torch.Tensor) -> None:
-    """Wait for the device and raise CacheError if `encode_into` has set ``flag``."""
-    if flag.item():
+    if flags is None and seen.item():
         raise CacheError(OUT_OF_RANGE)
+
+
+def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+    """Append one token to every sequence, and pack the page that is full with it: a launch for each layout.
+
+    Args:
+        key: fp32, fp16 or bf16 ``[batch, kv_heads, 1, head_dim]``, any strides.
+        value: The same shape and dtype.
+        kv: The layer's cache, changed in place; what goes wrong on the device sets its flags.
+
+    Raises:
+        KernelError: The kernels do not cover one of the layouts.
+    """
+    key, value = _aligned(key), _aligned(value)
+    batch, kv_heads = key.shape[:2]
+    with torch.cuda.device(key.device):
+        for group in kv.pages:
+            _check_supported(group.layout, key.dtype)
+            defines, warps, shared = _encode_build(group.layout, key.dtype)
+            module("encode.cu", defines).launch(
+                "append_token",
+                (2, len(group.heads), batch),
+                (32 * warps, 1, 1),
+                key,
+                *_strides(key)[:2],
+                value,
+                *_strides(value)[:2],
+                kv_heads,
+                head_index(group.heads, key.device) if len(kv.pages) > 1 else None,
+                kv.sinks.key,
+                kv.sinks.value,
+                kv.sinks.tokens,
+                kv.tail.key,
+                kv.tail.value,
+                kv.tail.tokens,
+                group.data,
+                *_strides(group.data),
+                kv.table,
+                0 if kv.table is None else kv.table.stride(0),
+                kv.state,
+                kv.flags,
+                kv.filled,
+                kv.length,
+                int(group is kv.pages[-1]),
+                shared=shared,
+            )
 
 
 def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +171,7 @@ def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[
                 (2 * pages, heads, batch),
                 (32 * warps, 1, 1),
                 data,
-                *[ctypes.c_int64(n) for n in data.stride()[:3]],
+                *_strides(data),
                 key,
                 value,
                 shared=shared,
@@ -258,6 +302,11 @@ def _check_records(data: torch.Tensor, lead: tuple[int, ...], layout: PageLayout
         raise ValueError(f"page records {_said(data)} are not uint8 {list(expected)} on {device}")
     if not _is_aligned(data):
         raise ValueError(f"page records are not contiguous at multiples of {_ALIGNMENT} bytes")
+
+
+def _strides(x: torch.Tensor) -> list[ctypes.c_int64]:
+    """Strides of all but the last dimension, in elements."""
+    return [int64(stride) for stride in x.stride()[:3]]
 
 
 def _said(x: torch.Tensor) -> str:

@@ -28,7 +28,9 @@ class TorchBackend(Backend):
 
     name = "torch"
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    def encode(
+        self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout, flags: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See `Backend.encode`."""
         return torch.cat([_encode_side(key, layout.key), _encode_side(value, layout.value)], dim=-1)
 
@@ -48,10 +50,9 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         """See `Backend.attend`."""
         options: _Options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-        key, value = (
-            torch.cat([kv.sinks.key, kv.tail.key], -2),
-            torch.cat([kv.sinks.value, kv.tail.value], -2),
-        )
+        key, value = kv.tail.key, kv.tail.value
+        if kv.sinks.tokens:
+            key, value = torch.cat([kv.sinks.key, key], -2), torch.cat([kv.sinks.value, value], -2)
         if kv.num_pages == 0:
             return dense_attention(query, key, value, mask=mask, **options)
         if rows_of_a_head(query, kv) > kv.page_tokens:

@@ -50,17 +50,19 @@ class TritonBackend(TorchBackend):
         self._attend_kernels = _kernels("kvloom.kernels._triton_attend")
         self._page_kernels = _kernels("kvloom.kernels._triton_pages")
 
-    def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-        """See `Backend.encode`. Waits for the device, to refuse what fp16 scales cannot express."""
+    def encode(
+        self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout, flags: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Backend.encode`."""
         if key.dtype not in _DTYPES or not _is_affine(layout) or key.numel() == 0:
             return super().encode(key, value, layout)
         pages = key.shape[2] // layout.page_tokens
         data = torch.empty((*key.shape[:2], pages, layout.nbytes), dtype=torch.uint8, device=key.device)
-        flag = torch.zeros(1, dtype=torch.int32, device=key.device)
+        flag = torch.zeros(1, dtype=torch.int32, device=key.device) if flags is None else flags
         with torch.cuda.device_of(key):
             for x, side in ((key, layout.key), (value, layout.value)):
                 self._encode_side(x, side, data, flag)
-        if flag.item():
+        if flags is None and flag.item():
             return super().encode(key, value, layout)  # says what is wrong
         return data
 

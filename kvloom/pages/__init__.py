@@ -20,7 +20,7 @@ from kvloom.pages._fragment import Plane, source_index
 from kvloom.pages._layout import PageLayout, SideLayout, page_layout, page_nbytes, side_nbytes
 
 if TYPE_CHECKING:
-    from kvloom.pages._handle import ExactKV, HeadPages, PagedKV
+    from kvloom.pages._handle import ExactKV, HeadPages, PagedKV, StaticKV, layouts_of
     from kvloom.pages._pack import RowRuns, pack_side, row_runs, side_matrix, unpack_params, unpack_raw, unpack_side
 
 # The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
@@ -28,6 +28,8 @@ _TENSOR_HOMES = {
     "ExactKV": "kvloom.pages._handle",
     "HeadPages": "kvloom.pages._handle",
     "PagedKV": "kvloom.pages._handle",
+    "StaticKV": "kvloom.pages._handle",
+    "layouts_of": "kvloom.pages._handle",
     "pack_side": "kvloom.pages._pack",
     "RowRuns": "kvloom.pages._pack",
     "row_runs": "kvloom.pages._pack",
@@ -52,7 +54,9 @@ __all__ = [
     "Role",
     "RowRuns",
     "SideLayout",
+    "StaticKV",
     "check_format",
+    "layouts_of",
     "pack_side",
     "page_layout",
     "page_nbytes",

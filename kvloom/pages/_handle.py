@@ -1,14 +1,17 @@
-"""`PagedKV`: what a packed layer hands to attention in place of key and value tensors."""
+"""`PagedKV` and `StaticKV`: what a packed layer hands to attention in place of key and value tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 
 from kvloom.errors import ModelError
-from kvloom.pages._layout import PageLayout
+from kvloom.pages._format import Format
+from kvloom.pages._layout import PageLayout, page_layout
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,19 @@ class ExactKV:
         return self.key.shape[-2]
 
 
+class _NotATensor:
+    """Refuses to be used as a tensor: some models do arithmetic on what the cache returns."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        raise ModelError(
+            f"the model applies {getattr(func, '__name__', func)} to its cached keys or values, which are packed: call "
+            "kvloom.disable(model) and use the cache without enable."
+        )
+
+
 @dataclass(frozen=True)
-class PagedKV:
+class PagedKV(_NotATensor):
     """One layer's cache at one forward pass: sinks, pages and the exact tail, as one sequence of slots.
 
     Slots ``[0, sinks)`` are the sinks, pages follow in order, the tail ends at ``length``. Pages and tail may overlap
@@ -80,14 +94,6 @@ class PagedKV:
         """Device of the cache."""
         return self.tail.key.device
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """Refuse to be used as a tensor: some models do arithmetic on what the cache returns."""
-        raise ModelError(
-            f"the model applies {getattr(func, '__name__', func)} to its cached keys or values, which are packed: call "
-            "kvloom.disable(model) and use the cache without enable."
-        )
-
     def exact_slots(self) -> torch.Tensor:
         """int64 slots of the sinks, then of the tail."""
         first = torch.arange(self.sinks.tokens, device=self.device)
@@ -97,3 +103,115 @@ class PagedKV:
         """int64 slots of the packed tokens, page after page."""
         start = self.sinks.tokens
         return torch.arange(start, start + self.num_pages * self.page_tokens, device=self.device)
+
+
+@dataclass(frozen=True)
+class StaticKV(_NotATensor):
+    """One layer's cache of fixed size, whose fill level stands on the device: the same tensors at every step.
+
+    Attributes:
+        pages: Page records, by layout; ``data`` holds ``num_pages`` of them. With a ``table`` it is
+            ``[1, heads, pool pages, layout.nbytes]``, shared by the sequences.
+        sinks: First tokens.
+        tail: A ring of exact tokens: the token of slot ``s`` lies at ``(s - sinks) % tail.tokens``. Whole pages long.
+        state: int32: (tokens, pages that the newest token reads) of each sequence, then counters that are zero between
+            launches, one at least.
+        flags: int32 ``[2]``, which layers may share: whether something out of range was packed; whether a token was
+            lost because the cache was full. Set and never cleared.
+        filled: int32 ``[length + 1]``, pages that are full by number of tokens.
+        page_tokens: Tokens in a page.
+        table: int32 ``[batch, num_pages]``, which record of the pool holds a page of a sequence; None if in order.
+        layouts: Heads and layouts of ``pages`` as text, see `layouts_of`.
+    """
+
+    pages: tuple[HeadPages, ...]
+    sinks: ExactKV
+    tail: ExactKV
+    state: torch.Tensor
+    flags: torch.Tensor
+    filled: torch.Tensor
+    page_tokens: int
+    table: torch.Tensor | None = None
+    layouts: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups = [(g.heads, asdict(g.layout.key.fmt), asdict(g.layout.value.fmt)) for g in self.pages]
+        object.__setattr__(self, "layouts", json.dumps(groups))
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a sequence."""
+        return self.filled.shape[0] - 1
+
+    @property
+    def num_pages(self) -> int:
+        """Most pages of a sequence."""
+        return self.pages[0].data.shape[2] if self.table is None else self.table.shape[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the dense tensor it stands for when full, ``[batch, kv_heads, tokens, head_dim]``."""
+        batch, heads, _, dim = self.tail.key.shape
+        return torch.Size((batch, heads, self.length, dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return self.tail.key.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the cache."""
+        return self.tail.key.device
+
+    def levels(self) -> torch.Tensor:
+        """int32 ``[batch, 2]``: tokens, and pages that the newest token reads; a view of `state`."""
+        return self.state[: 2 * self.tail.key.shape[0]].view(-1, 2)
+
+    def counters(self) -> torch.Tensor:
+        """int32, zero between launches; a view of `state`."""
+        return self.state[2 * self.tail.key.shape[0] :]
+
+    def ring_slots(self, start: int, stop: int) -> torch.Tensor:
+        """int64 places in the ring of slots ``[start, stop)``, counted after the sinks."""
+        return torch.arange(start, stop, device=self.device) % self.tail.tokens
+
+    def paged(self, rows: slice, tokens: int, pages: int) -> PagedKV:
+        """The same cache as a `PagedKV`, for the sequences ``rows``, which hold ``tokens`` and read ``pages`` each."""
+        sinks = min(tokens, self.sinks.tokens)
+        start = pages * self.page_tokens
+        slots = self.ring_slots(start, tokens - sinks)
+        return PagedKV(
+            tuple(HeadPages(g.heads, g.layout, self.records(g, rows, pages)) for g in self.pages),
+            ExactKV(self.sinks.key[rows, :, :sinks], self.sinks.value[rows, :, :sinks]),
+            ExactKV(self.tail.key[rows][:, :, slots], self.tail.value[rows][:, :, slots]),
+            tokens,
+            self.page_tokens,
+            pages,
+            torch.full((1,), pages, device=self.device),
+        )
+
+    def records(self, group: HeadPages, rows: slice, pages: int) -> torch.Tensor:
+        """First ``pages`` records of sequences, ``[batch, heads, pages, layout.nbytes]``; a copy with a table."""
+        if self.table is None:
+            return group.data[rows, :, :pages]
+        return group.data[0][:, self.table[rows, :pages].long()].transpose(0, 1)
+
+    def store(self, group: HeadPages, rows: slice, page: int, records: torch.Tensor) -> None:
+        """Write records ``[batch, heads, pages, layout.nbytes]`` of sequences as their pages from ``page`` on."""
+        stop = page + records.shape[2]
+        if self.table is None:
+            group.data[rows, :, page:stop] = records
+        else:
+            group.data[0][:, self.table[rows, page:stop].long()] = records.transpose(0, 1)
+
+
+@lru_cache(maxsize=1024)
+def layouts_of(
+    text: str, head_dim: int, itemsize: int, page_tokens: int
+) -> tuple[tuple[tuple[int, ...], PageLayout], ...]:
+    """Heads and layouts that `StaticKV.layouts` names; the other numbers are those of its tensors."""
+    return tuple(
+        (tuple(heads), page_layout(Format(**key), Format(**value), head_dim, itemsize, page_tokens))
+        for heads, key, value in json.loads(text)
+    )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvloom import kernels
 from kvloom.errors import KernelError
-from kvloom.kernels import _cpu
+from kvloom.kernels import _cpu, _registry
 from kvloom.kernels._cpu import CpuBackend
 from kvloom.kernels._torch import TORCH
 from kvloom.pages import Format, page_layout
@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, _cpu._compilers())
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    caches = (_cpu._library, kernels._known, kernels._fastest)
+    caches = (_cpu._library, _registry._known, _registry._fastest)
     for cached in caches:
         cached.cache_clear()
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from kvloom.kernels._torch import TORCH, _decode_side
 from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, PageLayout, page_layout, page_tokens_of
 
 LAYOUTS = 24
-CASES = 10 * LAYOUTS
+# KVLOOM_CASES=2000 draws more, of the same number of kernels.
+CASES = int(os.environ.get("KVLOOM_CASES", 10 * LAYOUTS))
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ def case_mask(case: Case, length: int) -> torch.Tensor:
     return mask
 
 
+def rounding(query: torch.Tensor, key: torch.Tensor, case: Case, scaling: float) -> float:
+    """What rounding query times scale to fp16 does to the worst score, one and a half standard deviations.
+
+    The products are with codes, so with distances from a channel's least value: far more than the values where a
+    channel is far from zero.
+    """
+    codes = (key - key.amin(2, keepdim=True)).repeat_interleave(case.group, 1)
+    return 1.5 * scaling * 2**-12 * float((query.double().square() @ codes.square().transpose(-1, -2)).sqrt().max())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(CASES))
 def test_attention_is_float64s(seed: int) -> None:
@@ -136,7 +148,7 @@ def test_attention_is_float64s(seed: int) -> None:
         scores = torch.cat([scores, extra], dim=-1)
     expected = (scores.softmax(-1)[..., : kv.length] @ value.repeat_interleave(case.group, 1)).transpose(1, 2)
     error = float((out.double() - expected).norm() / expected.norm())
-    assert error < (2e-3 if case.dtype == torch.float16 else 1.2e-2)
+    assert error < max(2e-3 if case.dtype == torch.float16 else 1.2e-2, rounding(query, key, case, scaling))
     assert lse is not None
     assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-2)
 
@@ -183,7 +195,7 @@ def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int)
     case = random_case(seed)
     warps = _cuda.block_warps(case.layout, 100, 227 * 1024)
     bf16 = case.dtype == torch.bfloat16
-    defines = _cuda.attend_defines(case.layout, warps, bf16, case.masked, case.softcap is not None, clustered)
+    defines = _cuda.attend_defines(case.layout, warps, bf16, seed % 3, case.softcap is not None, clustered)
     assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
 
 
@@ -193,6 +205,7 @@ def test_kernels_that_cannot_be_built_give_way_to_the_reference(monkeypatch, cap
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 9))
     monkeypatch.setattr(_nvrtc, "compiler_version", lambda: "0")
+    monkeypatch.setattr(_nvrtc, "shared_limit", lambda device: 0)
     monkeypatch.setattr("kvloom.kernels._cuda_pages.encode", unbuildable)
     layout = page_layout(Format(4, "per_channel", 64), Format(4, "per_token", 64), 64)
     device = _cuda.CudaBackend(torch.device("cuda", 0))

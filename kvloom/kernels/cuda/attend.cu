@@ -8,7 +8,8 @@
 #include <cuda_fp16.h>
 
 // Shape of the problem: D channels, P tokens in a page. KB0 + KB1, VB0 + VB1: bits of the planes (KB0 = 16: raw
-// elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored.
+// elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored. MASKED: 1 by
+// mask, position and pages, query by query; 2 by the mask of the one query there is.
 #ifndef D
 #define D 128
 #define P 64
@@ -278,8 +279,9 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 
 // Query [batch, query_heads, queries, D] by strides in elements; rows of a KV head: row = head * queries + query.
 // Pages: by strides in bytes, in order, or through table [batch, table_stride] of page numbers. heads: KV head of each
-// head of `pages`. Sinks and tail [batch, kv_heads, tokens, D] by strides in elements. lens: {pages, tail, length} of
-// each sequence, read on the device in place of the three numbers. mask [batch, query, slot]. visible: pages each query
+// head of `pages`. Sinks and tail [batch, kv_heads, tokens, D] by strides in elements. state: (tokens, pages) of each
+// sequence, read on the device in place of the four numbers; the tail is then a ring, in which the token of slot s lies at
+// (s - num_sinks) % tail_ring, a multiple of P. mask [batch, query, slot]. visible: pages each query
 // may read. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
 // [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
@@ -287,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     const u8* __restrict__ pages, i64 page_batch, i64 page_head, i64 page_bytes, const int* __restrict__ table, int table_stride,
     const int* __restrict__ heads, const u8* __restrict__ sink_k, const u8* __restrict__ sink_v, i64 sink_batch, i64 sink_head,
     i64 sink_token, int num_sinks, const u8* __restrict__ tail_k, const u8* __restrict__ tail_v, i64 tail_batch, i64 tail_head,
-    i64 tail_token, const int* __restrict__ lens, int num_pages, int num_tail, int length, const u8* __restrict__ mask,
+    i64 tail_token, int tail_ring, const int* __restrict__ state, int num_pages, int num_tail, int length, const u8* __restrict__ mask,
     i64 mask_batch, i64 mask_query, const i64* __restrict__ visible, float scale_log2, float softcap,
     const float* __restrict__ sink_logits, float* __restrict__ part_o, float* __restrict__ part_ml, int* __restrict__ turn,
     u8* __restrict__ out, float* __restrict__ lse) {
@@ -295,7 +297,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
     const int row_tiles = (group * queries + 7) / 8, own = blockIdx.y / row_tiles, row0 = blockIdx.y % row_tiles * 8;
     const int head = heads ? heads[own] : own, rows = min(8, group * queries - row0);
-    if (lens) { num_pages = lens[3 * batch]; num_tail = lens[3 * batch + 1]; length = lens[3 * batch + 2]; }
+    int tail_start = 0;
+    if (state) {
+        const int2 now = reinterpret_cast<const int2*>(state)[batch];
+        length = now.x; num_pages = now.y; num_sinks = min(num_sinks, length); num_tail = length - num_sinks - num_pages * P;
+        tail_start = num_pages * P % tail_ring;
+    }
     extern __shared__ __align__(16) u8 shared[];
 
     // Every warp takes an even share of the pages, in order, and of the exact tokens, 16 at a time.
@@ -380,6 +387,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
             seer[i].mask = mask ? mask + batch * mask_batch + query * mask_query : nullptr;
         }
     }
+    // With one query, which tokens of a page it sees is one bit each, read a page ahead.
+    constexpr bool BITS = MASKED == 2;
+    u8 ahead[P / 32];
+    u32 seen[P / 32];
+    auto look_ahead = [&](int page) {
+        if (!BITS || page >= last) return;
+        const u8* at = mask + batch * mask_batch + num_sinks + page * P + lane;
+#pragma unroll
+        for (int i = 0; i < P / 32; i++) ahead[i] = at[32 * i];
+    };
+    look_ahead(first);
     auto capped = [&](float s) { return SOFTCAP ? softcap * tanhf(s / softcap) : s; };
 
     float o[DT][4] = {}, z0[VGROUPS] = {}, z1[VGROUPS] = {};
@@ -388,6 +406,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     for (int unit = first_unit; unit < last_unit; unit++) {
         const bool is_sink = unit < sink_units;
         const int begin = (unit - (is_sink ? 0 : sink_units)) * 16, count = is_sink ? num_sinks : num_tail;
+        int row = begin;
+        if (tail_ring && !is_sink) { row += tail_start; if (row >= tail_ring) row -= tail_ring; }
         const i64 stride = is_sink ? sink_token : tail_token;
         const i64 at = is_sink ? batch * sink_batch + head * sink_head : batch * tail_batch + head * tail_head;
         const u8* k = (is_sink ? sink_k : tail_k) + 2 * at;
@@ -396,11 +416,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         uint4 x[LOADS / 2];
 #pragma unroll
         for (int i = 0; i < LOADS / 2; i++) {
-            const int n = i * 32 + lane, token = begin + n / LOADS;
-            x[i] = token < count ? *reinterpret_cast<const uint4*>(v + 2 * (token * stride + n % LOADS * 8)) : make_uint4(0, 0, 0, 0);
+            const int n = i * 32 + lane, next = n / LOADS;
+            x[i] = begin + next < count ? *reinterpret_cast<const uint4*>(v + 2 * ((row + next) * stride + n % LOADS * 8)) : make_uint4(0, 0, 0, 0);
         }
         float s[1][4] = {};
-        const int lo = min(begin + g, count - 1), hi = min(begin + g + 8, count - 1);
+        const int lo = row + min(g, count - 1 - begin), hi = row + min(g + 8, count - 1 - begin);
         raw_scores(s[0], k + 2 * (lo * stride + t * (D / 4)), k + 2 * (hi * stride + t * (D / 4)), q2);
         __syncwarp();
 #pragma unroll
@@ -443,6 +463,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
         __syncwarp();
         const u8* rec = ring + ((page - first) % STAGES) * PAGE;
+        u32 all_seen = ALL;
+        if constexpr (BITS) {
+#pragma unroll
+            for (int i = 0; i < P / 32; i++) { seen[i] = __ballot_sync(ALL, ahead[i]); all_seen &= seen[i]; }
+            look_ahead(page + 1);
+        }
 
         float s[MT][4] = {};
         if constexpr (KRAW) {
@@ -527,17 +553,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 s[m][2] = s[m][2] * f0 + z[0] * e0; s[m][3] = s[m][3] * f1 + z[1] * e1;
             }
         }
-        if constexpr (SOFTCAP || MASKED) {
+        if constexpr (SOFTCAP || MASKED == 1) {
 #pragma unroll
             for (int m = 0; m < MT; m++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int slot = num_sinks + page * P + 16 * m + 8 * (i >> 1) + g;
                     s[m][i] = capped(s[m][i]);
-                    if constexpr (MASKED)
+                    if constexpr (MASKED == 1)
                         if (slot >= seer[i & 1].boundary || !seer[i & 1].sees(slot)) s[m][i] = NEVER;
                 }
         }
+        if constexpr (BITS)
+            if (all_seen != ALL) {
+#pragma unroll
+                for (int m = 0; m < MT; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        if (!(seen[m / 2] >> (m % 2 * 16 + 8 * (i >> 1) + g) & 1)) s[m][i] = NEVER;
+            }
         float r0, r1;
         sm.update<MT>(s, r0, r1);
 

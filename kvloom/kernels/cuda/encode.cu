@@ -1,4 +1,5 @@
 // Packs whole pages: one block quantises the keys or the values of one page and KV head and writes its part of the record.
+// Appends a token to a cache of fixed size, and packs the page that becomes full by it, in one launch.
 //
 // A block reads its elements once, into registers: a lane holds 4 tokens (a "quad") or 8 of one or more 16-byte vectors of
 // channels. Extremes are reduced, codes go to shared memory as bytes, and every thread gathers 16-byte pieces of the planes.
@@ -360,4 +361,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     else
         encode_side<Values>(value + batch * value_batch + head * value_head + page * P * value_token, value_token,
                             record + VALUE_OFFSET, shared, flag);
+}
+
+// Appends one token to every sequence of a cache of fixed size and packs the page that is full with it. Grid (2, heads of
+// records, batch). key, value [batch, kv_heads, 1, D] by strides in elements; sinks [batch, kv_heads, num_sinks, D]; ring
+// [batch, kv_heads, ring, D]: the token of slot s lies at (s - num_sinks) % ring. heads: KV head of each head of records.
+// Records by strides in bytes, in order, or through table [batch, table_stride] of page numbers. state: (tokens, pages that
+// the newest token reads) of each sequence, then a ticket for each, zero between launches. flags become 1: what was packed is
+// out of range; the cache was full and the token is lost. filled [capacity + 1]: full pages by number of tokens. is_last: no launch for other
+// heads of this token follows, so the sequences grow.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head, int kv_heads,
+                 const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, int num_sinks, ELEMENT* ring_key, ELEMENT* ring_value,
+                 int ring, u8* records, i64 record_batch, i64 record_head, i64 record_page, const int* table, int table_stride,
+                 int* state, int* flags, const int* filled, int capacity, int is_last) {
+    extern __shared__ __align__(16) u8 shared[];
+    const bool is_key = blockIdx.x == 0;
+    const int head = heads ? heads[blockIdx.y] : blockIdx.y;
+    const i64 batch = blockIdx.z, row = batch * kv_heads + head;
+    const int length = state[2 * batch];
+    int page = 0;
+    if (length < capacity) {
+        page = filled[length];
+        const int pages = filled[length + 1], at = length - num_sinks;
+        const ELEMENT* from = is_key ? key + batch * key_batch + head * key_head : value + batch * value_batch + head * value_head;
+        ELEMENT* own = (is_key ? ring_key : ring_value) + row * ring * D;
+        ELEMENT* to = at < 0 ? (is_key ? sink_key : sink_value) + (row * num_sinks + length) * D : own + at % ring * D;
+        for (int v = threadIdx.x; v < D / V; v += THREADS) reinterpret_cast<uint4*>(to)[v] = __ldcs(reinterpret_cast<const uint4*>(from) + v);
+        if (pages > page) {
+            __syncthreads();
+            const i64 number = table ? table[batch * table_stride + page] : page;
+            u8* record = records + (table ? 0 : batch * record_batch) + blockIdx.y * record_head + number * record_page;
+            const ELEMENT* x = own + page * P % ring * D;
+            if (is_key) encode_side<Keys>(x, D, record, shared, flags);
+            else encode_side<Values>(x, D, record + VALUE_OFFSET, shared, flags);
+        }
+    }
+    __syncthreads();  // everybody has read the length
+    int* ticket = state + 2 * gridDim.z + batch;
+    if (!is_last || threadIdx.x != 0 || atomicAdd(ticket, 1) != gridDim.x * gridDim.y - 1) return;
+    *ticket = 0;
+    if (length < capacity) {
+        state[2 * batch] = length + 1;
+        state[2 * batch + 1] = page;
+    } else {
+        flags[1] = 1;
+    }
 }

@@ -1,0 +1,90 @@
+"""The operations on caches of fixed size as torch operators, so that torch.compile and CUDA graphs take them whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvloom.kernels._registry import backend
+from kvloom.pages import ExactKV, HeadPages, StaticKV, layouts_of
+
+_CHANGED = ("pages", "sink_key", "sink_value", "tail_key", "tail_value", "state", "flags")
+_APPEND = """(
+    Tensor key, Tensor value, Tensor(a!)[] pages, Tensor(b!) sink_key, Tensor(c!) sink_value, Tensor(d!) tail_key,
+    Tensor(e!) tail_value, Tensor(f!) state, Tensor(g!) flags, Tensor filled, Tensor? table, int page_tokens,
+    str layouts
+) -> ()"""
+_ATTEND = """(
+    Tensor query, float scaling, Tensor? mask, float? softcap, Tensor? sink_logits, Tensor[] pages, Tensor sink_key,
+    Tensor sink_value, Tensor tail_key, Tensor tail_value, Tensor state, Tensor flags, Tensor filled, Tensor? table,
+    int page_tokens, str layouts
+) -> Tensor"""
+
+
+def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+    """`Backend.append`, by the backend of the device."""
+    torch.ops.kvloom.append(key, value, *_parts(kv))
+
+
+def attend_static(
+    query: torch.Tensor,
+    kv: StaticKV,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`Backend.attend_static`, by the backend of the device."""
+    out: torch.Tensor = torch.ops.kvloom.attend_static(query, scaling, mask, softcap, sink_logits, *_parts(kv))
+    return out
+
+
+def _parts(kv: StaticKV) -> tuple[Any, ...]:
+    exact = (kv.sinks.key, kv.sinks.value, kv.tail.key, kv.tail.value)
+    return ([g.data for g in kv.pages], *exact, kv.state, kv.flags, kv.filled, kv.table, kv.page_tokens, kv.layouts)
+
+
+def _whole(
+    pages: list[torch.Tensor],
+    sink_key: torch.Tensor,
+    sink_value: torch.Tensor,
+    tail_key: torch.Tensor,
+    tail_value: torch.Tensor,
+    state: torch.Tensor,
+    flags: torch.Tensor,
+    filled: torch.Tensor,
+    table: torch.Tensor | None,
+    page_tokens: int,
+    layouts: str,
+) -> StaticKV:
+    known = layouts_of(layouts, tail_key.shape[-1], tail_key.itemsize, page_tokens)
+    groups = tuple(HeadPages(heads, layout, data) for (heads, layout), data in zip(known, pages, strict=True))
+    sinks, tail = ExactKV(sink_key, sink_value), ExactKV(tail_key, tail_value)
+    return StaticKV(groups, sinks, tail, state, flags, filled, page_tokens, table)
+
+
+@torch.library.custom_op("kvloom::append", mutates_args=_CHANGED, schema=_APPEND)
+def _append(key: torch.Tensor, value: torch.Tensor, *parts: Any) -> None:
+    backend(key.device).append(key, value, _whole(*parts))
+
+
+@torch.library.custom_op("kvloom::attend_static", mutates_args=(), schema=_ATTEND)
+def _attend_static(
+    query: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
+    *parts: Any,
+) -> torch.Tensor:
+    return backend(query.device).attend_static(
+        query, _whole(*parts), scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits
+    )
+
+
+@_attend_static.register_fake
+def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    batch, heads, queries, dim = query.shape
+    return query.new_empty((batch, queries, heads, dim))
