@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import TypeVar, Unpack
 
 import torch
 
 from kvloom.errors import KernelError
 from kvloom.kernels import _cuda_pages, _nvrtc
-from kvloom.kernels._base import AttendOptions, head_index, rows_of_a_head
+from kvloom.kernels._base import AttendOptions, Backend, head_index, rows_of_a_head
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
-from kvloom.kernels._torch import TorchBackend
+from kvloom.kernels._torch import TORCH, TorchBackend
 from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout, StaticKV
 
 # movmatrix, redux and cp.async: Ampere and later.
@@ -35,43 +35,49 @@ class CudaBackend(TorchBackend):
     Served: fp16 and bf16, pages of 64 or 128 tokens, boolean masks. A pass with more query rows of a KV head than a
     page has tokens is left to dense attention over unpacked pages, which is then faster.
 
+    Args:
+        device: Where it is to run.
+        following: Takes over, with one warning, if a kernel cannot be built.
+
     Raises:
         KernelError: cuda-core is missing, or the device is older than Ampere.
     """
 
     name = "cuda"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, following: Backend = TORCH) -> None:
         if torch.version.hip:
             raise KernelError("this is an AMD device")
         if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             raise KernelError(f"{torch.cuda.get_device_name(device)} is older than Ampere")
         _nvrtc.compiler_version()
         self._shared = _nvrtc.shared_limit(torch.cuda.current_device() if device.index is None else device.index)
+        self._following = following
         self._is_broken = False
 
     def encode(
         self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout, flags: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Backend.encode`."""
-        reference = partial(super().encode, key, value, layout, flags)
+        args = (key, value, layout, flags)
         if not _cuda_pages.covers(layout, key.dtype):
-            return reference()
-        return self._unless_broken(partial(_cuda_pages.encode, key, value, layout, flags), reference)
+            return super().encode(*args)
+        return self._unless_broken(lambda: _cuda_pages.encode(*args), lambda other: other.encode(*args))
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
-        reference = partial(super().decode, data, layout, dtype)
+        args = (data, layout, dtype)
         if not _cuda_pages.covers(layout, dtype):
-            return reference()
-        return self._unless_broken(partial(_cuda_pages.decode, data, layout, dtype), reference)
+            return super().decode(*args)
+        return self._unless_broken(lambda: _cuda_pages.decode(*args), lambda other: other.decode(*args))
 
     def attend(self, query: torch.Tensor, kv: PagedKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         """See `Backend.attend`."""
-        reference = partial(super().attend, query, kv, **options)
         if not _served(query, kv, options.get("mask"), self._shared):
-            return reference()
-        return self._unless_broken(lambda: attend_pages(query, kv, **options)[0], reference)
+            return super().attend(query, kv, **options)
+        return self._unless_broken(
+            lambda: attend_pages(query, kv, **options)[0], lambda other: other.attend(query, kv, **options)
+        )
 
     def is_graph_safe(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
         """See `Backend.is_graph_safe`."""
@@ -83,27 +89,30 @@ class CudaBackend(TorchBackend):
 
     def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
         """See `Backend.append`."""
-        reference = partial(super().append, key, value, kv)
         if not self.is_graph_safe([group.layout for group in kv.pages], key.dtype):
-            return reference()
-        return self._unless_broken(partial(_cuda_pages.append, key, value, kv), reference)
+            return super().append(key, value, kv)
+        return self._unless_broken(
+            lambda: _cuda_pages.append(key, value, kv), lambda other: other.append(key, value, kv)
+        )
 
     def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         """See `Backend.attend_static`."""
-        reference = partial(super().attend_static, query, kv, **options)
         if not _served(query, kv, options.get("mask"), self._shared):
-            return reference()
-        return self._unless_broken(lambda: attend_pages(query, kv, **options)[0], reference)
+            return super().attend_static(query, kv, **options)
+        return self._unless_broken(
+            lambda: attend_pages(query, kv, **options)[0], lambda other: other.attend_static(query, kv, **options)
+        )
 
-    def _unless_broken(self, ours: Callable[[], _T], reference: Callable[[], _T]) -> _T:
-        """Our result; or the reference's, from the first kernel that cannot be built or launched here."""
+    def _unless_broken(self, ours: Callable[[], _T], otherwise: Callable[[Backend], _T]) -> _T:
+        """Our result; or that of the backend that follows, from the first kernel that cannot be built or launched."""
         if not self._is_broken:
             try:
                 return ours()
             except KernelError as error:
                 self._is_broken = True
-                logging.getLogger("kvloom").warning("kvloom's cuda kernels are no longer used: %s.", error)
-        return reference()
+                name = self._following.name
+                logging.getLogger("kvloom").warning("kvloom's cuda kernels give way to %s: %s.", name, error)
+        return otherwise(self._following)
 
 
 def _served(query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | None, shared_limit: int) -> bool:

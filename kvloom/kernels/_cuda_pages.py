@@ -77,7 +77,7 @@ def encode_into(
     if out.numel():
         key, value = _aligned(key), _aligned(value)
         strides = [_strides(x) for x in (key, value, out)]
-        defines, warps, shared = _encode_build(layout, key.dtype)
+        defines, warps, shared = _encode_build(layout, key.dtype, append=False)
         with torch.cuda.device(key.device):
             module("encode.cu", defines).launch(
                 "encode_pages",
@@ -112,7 +112,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
     with torch.cuda.device(key.device):
         for group in kv.pages:
             _check_supported(group.layout, key.dtype)
-            defines, warps, shared = _encode_build(group.layout, key.dtype)
+            defines, warps, shared = _encode_build(group.layout, key.dtype, append=True)
             module("encode.cu", defines).launch(
                 "append_token",
                 (2, len(group.heads), batch),
@@ -183,14 +183,14 @@ def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[
 
 
 @lru_cache(maxsize=1024)
-def _encode_build(layout: PageLayout, dtype: torch.dtype) -> tuple[Defines, int, int]:
+def _encode_build(layout: PageLayout, dtype: torch.dtype, *, append: bool) -> tuple[Defines, int, int]:
     """Defines, warps of a block and bytes of shared memory of ``encode.cu``."""
     sides = (layout.key, layout.value)
     tile = 32 if dtype.itemsize == 2 and layout.head_dim % 32 == 0 else 16
     tall = max(_warps_of_a_group(side) for side in sides)
     tiles = layout.head_dim // tile
     warps = tall * _fullest(tiles, range(max(1, 2 // tall), _MAX_WARPS // tall + 1))
-    defines = (*_defines(layout, dtype, warps), ("CHANNEL_TILE", tile))
+    defines = (*_defines(layout, dtype, warps), ("CHANNEL_TILE", tile), ("APPEND", int(append)))
     return defines, warps, max(_code_bytes(side) + _reduction_bytes(side, warps, tile) for side in sides)
 
 

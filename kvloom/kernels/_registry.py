@@ -18,8 +18,16 @@ from kvloom.kernels._triton import TritonBackend
 # Fastest first, by type of device; each raises KernelError where it cannot run.
 _BACKENDS: dict[str, dict[str, Callable[[torch.device], Backend]]] = {
     "cpu": {"c": lambda _: CpuBackend()},
-    "cuda": {"cuda": CudaBackend, "triton": lambda _: TritonBackend()},
+    "cuda": {"cuda": lambda device: CudaBackend(device, _portable()), "triton": lambda _: TritonBackend()},
 }
+
+
+def _portable() -> Backend:
+    """What serves a GPU whose kernels cannot be built."""
+    try:
+        return TritonBackend()
+    except KernelError:
+        return TORCH
 
 
 def backend(device: torch.device) -> Backend:

@@ -148,9 +148,10 @@ def test_attention_is_float64s(seed: int) -> None:
         scores = torch.cat([scores, extra], dim=-1)
     expected = (scores.softmax(-1)[..., : kv.length] @ value.repeat_interleave(case.group, 1)).transpose(1, 2)
     error = float((out.double() - expected).norm() / expected.norm())
-    assert error < max(2e-3 if case.dtype == torch.float16 else 1.2e-2, rounding(query, key, case, scaling))
+    bound = rounding(query, key, case, scaling)
+    assert error < max(2e-3 if case.dtype == torch.float16 else 1.2e-2, bound)
     assert lse is not None
-    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-2)
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=max(1e-2, 2 * bound))
 
 
 @pytest.mark.gpu
@@ -199,7 +200,7 @@ def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int)
     assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
 
 
-def test_kernels_that_cannot_be_built_give_way_to_the_reference(monkeypatch, caplog) -> None:
+def test_kernels_that_cannot_be_built_give_way(monkeypatch, caplog) -> None:
     def unbuildable(*args: object) -> None:
         raise KernelError("NVRTC cannot compile for sm_99")
 
@@ -216,7 +217,7 @@ def test_kernels_that_cannot_be_built_give_way_to_the_reference(monkeypatch, cap
     for _ in range(2):
         assert torch.equal(device.encode(key, value, layout), TORCH.encode(key, value, layout))
     assert [record.getMessage() for record in caplog.records] == [
-        "kvloom's cuda kernels are no longer used: NVRTC cannot compile for sm_99."
+        "kvloom's cuda kernels give way to torch: NVRTC cannot compile for sm_99."
     ]
 
 

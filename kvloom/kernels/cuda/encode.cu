@@ -8,7 +8,7 @@
 //
 // Defines: PAGE_TOKENS, HEAD_DIM, ELEMENT (float, __half, __nv_bfloat16), WARPS, CHANNEL_TILE (channels of a warp in
 // per_channel groups), VALUE_OFFSET (first byte of the values), and for KEY and VALUE: _BITS, _LOW_BITS (of the first plane),
-// _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane), _PER_CHANNEL, _GROUP, _SYMMETRIC.
+// _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane), _PER_CHANNEL, _GROUP, _SYMMETRIC. APPEND: which of the two kernels.
 // Codes are the reference's bit for bit: compile without -use_fast_math, -ftz or -prec-div=false.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -349,6 +349,7 @@ template <class S> __device__ __forceinline__ void encode_side(const ELEMENT* x,
 // Grid (2 * pages, heads, batch): even blocks take keys, odd ones values. Strides in elements, of records in bytes.
 // key, value [batch, heads, pages * P, D]; records [batch, heads, pages, bytes]; flag becomes 1 if a group to be quantised
 // holds NaN, infinity or a magnitude above 65504.
+#if !APPEND
 extern "C" __global__ void __launch_bounds__(THREADS)
     encode_pages(const ELEMENT* __restrict__ key, i64 key_batch, i64 key_head, i64 key_token, const ELEMENT* __restrict__ value,
                  i64 value_batch, i64 value_head, i64 value_token, u8* __restrict__ records, i64 record_batch, i64 record_head,
@@ -362,6 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         encode_side<Values>(value + batch * value_batch + head * value_head + page * P * value_token, value_token,
                             record + VALUE_OFFSET, shared, flag);
 }
+#else
 
 // Appends one token to every sequence of a cache of fixed size and packs the page that is full with it. Grid (2, heads of
 // records, batch). key, value [batch, kv_heads, 1, D] by strides in elements; sinks [batch, kv_heads, num_sinks, D]; ring
@@ -408,3 +410,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         flags[1] = 1;
     }
 }
+#endif
