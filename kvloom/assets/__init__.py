@@ -2,7 +2,7 @@
 
 from kvloom._userdir import cache_dir
 from kvloom.assets._fetch import MODEL_NAME, essays_dir, fetch, model_dir
-from kvloom.assets._model import load_model
+from kvloom.assets._model import load_config, load_model
 from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts
 from kvloom.assets._windows import token_windows
 
@@ -16,6 +16,7 @@ __all__ = [
     "digest",
     "essays_dir",
     "fetch",
+    "load_config",
     "load_model",
     "model_dir",
     "texts",

@@ -10,7 +10,7 @@ from kvloom.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
@@ -38,9 +38,34 @@ def load_model(
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    if name_or_path == MODEL_NAME:
-        return _load(_packaged_model(), dtype, device)
-    return _load(_checked_path(name_or_path), dtype, device)
+    return _load(_source(name_or_path), dtype, device)
+
+
+def load_config(name_or_path: str | Path = MODEL_NAME) -> PreTrainedConfig:
+    """Load a model's configuration: its shape, without its weights.
+
+    Args:
+        name_or_path: as `load_model` takes it.
+
+    Raises:
+        DataError: the packaged model has not been fetched.
+        ModelError: there is no such folder or hub id, or it has no configuration.
+    """
+    from transformers import AutoConfig
+
+    source = _source(name_or_path)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The configuration of {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a "
+            f"local folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
+        ) from error
+    return config
+
+
+def _source(name_or_path: str | Path) -> str | Path:
+    return _packaged_model() if name_or_path == MODEL_NAME else _checked_path(name_or_path)
 
 
 def _packaged_model() -> Path:

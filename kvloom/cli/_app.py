@@ -66,6 +66,7 @@ for command in (
     _doctor.doctor,
     _profile.profile,
     _plan.plan,
+    _plan.convert,
     _plan.show,
     _plan.schema,
     _run.generate,

@@ -1,4 +1,4 @@
-"""`kvloom plan`, `kvloom show`, `kvloom schema`."""
+"""`kvloom plan`, `kvloom convert`, `kvloom show`, `kvloom schema`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from kvloom.cli._terminal import err
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
@@ -61,6 +62,33 @@ def _budget(
     if memory is not None:
         return Budget.memory(memory, batch or 1, tokens, dtype)
     return None
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file; with --from preset, a preset's name.")],
+    target: Annotated[Path, typer.Argument(help="The file to write.")],
+    model: Annotated[str, typer.Option(help="smollm2-135m (packaged), a local folder, or a hub id.")],
+    source_format: Annotated[
+        str, typer.Option("--from", help="preset, kivi, kvmix, kvq, kvtuner-kivi, modelopt, ...")
+    ] = "kvloom",
+    target_format: Annotated[
+        str, typer.Option("--to", help="kvloom, kvtuner, kvtuner-kivi, kvtuner-pertoken or modelopt.")
+    ] = "kvloom",
+    substitute: Annotated[
+        bool, typer.Option("--substitute", help="Take the nearest where a side cannot say it.")
+    ] = False,
+) -> None:
+    """Read a foreign configuration or a published preset as a plan, or write a plan in a foreign format."""
+    import kvloom.plan
+    from kvloom.assets import load_config
+
+    shape = load_config(model)
+    notes = kvloom.plan.convert(
+        source, target, shape, source_format=source_format, target_format=target_format, substitute=substitute
+    )
+    for note in notes:
+        err.print(f"note: {note}")
+    typer.echo(f"wrote {target}")
 
 
 def show(plan: Annotated[Path, typer.Argument(help="A kv_plan.json.")], tokens: Tokens = "32K") -> None:

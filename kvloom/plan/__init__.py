@@ -15,9 +15,20 @@ from kvloom.plan._spec import (
     format_layers,
     parse_layers,
 )
+from kvloom.plan.formats import (
+    Exported,
+    convert,
+    export_plan,
+    import_plan,
+    preset,
+    presets,
+    readable_formats,
+    writable_formats,
+)
 
 __all__ = [
     "Evict",
+    "Exported",
     "Fingerprint",
     "GroupSize",
     "HeadPlan",
@@ -27,10 +38,17 @@ __all__ = [
     "Provenance",
     "TensorSpec",
     "Window",
+    "convert",
+    "export_plan",
     "format_layers",
     "full_pages",
     "head_layouts",
+    "import_plan",
     "itemsize",
     "parse_layers",
     "plan_schema",
+    "preset",
+    "presets",
+    "readable_formats",
+    "writable_formats",
 ]

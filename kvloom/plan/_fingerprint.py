@@ -72,6 +72,11 @@ class Fingerprint(PlanModel):
             dtype=_dtype_name(getattr(model, "dtype", None) or getattr(config, "dtype", None)),
         )
 
+    @classmethod
+    def of_any(cls, model: Any) -> Fingerprint:
+        """``model`` itself if it is a fingerprint, else `of` it."""
+        return model if isinstance(model, Fingerprint) else cls.of(model)
+
     def check(self, other: Fingerprint) -> None:
         """Raise ModelError, naming the first field that differs, unless ``other`` is the same model (dtype aside)."""
         for name in ("architecture", "num_layers", "packed_layers", "num_kv_heads", "head_dim"):

@@ -8,19 +8,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from kvloom.errors import PlanError
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._spec import GroupSize, LayerPlan, PlanModel, TensorSpec, Window, format_layers
+from kvloom.plan._validate import validated
 
 Prefill = Literal["exact", "quantized"]
 
 
 class Provenance(PlanModel):
-    """Where a plan comes from: enough to make it again, and the solver's certificate."""
+    """Where a plan comes from: enough to make it again, and the solver's certificate.
 
+    An imported plan has its ``source`` (a foreign format) and ``notes``: a sentence for everything that the source
+    says or does otherwise.
+    """
+
+    source: str | None = None
+    notes: tuple[str, ...] = ()
     signal: str | None = None
     solver: str | None = None
     budget: dict[str, Any] | None = None
@@ -103,9 +110,9 @@ class Plan(PlanModel):
         Raises:
             PlanError: A width or group size is not one kvloom packs.
         """
-        fingerprint = model if isinstance(model, Fingerprint) else Fingerprint.of(model)
-        key = _spec(bits=key_bits, grouping="per_channel", group_size=key_group_size)
-        value = _spec(bits=value_bits, grouping="per_token", group_size=value_group_size)
+        fingerprint = Fingerprint.of_any(model)
+        key = _spec(key_bits, "per_channel", key_group_size)
+        value = _spec(value_bits, "per_token", value_group_size)
         specs = dict.fromkeys(fingerprint.packed_layers, (key, value))
         return cls.from_specs(fingerprint, specs, window=window, prefill=prefill)
 
@@ -132,7 +139,8 @@ class Plan(PlanModel):
             }
             for (key, value), layers in groups.items()
         ]
-        return _validate(
+        return validated(
+            cls,
             {"model": model, "layers": entries, "prefill": prefill, "provenance": provenance},
             "the plan",
         )
@@ -150,13 +158,17 @@ class Plan(PlanModel):
             raise PlanError(f"cannot read the plan {path}: {error.strerror}.") from None
         except ValueError as error:
             raise PlanError(f"{path} is not a JSON plan (cut short, or another kind of file): {error}.") from None
-        return _validate(data, str(path))
+        return validated(cls, data, str(path))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, fields at their defaults left out."""
-        text = self.model_dump_json(indent=2, exclude_defaults=True)
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        text = self.model_dump_json(exclude_defaults=True)
         data = {"schema_version": self.schema_version, **json.loads(text)}
-        Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        return json.dumps(data, indent=2) + "\n"
 
     @cached_property
     def _by_layer(self) -> dict[int, LayerPlan]:
@@ -210,6 +222,8 @@ class Plan(PlanModel):
                 f"  layers {entry.layers}: keys {entry.key.label}, values {entry.value.label}, "
                 f"exact: {window.sinks} sinks, {recent} recent{heads}"
             )
+        if self.provenance:
+            lines += [f"  {self.provenance.source}: {note}" for note in self.provenance.notes]
         lines.append(
             f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "
             f"{self.true_bits(tokens):.2f} true bits (scales, zero points and windows counted)"
@@ -225,26 +239,5 @@ def plan_schema() -> dict[str, Any]:
     return schema
 
 
-def _spec(**fields: Any) -> TensorSpec:
-    try:
-        return TensorSpec.model_validate(fields)
-    except ValidationError as error:
-        raise PlanError(_message(error, "the spec")) from None
-
-
-def _validate(data: Any, where: str) -> Plan:
-    try:
-        return Plan.model_validate(data)
-    except ValidationError as error:
-        raise PlanError(_message(error, where)) from None
-
-
-def _message(error: ValidationError, where: str) -> str:
-    """First problem of a validation error as one sentence that names the field."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "the whole"
-    text = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    given = problem.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    more = f"; {error.error_count() - 1} more problem(s)" if error.error_count() > 1 else ""
-    return f"{where}: field {field}: {text}{shown}{more}."
+def _spec(bits: int, grouping: str, group_size: GroupSize) -> TensorSpec:
+    return validated(TensorSpec, {"bits": bits, "grouping": grouping, "group_size": group_size}, "the spec")

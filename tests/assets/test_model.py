@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvloom.assets import load_model
+from kvloom.assets import load_config, load_model
 from kvloom.errors import DataError, ModelError
 
 
@@ -84,3 +84,13 @@ def test_packaged_model_speaks(smollm2):
     assert text == "The capital of France is Paris.<|im_end|>"
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     assert tokenizer.eos_token_id == model.config.eos_token_id == 2
+
+
+def test_a_configuration_loads_without_its_weights(tiny: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    assert load_config(tmp_path).num_hidden_layers == 1
+    with pytest.raises(ModelError, match="There is no model folder"):
+        load_config(tmp_path / "none")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"configuration of .* cannot be loaded"):
+        load_config(tmp_path)

@@ -10,7 +10,7 @@ from kvloom import __version__, _extras
 from kvloom.cli import main
 from kvloom.errors import DataError, PlanError
 
-COMMANDS = ["fetch", "doctor", "profile", "plan", "show", "schema", "generate", "eval"]
+COMMANDS = ["fetch", "doctor", "profile", "plan", "convert", "show", "schema", "generate", "eval"]
 COMMANDS += ["report", "demo"]
 
 

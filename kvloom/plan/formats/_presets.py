@@ -1,0 +1,76 @@
+"""Published configurations by name: documents in foreign formats, read by those formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from kvloom.errors import PlanError
+from kvloom.plan._fingerprint import Fingerprint
+from kvloom.plan._plan import Plan
+from kvloom.plan.formats import _kvtuner_tables as kvtuner
+from kvloom.plan.formats._import import import_plan
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """A document, as a function of the model where every layer has its entry, and the one model it is for, if any."""
+
+    form: str
+    document: Callable[[Fingerprint], Any]
+    only_for: Fingerprint | None = None
+
+
+def preset(name: str, model: Any) -> Plan:
+    """The plan that a published configuration means for ``model``.
+
+    ``kivi/...`` are KIVI's (arXiv 2402.02750: groups of 32, the newest 128 tokens exact); ``kvtuner/...`` the 32 layer
+    tables of KVTuner (arXiv 2502.04420), by the names of their files; ``kvmix/2bit-...`` KVmix's uniform 2 bits (arXiv
+    2506.08018) with the exact share of its paper or of its repository; ``kvq/K4V2`` the default of KVQ 0.0.x (arXiv
+    2502.15075).
+
+    Args:
+        name: One of `presets`.
+        model: A transformers model or config, or a `Fingerprint`.
+
+    Raises:
+        PlanError: There is no such preset (the message lists them), or its groups do not fit the model.
+        ModelError: The preset is for another model.
+    """
+    known = _presets()
+    if name not in known:
+        raise PlanError(f"preset {name!r} is unknown; choose one of {', '.join(known)}.")
+    found = known[name]
+    fingerprint = Fingerprint.of_any(model)
+    if found.only_for:
+        found.only_for.check(fingerprint)
+    return import_plan(found.document(fingerprint), found.form, fingerprint)
+
+
+def presets() -> tuple[str, ...]:
+    """Names that `preset` knows."""
+    return tuple(_presets())
+
+
+@cache
+def _presets() -> dict[str, _Preset]:
+    known = {f"kivi/K{bits}V{bits}": _Preset("kivi", partial(_kivi, bits)) for bits in (2, 4)}
+    known |= {f"kvmix/2bit-{ratios}": _Preset("kvmix", partial(_kvmix, ratios)) for ratios in ("paper", "repository")}
+    known["kvq/K4V2"] = _Preset("kvq", lambda _: {})
+    for name, (model, scheme) in kvtuner.tables().items():
+        known[f"kvtuner/{name}"] = _Preset(f"kvtuner-{scheme}", partial(_kvtuner, name), kvtuner.shape(model))
+    return known
+
+
+def _kivi(bits: int, _: Fingerprint) -> dict[str, int]:
+    return {"k_bits": bits, "v_bits": bits}
+
+
+def _kvmix(ratios: str, model: Fingerprint) -> dict[str, Any]:
+    return {"quant_bits": {layer: {"k_bits": 2, "v_bits": 2} for layer in model.packed_layers}, "ratios": ratios}
+
+
+def _kvtuner(name: str, _: Fingerprint) -> dict[int, dict[str, int]]:
+    return kvtuner.table(name)
