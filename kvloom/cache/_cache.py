@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kvloom import codecs
 from kvloom.cache import _file
 from kvloom.cache._attention import ATTENTION
 from kvloom.cache._layer import LoomLayer, NonFinite
@@ -32,6 +33,7 @@ class LoomCache(DynamicCache):
     Raises:
         ModelError: The model is not the plan's, or cannot be packed.
         PlanError: The plan asks for what no code does yet (an evict entry).
+        MissingExtraError: A codec of the plan needs a package that is not installed.
     """
 
     def __init__(self, plan: Plan, model: Any, *, nonfinite: NonFinite = "error") -> None:
@@ -41,6 +43,8 @@ class LoomCache(DynamicCache):
         evicting = [str(entry.layers) for entry in plan.layers if entry.evict is not None]
         if evicting:
             raise PlanError(f"layers {evicting[0]}: evict is not supported yet; remove the entry from the plan.")
+        for name in plan.codecs:
+            codecs.get(name).prepare()
         super().__init__(config=config)
         self.plan = plan
         attention = _AttentionName(config)

@@ -52,14 +52,14 @@ class CudaBackend(TorchBackend):
     def encode(self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> torch.Tensor:
         """See `Backend.encode`."""
         reference = partial(super().encode, key, value, layout)
-        if not _cuda_pages.covers(layout, key.dtype):
+        if not _cuda_pages.encodes(layout, key.dtype):
             return reference()
         return self._unless_broken(partial(_cuda_pages.encode, key, value, layout), reference)
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
         reference = partial(super().decode, data, layout, dtype)
-        if not _cuda_pages.covers(layout, dtype):
+        if not _cuda_pages.decodes(layout, dtype):
             return reference()
         return self._unless_broken(partial(_cuda_pages.decode, data, layout, dtype), reference)
 
@@ -89,6 +89,7 @@ def _served(query: torch.Tensor, kv: PagedKV, mask: torch.Tensor | None) -> bool
         and kv.page_tokens in PAGE_TOKENS
         and rows_of_a_head(query, kv) <= kv.page_tokens
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+        and all(group.layout.is_affine for group in kv.pages)
         and all(block_warps(group.layout, 0, _nvrtc.shared_limit(query.device.index)) for group in kv.pages)
     )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvloom.pages._codec_facts import CodecFacts, Form, codec_facts, declare_codec
 from kvloom.pages._format import (
     BITS,
     GROUP_SIZES,
     HEAD_DIM_STEP,
     PAGE_TOKENS,
+    PASSTHROUGH_BITS,
     Format,
     Grouping,
     Role,
@@ -42,7 +44,10 @@ __all__ = [
     "GROUP_SIZES",
     "HEAD_DIM_STEP",
     "PAGE_TOKENS",
+    "PASSTHROUGH_BITS",
+    "CodecFacts",
     "ExactKV",
+    "Form",
     "Format",
     "Grouping",
     "HeadPages",
@@ -53,6 +58,8 @@ __all__ = [
     "RowRuns",
     "SideLayout",
     "check_format",
+    "codec_facts",
+    "declare_codec",
     "pack_side",
     "page_layout",
     "page_nbytes",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, model_validator
 
 from kvloom.errors import PlanError
+from kvloom.pages import PASSTHROUGH_BITS, codec_facts
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._spec import GroupSize, LayerPlan, PlanModel, TensorSpec, Window, format_layers
@@ -86,6 +87,8 @@ class Plan(PlanModel):
         *,
         key_group_size: GroupSize = 64,
         value_group_size: GroupSize = "head_dim",
+        key_codec: str = "affine",
+        value_codec: str = "affine",
         window: Window | None = None,
         prefill: Prefill = "exact",
     ) -> Plan:
@@ -97,15 +100,17 @@ class Plan(PlanModel):
             value_bits: Bits of the values.
             key_group_size: Tokens that share a key scale.
             value_group_size: Channels that share a value scale.
+            key_codec: Number format of the keys.
+            value_codec: Number format of the values.
             window: Exact tokens; none by default.
             prefill: See the class.
 
         Raises:
-            PlanError: A width or group size is not one kvloom packs.
+            PlanError: A width or group size is not one kvloom packs, or a codec is unknown or does not take it.
         """
         fingerprint = model if isinstance(model, Fingerprint) else Fingerprint.of(model)
-        key = _spec(bits=key_bits, grouping="per_channel", group_size=key_group_size)
-        value = _spec(bits=value_bits, grouping="per_token", group_size=value_group_size)
+        key = _spec(bits=key_bits, grouping="per_channel", group_size=key_group_size, codec=key_codec)
+        value = _spec(bits=value_bits, grouping="per_token", group_size=value_group_size, codec=value_codec)
         specs = dict.fromkeys(fingerprint.packed_layers, (key, value))
         return cls.from_specs(fingerprint, specs, window=window, prefill=prefill)
 
@@ -172,6 +177,12 @@ class Plan(PlanModel):
             raise PlanError(f"the plan has no entry for layer {layer}; it covers {self.model.packed_layers}.")
         return self._by_layer[layer]
 
+    @cached_property
+    def codecs(self) -> tuple[str, ...]:
+        """Names of the number formats that pages are packed in, sorted."""
+        specs = (spec for entry in self.layers for h in range(self.model.num_kv_heads) for spec in entry.head(h))
+        return tuple(sorted({spec.codec for spec in specs if spec.bits != PASSTHROUGH_BITS}))
+
     def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
 
@@ -210,6 +221,8 @@ class Plan(PlanModel):
                 f"  layers {entry.layers}: keys {entry.key.label}, values {entry.value.label}, "
                 f"exact: {window.sinks} sinks, {recent} recent{heads}"
             )
+        if opaque := [name for name in self.codecs if codec_facts(name).form == "opaque"]:
+            lines.append(f"  attention decodes the pages of {', '.join(opaque)} first: memory is saved, speed is not")
         lines.append(
             f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "
             f"{self.true_bits(tokens):.2f} true bits (scales, zero points and windows counted)"
