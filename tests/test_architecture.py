@@ -32,7 +32,7 @@ DOORS: dict[str, set[str] | str] = {
     "evaluate": {"plan", "cache"},
     "bench": {"pages", "codecs", "kernels", "evaluate"},
     "report": {"evaluate"},
-    "testing": {"codecs", "eviction", "signals"},
+    "testing": RUNTIME | {"cache", "signals"},
     "integrations": PUBLIC_API,
     "demo": PUBLIC_API,
     "cli": PUBLIC_API,

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
+from kvloom import codecs
 from kvloom.cache import _file
 from kvloom.cache._attention import ATTENTION
 from kvloom.cache._flags import Flags
@@ -39,6 +40,7 @@ class LoomCache(DynamicCache):
         ModelError: The model is not the plan's, or cannot be packed.
         PlanError: The plan asks for what no code does yet (an evict entry).
         CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite``.
+        MissingExtraError: A codec of the plan needs a package that is not installed.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class LoomCache(DynamicCache):
             raise CacheError(
                 f"max_tokens is {max_tokens}: give the number of tokens to make room for, or leave it out."
             )
+        for name in plan.codecs:
+            codecs.get(name).prepare()
         super().__init__(config=config)
         self.plan = plan
         self.max_tokens = max_tokens

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from kvloom.codecs._affine import AFFINE, OUT_OF_RANGE, Affine
-from kvloom.codecs._base import Codec, Encoded, get, register, wide
+from kvloom.codecs._affine import AFFINE, Affine
+from kvloom.codecs._affine_form import OUT_OF_RANGE, AffineForm, Grid
+from kvloom.codecs._base import Codec, Encoded, get, names, register, registered, wide
+from kvloom.codecs._clipped import CLIPPED, Clipped
+from kvloom.codecs._hqq import HQQ, Hqq
+from kvloom.codecs._quanto import QUANTO, Quanto
 
-__all__ = ["AFFINE", "OUT_OF_RANGE", "Affine", "Codec", "Encoded", "get", "register", "wide"]
+__all__ = [
+    "AFFINE",
+    "CLIPPED",
+    "HQQ",
+    "OUT_OF_RANGE",
+    "QUANTO",
+    "Affine",
+    "AffineForm",
+    "Clipped",
+    "Codec",
+    "Encoded",
+    "Grid",
+    "Hqq",
+    "Quanto",
+    "get",
+    "names",
+    "register",
+    "registered",
+    "wide",
+]

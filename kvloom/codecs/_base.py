@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from kvloom.errors import PlanError
-from kvloom.pages import Format
+from kvloom.pages import CodecFacts, Format, declare_codec
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Encoded:
 
     Attributes:
         codes: uint8 ``[..., tokens, head_dim]``.
-        params: fp16 tensors, each ``[..., tokens / group_size, head_dim]`` for ``per_channel`` groups and
+        params: One tensor for each of the format's ``num_params``, fp16 as `Codec.encode` gives them (fp32 as read from
+            a page, which always gives two): ``[..., tokens / group_size, head_dim]`` for ``per_channel`` groups and
             ``[..., tokens, head_dim / group_size]`` for ``per_token``.
     """
 
@@ -26,17 +29,49 @@ class Encoded:
 
 
 class Codec(ABC):
-    """How values become codes and back. Stateless; one file a method."""
+    """How values become codes and back. Stateless; one file a method.
+
+    `kvloom.testing.check_codec` checks what is asked here. The codes of a group follow from its elements alone: a page
+    gets the same bytes whether it is encoded alone or among others.
+
+    Attributes:
+        name: What plans call it.
+        facts: Its form and the formats it takes.
+    """
 
     name: str
+    facts: CodecFacts = CodecFacts(form="opaque")
 
     @abstractmethod
     def encode(self, x: torch.Tensor, fmt: Format) -> Encoded:
-        """Codes of ``x`` ``[..., tokens, head_dim]``, any floating dtype; ``tokens`` is whole groups."""
+        """Codes of ``x`` ``[..., tokens, head_dim]``, any floating dtype; ``tokens`` is whole groups.
+
+        Raises:
+            CacheError: An element is NaN, infinite, or beyond fp16's range.
+        """
 
     @abstractmethod
     def decode(self, encoded: Encoded, fmt: Format) -> torch.Tensor:
         """Values in fp32 ``[..., tokens, head_dim]``."""
+
+    @abstractmethod
+    def bound(self, x: torch.Tensor, fmt: Format) -> torch.Tensor:
+        """The largest error that each element of ``x`` may be stored with: what the codec promises.
+
+        Args:
+            x: What `encode` takes.
+            fmt: Format.
+
+        Returns:
+            Absolute errors, fp32 ``[..., tokens, head_dim]``.
+        """
+
+    def prepare(self) -> None:  # noqa: B027 (most codecs need nothing)
+        """Make sure that `encode` can run here.
+
+        Raises:
+            MissingExtraError: It needs a package that is not installed.
+        """
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -48,9 +83,30 @@ _CODECS: dict[str, Codec] = {}
 
 
 def register(codec: Codec) -> Codec:
-    """Make a codec known by its name."""
+    """Make a codec known by its name, to plans too."""
     _CODECS[codec.name] = codec
+    declare_codec(codec.name, codec.facts)
     return codec
+
+
+@contextmanager
+def registered(codec: Codec) -> Iterator[None]:
+    """Within the context plans may name ``codec``; afterwards its name means what it did before."""
+    previous = _CODECS.get(codec.name)
+    register(codec)
+    try:
+        yield
+    finally:
+        if previous is None:
+            del _CODECS[codec.name]
+            declare_codec(codec.name, None)
+        else:
+            register(previous)
+
+
+def names() -> tuple[str, ...]:
+    """Names of the registered codecs."""
+    return tuple(_CODECS)
 
 
 def get(name: str) -> Codec:

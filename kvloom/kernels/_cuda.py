@@ -60,14 +60,14 @@ class CudaBackend(TorchBackend):
     ) -> torch.Tensor:
         """See `Backend.encode`."""
         args = (key, value, layout, flags)
-        if not _cuda_pages.covers(layout, key.dtype):
+        if not _cuda_pages.encodes(layout, key.dtype):
             return super().encode(*args)
         return self._unless_broken(lambda: _cuda_pages.encode(*args), lambda other: other.encode(*args))
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
         args = (data, layout, dtype)
-        if not _cuda_pages.covers(layout, dtype):
+        if not _cuda_pages.decodes(layout, dtype):
             return super().decode(*args)
         return self._unless_broken(lambda: _cuda_pages.decode(*args), lambda other: other.decode(*args))
 
@@ -84,7 +84,7 @@ class CudaBackend(TorchBackend):
         return (
             not self._is_broken
             and _is_covered(layouts, dtype, self._shared)
-            and all(_cuda_pages.covers(layout, dtype) for layout in layouts)
+            and all(_cuda_pages.encodes(layout, dtype) for layout in layouts)
         )
 
     def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
@@ -126,7 +126,8 @@ def _served(query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | No
 
 def _is_covered(layouts: Sequence[PageLayout], dtype: torch.dtype, shared_limit: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and all(
-        layout.head_dim <= MAX_HEAD_DIM
+        layout.is_affine
+        and layout.head_dim <= MAX_HEAD_DIM
         and layout.page_tokens in PAGE_TOKENS
         and block_warps(layout, 0, shared_limit) > 0
         for layout in layouts

@@ -7,11 +7,12 @@ and numbers.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
-from kvloom.codecs import OUT_OF_RANGE
+from kvloom.codecs import AFFINE, OUT_OF_RANGE
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._base import head_index
 from kvloom.kernels._nvrtc import Defines, int64, module
@@ -253,10 +254,19 @@ def _side_defines(name: str, side: SideLayout) -> Defines:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def covers(layout: PageLayout, dtype: torch.dtype) -> bool:
-    """Whether the kernels take this layout and dtype."""
+def encodes(layout: PageLayout, dtype: torch.dtype) -> bool:
+    """Whether the encoder takes this layout and dtype."""
+    return _passes(_check_encoded, layout, dtype)
+
+
+def decodes(layout: PageLayout, dtype: torch.dtype) -> bool:
+    """Whether the decoder takes this layout and dtype."""
+    return _passes(_check_supported, layout, dtype)
+
+
+def _passes(check: Callable[[PageLayout, torch.dtype], None], layout: PageLayout, dtype: torch.dtype) -> bool:
     try:
-        _check_supported(layout, dtype)
+        check(layout, dtype)
     except KernelError:
         return False
     return True
@@ -278,15 +288,22 @@ def _check_side(side: SideLayout, dtype: torch.dtype) -> None:
     if side.fmt.is_passthrough:
         if side.nbytes != side.page_tokens * side.head_dim * dtype.itemsize:
             raise KernelError(f"the page layout keeps {side.role}s in another compute dtype than {dtype}")
-    elif side.fmt.codec != "affine" or side.fmt.group_size % 16:
+    elif side.fmt.form != "affine" or side.fmt.group_size % 16:
         raise KernelError(
-            f"the CUDA page kernels take the affine codec in groups of whole 16 elements, not {side.fmt.codec!r} in "
-            f"groups of {side.fmt.group_size}"
+            f"the CUDA page kernels take codecs of affine form in groups of whole 16 elements, not {side.fmt.codec!r} "
+            f"in groups of {side.fmt.group_size}"
         )
 
 
+def _check_encoded(layout: PageLayout, dtype: torch.dtype) -> None:
+    _check_supported(layout, dtype)
+    for side in (layout.key, layout.value):
+        if not side.fmt.is_passthrough and side.fmt.codec != AFFINE.name:
+            raise KernelError(f"the CUDA encoder knows the affine codec's grid, not that of {side.fmt.codec!r}")
+
+
 def _check_states(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> None:
-    _check_supported(layout, key.dtype)
+    _check_encoded(layout, key.dtype)
     if key.shape != value.shape or key.dtype != value.dtype or key.device != value.device:
         raise ValueError(f"keys {_said(key)} and values {_said(value)} differ")
     if key.dim() != 4 or key.shape[3] != layout.head_dim or key.shape[2] % layout.page_tokens:

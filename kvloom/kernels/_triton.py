@@ -15,6 +15,7 @@ from typing import Unpack
 import torch
 
 from kvloom._extras import pip_command
+from kvloom.codecs import AFFINE
 from kvloom.errors import KernelError
 from kvloom.kernels._base import AttendOptions, head_index, rows_of_a_head
 from kvloom.kernels._torch import TorchBackend
@@ -54,7 +55,7 @@ class TritonBackend(TorchBackend):
         self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout, flags: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Backend.encode`."""
-        if key.dtype not in _DTYPES or not _is_affine(layout) or key.numel() == 0:
+        if key.dtype not in _DTYPES or not _is_covering(layout) or key.numel() == 0:
             return super().encode(key, value, layout)
         pages = key.shape[2] // layout.page_tokens
         data = torch.empty((*key.shape[:2], pages, layout.nbytes), dtype=torch.uint8, device=key.device)
@@ -88,7 +89,7 @@ class TritonBackend(TorchBackend):
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
-        if dtype not in _DTYPES or not _is_affine(layout) or data.numel() == 0:
+        if dtype not in _DTYPES or not layout.is_affine or data.numel() == 0:
             return super().decode(data, layout, dtype)
         with torch.cuda.device_of(data):
             return self._decode_side(data, layout.key, dtype), self._decode_side(data, layout.value, dtype)
@@ -195,8 +196,9 @@ def _kernels(module: str) -> ModuleType:
         raise KernelError(f"triton is not installed: {pip_command('gpu')}") from error
 
 
-def _is_affine(layout: PageLayout) -> bool:
-    return all(fmt.is_passthrough or fmt.codec == "affine" for fmt in (layout.key.fmt, layout.value.fmt))
+def _is_covering(layout: PageLayout) -> bool:
+    """Whether the encoders, which know one way to choose a grid, serve both sides."""
+    return all(fmt.is_passthrough or fmt.codec == AFFINE.name for fmt in (layout.key.fmt, layout.value.fmt))
 
 
 def _serves(query: torch.Tensor, kv: PagedKV) -> bool:
@@ -208,7 +210,7 @@ def _serves(query: torch.Tensor, kv: PagedKV) -> bool:
         and kv.page_tokens in PAGE_TOKENS
         and rows_of_a_head(query, kv) <= MAX_ROWS
         and query.shape[3] <= MAX_HEAD_DIM[kv.dtype.itemsize]
-        and all(_is_affine(group.layout) for group in kv.pages)
+        and all(group.layout.is_affine for group in kv.pages)
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvloom.pages._codec_facts import CodecFacts, Form, codec_facts, declare_codec
 from kvloom.pages._format import (
     BITS,
     GROUP_SIZES,
     HEAD_DIM_STEP,
     PAGE_TOKENS,
+    PASSTHROUGH_BITS,
     Format,
     Grouping,
     Role,
@@ -44,7 +46,10 @@ __all__ = [
     "GROUP_SIZES",
     "HEAD_DIM_STEP",
     "PAGE_TOKENS",
+    "PASSTHROUGH_BITS",
+    "CodecFacts",
     "ExactKV",
+    "Form",
     "Format",
     "Grouping",
     "HeadPages",
@@ -56,6 +61,8 @@ __all__ = [
     "SideLayout",
     "StaticKV",
     "check_format",
+    "codec_facts",
+    "declare_codec",
     "layouts_of",
     "pack_side",
     "page_layout",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvloom.errors import PlanError
+from kvloom.pages._codec_facts import Form, codec_facts
 
 Grouping = Literal["per_channel", "per_token"]
 Role = Literal["key", "value"]
@@ -54,6 +55,11 @@ class Format:
         return self.bits == PASSTHROUGH_BITS
 
     @property
+    def form(self) -> Form:
+        """How codes become values; see `CodecFacts`. A passthrough has no codes and hinders no kernel."""
+        return "affine" if self.is_passthrough else codec_facts(self.codec).form
+
+    @property
     def levels(self) -> int:
         """Largest code, ``2**bits - 1``."""
         return int(2**self.bits) - 1
@@ -81,7 +87,7 @@ def page_tokens_of(*formats: Format) -> int:
 
 
 def check_format(fmt: Format, head_dim: int) -> None:
-    """Raise PlanError if ``fmt`` cannot be laid out for ``head_dim``."""
+    """Raise PlanError if ``fmt`` cannot be laid out for ``head_dim``, or its codec does not take it."""
     if head_dim % HEAD_DIM_STEP or head_dim <= 0:
         raise PlanError(
             f"head_dim {head_dim} is not a positive multiple of {HEAD_DIM_STEP}, the width of a tensor-core tile; "
@@ -89,6 +95,7 @@ def check_format(fmt: Format, head_dim: int) -> None:
         )
     if fmt.is_passthrough:
         return
+    codec_facts(fmt.codec).check(fmt.codec, fmt.bits, fmt.symmetric)
     if fmt.grouping == "per_token" and head_dim % fmt.group_size:
         raise PlanError(
             f"group_size {fmt.group_size} does not divide head_dim {head_dim}; "

@@ -54,6 +54,11 @@ class PageLayout:
     head_dim: int
     nbytes: int
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether both sides can be read without their codecs; see `CodecFacts`."""
+        return self.key.fmt.form == self.value.fmt.form == "affine"
+
 
 def side_nbytes(fmt: Format, head_dim: int, page_tokens: int, itemsize: int = 2) -> int:
     """Bytes of one side of one page of one KV head; ``itemsize`` is the compute dtype's (passthrough only)."""

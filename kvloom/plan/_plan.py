@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from kvloom.errors import PlanError
+from kvloom.pages import PASSTHROUGH_BITS, codec_facts
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._spec import GroupSize, LayerPlan, PlanModel, TensorSpec, Window, format_layers
@@ -93,6 +94,8 @@ class Plan(PlanModel):
         *,
         key_group_size: GroupSize = 64,
         value_group_size: GroupSize = "head_dim",
+        key_codec: str = "affine",
+        value_codec: str = "affine",
         window: Window | None = None,
         prefill: Prefill = "exact",
     ) -> Plan:
@@ -104,15 +107,17 @@ class Plan(PlanModel):
             value_bits: Bits of the values.
             key_group_size: Tokens that share a key scale.
             value_group_size: Channels that share a value scale.
+            key_codec: Number format of the keys.
+            value_codec: Number format of the values.
             window: Exact tokens; none by default.
             prefill: See the class.
 
         Raises:
-            PlanError: A width or group size is not one kvloom packs.
+            PlanError: A width or group size is not one kvloom packs, or a codec is unknown or does not take it.
         """
         fingerprint = Fingerprint.of_any(model)
-        key = _spec(key_bits, "per_channel", key_group_size)
-        value = _spec(value_bits, "per_token", value_group_size)
+        key = _spec(key_bits, "per_channel", key_group_size, key_codec)
+        value = _spec(value_bits, "per_token", value_group_size, value_codec)
         specs = dict.fromkeys(fingerprint.packed_layers, (key, value))
         return cls.from_specs(fingerprint, specs, window=window, prefill=prefill)
 
@@ -184,6 +189,12 @@ class Plan(PlanModel):
             raise PlanError(f"the plan has no entry for layer {layer}; it covers {self.model.packed_layers}.")
         return self._by_layer[layer]
 
+    @cached_property
+    def codecs(self) -> tuple[str, ...]:
+        """Names of the number formats that pages are packed in, sorted."""
+        specs = (spec for entry in self.layers for h in range(self.model.num_kv_heads) for spec in entry.head(h))
+        return tuple(sorted({spec.codec for spec in specs if spec.bits != PASSTHROUGH_BITS}))
+
     def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
 
@@ -224,6 +235,8 @@ class Plan(PlanModel):
             )
         if self.provenance:
             lines += [f"  {self.provenance.source}: {note}" for note in self.provenance.notes]
+        if opaque := [name for name in self.codecs if codec_facts(name).form == "opaque"]:
+            lines.append(f"  attention decodes the pages of {', '.join(opaque)} first: memory is saved, speed is not")
         lines.append(
             f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "
             f"{self.true_bits(tokens):.2f} true bits (scales, zero points and windows counted)"
@@ -239,5 +252,6 @@ def plan_schema() -> dict[str, Any]:
     return schema
 
 
-def _spec(bits: int, grouping: str, group_size: GroupSize) -> TensorSpec:
-    return validated(TensorSpec, {"bits": bits, "grouping": grouping, "group_size": group_size}, "the spec")
+def _spec(bits: int, grouping: str, group_size: GroupSize, codec: str) -> TensorSpec:
+    fields = {"bits": bits, "grouping": grouping, "group_size": group_size, "codec": codec}
+    return validated(TensorSpec, fields, "the spec")

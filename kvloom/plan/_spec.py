@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from kvloom.pages import GROUP_SIZES, Format, Grouping
+from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Format, Grouping, codec_facts
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
 GroupSize = Literal[16, 32, 64, 128, 256, "head_dim"]
@@ -24,7 +24,7 @@ class TensorSpec(PlanModel):
     """Number format of a layer's keys or values.
 
     Attributes:
-        codec: Name of the number format (codecs room).
+        codec: Name of the number format (codecs room); 16 bits have none.
         bits: Code width; 16 keeps the elements as they come, in the compute dtype.
         grouping: ``per_channel``: a group is ``group_size`` consecutive tokens of one channel; ``per_token``:
             ``group_size`` consecutive channels of one token.
@@ -32,11 +32,25 @@ class TensorSpec(PlanModel):
         symmetric: Centre the grid on zero and store no zero point.
     """
 
-    codec: Literal["affine"] = "affine"
+    codec: str = "affine"
     bits: Bits
     grouping: Grouping
     group_size: GroupSize = 64
     symmetric: bool = False
+
+    @field_validator("codec")
+    @classmethod
+    def _codec_is_known(cls, codec: str) -> str:
+        codec_facts(codec)
+        return codec
+
+    @field_validator("bits", "symmetric")
+    @classmethod
+    def _codec_takes_it(cls, given: int | bool, info: ValidationInfo) -> int | bool:
+        seen = info.data | {str(info.field_name): given}
+        if "codec" in seen and seen.get("bits", PASSTHROUGH_BITS) != PASSTHROUGH_BITS:
+            codec_facts(seen["codec"]).check(seen["codec"], seen["bits"], seen.get("symmetric", False))
+        return given
 
     @model_validator(mode="after")
     def _group_fits_grouping(self) -> TensorSpec:
@@ -54,11 +68,12 @@ class TensorSpec(PlanModel):
 
     @property
     def label(self) -> str:
-        """Short name for tables, e.g. ``4b/ch64`` or ``2b/tok-head``."""
-        if self.bits == 16:
+        """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, other than affine, ``2b/tok32/hqq``."""
+        if self.bits == PASSTHROUGH_BITS:
             return "16b"
         size = "-head" if self.group_size == "head_dim" else str(self.group_size)
-        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{'s' if self.symmetric else ''}"
+        codec = "" if self.codec == "affine" else f"/{self.codec}"
+        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{'s' if self.symmetric else ''}{codec}"
 
 
 class Window(PlanModel):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvloom import codecs
 from kvloom.codecs import AFFINE
-from kvloom.codecs._affine import group
+from kvloom.codecs._groups import group
 from kvloom.errors import CacheError, PlanError
 from kvloom.pages import Format
 

@@ -156,6 +156,17 @@ def test_what_the_kernels_do_not_cover_is_refused() -> None:
         cuda_pages.encode(x, x, page_layout(fmt, Format(4, "per_token", 8), 64))
 
 
+def test_of_the_affine_family_the_encoder_knows_one_member() -> None:
+    plain = Format(4, "per_channel", 64)
+    for codec, both in (("affine", True), ("clipped", False)):
+        layout = page_layout(plain, Format(4, "per_token", 64, codec=codec), 64)
+        assert cuda_pages.decodes(layout, torch.float16)
+        assert cuda_pages.encodes(layout, torch.float16) == both
+    x = torch.zeros(1, 1, 64, 64)
+    with pytest.raises(KernelError, match="not that of 'clipped'"):
+        cuda_pages.encode(x, x, layout)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     fmt = Format(4, "per_channel", 64)
     layout = page_layout(fmt, fmt, 64)

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvloom
+from kvloom import _extras
 from kvloom.kernels import backend
 from kvloom.pages import Format, page_layout
 
@@ -21,6 +22,21 @@ def test_encode_gives_the_same_bytes(bits: int, head_dim: int) -> None:
     on_cpu = backend(key.device).encode(key, value, layout)
     on_gpu = backend(torch.device("cuda")).encode(key.cuda(), value.cuda(), layout)
     assert torch.equal(on_cpu, on_gpu.cpu())
+
+
+@pytest.mark.parametrize("codec", ["clipped", "hqq", "quanto"])
+def test_other_codecs_are_packed_alike_and_read_by_the_kernels(codec: str) -> None:
+    if codec in _extras.EXTRAS and _extras.missing(codec):
+        pytest.skip(f"the extra {codec} is not installed")
+    layout = page_layout(Format(4, "per_channel", 64, codec=codec), Format(2, "per_token", 32, codec=codec), 64)
+    key, value = torch.randn(2, 2, 3, 128, 64)
+    on_cpu = backend(key.device).encode(key, value, layout)
+    gpu = backend(torch.device("cuda"))
+    on_gpu = gpu.encode(key.cuda(), value.cuda(), layout)
+    assert float((on_cpu != on_gpu.cpu()).float().mean()) < 1e-3
+    wanted = backend(key.device).decode(on_cpu, layout, torch.float16)
+    for got, want in zip(gpu.decode(on_cpu.cuda(), layout, torch.float16), wanted, strict=True):
+        assert torch.equal(got.cpu(), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

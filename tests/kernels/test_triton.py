@@ -220,6 +220,22 @@ def test_pages_are_the_references(case: dict) -> None:
 
 
 @interpreted
+def test_all_of_the_affine_family_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed by the codec, in torch; unpacked and attended to by the kernels."""
+    kv = make([((0,), Format(4, "per_channel", 64), Format(2, "per_token", 32, codec="clipped"))], tail=5)
+    (pages,) = kv.pages
+    query = torch.randn(1, 2, 1, 64)
+    expected = TORCH.decode(pages.data, pages.layout, torch.float32), TORCH.attend(query, kv, scaling=0.125)
+    x = torch.randn(1, 1, 64, 64)
+    assert torch.equal(TritonBackend().encode(x, x, pages.layout), TORCH.encode(x, x, pages.layout))
+    for name in ("decode", "attend"):
+        monkeypatch.delattr(f"kvloom.kernels._torch.TorchBackend.{name}")
+    for got, wanted in zip(TritonBackend().decode(pages.data, pages.layout, torch.float32), expected[0], strict=True):
+        assert torch.equal(got, wanted)
+    torch.testing.assert_close(TritonBackend().attend(query, kv, scaling=0.125), expected[1])
+
+
+@interpreted
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -7e4])
 def test_what_fp16_cannot_express_is_refused(bad: float) -> None:
     layout = page_layout(Format(4, "per_channel", 64), Format(4, "per_token", 64), 64, 4)

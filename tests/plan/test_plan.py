@@ -76,6 +76,18 @@ def edited(**change: object) -> dict:
         (edited(key={"bits": 4, "grouping": "per_chanel"}), r"layers\.0\.key\.grouping"),
         (edited(key={"bits": 4, "grouping": "per_channel", "group_size": "head_dim"}), "group_size 'head_dim'"),
         (edited(value={"bits": 4, "grouping": "per_token", "group_size": 256}), r"layers\[0\]: group_size 256"),
+        (
+            edited(key={"bits": 4, "grouping": "per_channel", "codec": "hqqq"}),
+            r"layers\.0\.key\.codec: codec 'hqqq' is",
+        ),
+        (
+            edited(key={"bits": 3, "grouping": "per_channel", "codec": "quanto"}),
+            r"layers\.0\.key\.bits: bits 3 is not one",
+        ),
+        (
+            edited(value={"bits": 4, "grouping": "per_token", "codec": "hqq", "symmetric": True}),
+            r"layers\.0\.value\.symmetric: symmetric is not for codec 'hqq'",
+        ),
         (edited(layers="0-2"), "leaves out layer 3"),
         (edited(layers="0-4"), "names layer 4"),
         (edited(layers="3-0"), r"layers\.0\.layers"),

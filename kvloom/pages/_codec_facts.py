@@ -1,0 +1,67 @@
+"""What plans and kernels need to know of a codec without loading it.
+
+Plans are read without torch, so the facts of kvloom's own codecs are listed here; a codec of somebody else declares its
+own when it is registered (`kvloom.codecs.register`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvloom.errors import PlanError
+
+Form = Literal["affine", "opaque"]
+
+
+@dataclass(frozen=True)
+class CodecFacts:
+    """What a codec stores, and in which formats.
+
+    Attributes:
+        form: ``affine``: an element decodes as ``scale * code + zero`` from the fp16 parameters of its group (``zero =
+            -scale * levels / 2`` where the format is symmetric), so every kernel reads the pages. ``opaque``: only the
+            codec can decode, and attention reads pages that were decoded first.
+        bits: Code widths it takes.
+        symmetric: Whether it takes symmetric formats.
+    """
+
+    form: Form = "affine"
+    bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
+    symmetric: bool = True
+
+    def check(self, name: str, bits: int, symmetric: bool) -> None:
+        """Raise PlanError, in the name of the codec, if it does not take such a format."""
+        if bits not in self.bits:
+            raise PlanError(f"bits {bits} is not one of {self.bits}, the widths that codec {name!r} takes.")
+        if symmetric and not self.symmetric:
+            raise PlanError(f"symmetric is not for codec {name!r}, which always stores a zero point: leave it out.")
+
+
+_FACTS: dict[str, CodecFacts] = {
+    "affine": CodecFacts(),
+    "clipped": CodecFacts(),
+    "hqq": CodecFacts(symmetric=False),
+    "quanto": CodecFacts(bits=(2, 4), symmetric=False),
+}
+
+
+def codec_facts(name: str) -> CodecFacts:
+    """The facts of a codec.
+
+    Raises:
+        PlanError: No codec has this name.
+    """
+    if name not in _FACTS:
+        raise PlanError(
+            f"codec {name!r} is unknown; choose one of {sorted(_FACTS)}, or register your own before the plan is read."
+        )
+    return _FACTS[name]
+
+
+def declare_codec(name: str, facts: CodecFacts | None) -> None:
+    """Make a codec's facts known, or with None forget them."""
+    if facts is None:
+        _FACTS.pop(name, None)
+    else:
+        _FACTS[name] = facts

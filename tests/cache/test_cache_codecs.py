@@ -1,0 +1,121 @@
+"""Every codec end to end: a plan names it, a model generates through it, plans and files keep its name."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from kvloom import _extras, codecs
+from kvloom.cache import LoomCache
+from kvloom.codecs import _quanto
+from kvloom.errors import CacheError, MissingExtraError, PlanError
+from kvloom.kernels import backend
+from kvloom.pages import page_layout
+from kvloom.plan import Plan
+
+
+def needs(name):
+    if name in _extras.EXTRAS and _extras.missing(name):
+        pytest.skip(f"the extra {name} is not installed")
+
+
+def plan_of(model, name, **options):
+    return Plan.uniform(model, 4, 4, key_codec=name, value_codec=name, value_group_size=16, **options)
+
+
+@pytest.mark.parametrize("name", codecs.names())
+def test_a_model_generates_through_it(name, tmp_path):
+    needs(name)
+    model = tiny.enabled(tiny.build("llama"))
+    plan = plan_of(model, name)
+    plan.save(tmp_path / "kv_plan.json")
+    cache = LoomCache(Plan.load(tmp_path / "kv_plan.json"), model)
+    inputs = tiny.prompt(150)
+    tokens = tiny.greedy(model, inputs, cache)
+    assert tokens.shape[1] == 150 + 24
+    assert cache.nbytes() == plan.nbytes(1, cache.get_seq_length(), torch.float32)
+    again = LoomCache(plan, model)
+    tiny.run(model, again, tokens[:, :-1], tiny.steps(173, 100))
+    assert all(a.equal(b) for a, b in zip(tiny.codes(cache)[:1], tiny.codes(again)[:1], strict=True))
+    assert f"keys 4b/ch64{'' if name == 'affine' else '/' + name}" in plan.describe()
+
+
+@pytest.mark.parametrize("name", ["clipped", "hqq", "quanto"])
+def test_attention_stays_near_the_exact_one(name):
+    needs(name)
+    model = tiny.enabled(tiny.build("llama"))
+    inputs = tiny.prompt(200)
+    exact = tiny.run(model, LoomCache(tiny.passthrough(model), model), inputs, tiny.steps(200, 150))
+    plain, ours = (
+        tiny.run(model, LoomCache(plan_of(model, codec), model), inputs, tiny.steps(200, 150)) - exact
+        for codec in ("affine", name)
+    )
+    assert 0 < float(ours.norm()) < 1.2 * float(plain.norm())
+
+
+def test_codecs_may_differ_by_side():
+    model = tiny.build("llama")
+    plan = Plan.uniform(model, 4, 2, value_codec="clipped", value_group_size=16)
+    assert plan.codecs == ("affine", "clipped")
+    cache = LoomCache(plan, tiny.enabled(model))
+    tiny.run(model, cache, tiny.prompt(70), [70])
+    (pages,) = cache.packed_layers[0].pages
+    assert (pages.layout.key.fmt.codec, pages.layout.value.fmt.codec) == ("affine", "clipped")
+    assert cache.nbytes() == Plan.uniform(model, 4, 2, value_group_size=16).nbytes(1, 70, torch.float32)
+
+
+def test_a_cache_file_is_read_under_its_own_codec_only(tmp_path):
+    model = tiny.enabled(tiny.build("llama"))
+    cache = LoomCache(plan_of(model, "clipped"), model)
+    tiny.run(model, cache, tiny.prompt(70), [70])
+    cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(CacheError, match="another plan"):
+        LoomCache.load(tmp_path / "cache.safetensors", plan_of(model, "affine"), model)
+
+
+def test_an_absent_package_is_said_before_anything_is_cached(monkeypatch):
+    model = tiny.build("llama")
+    monkeypatch.setattr(_extras, "_found", lambda _: False)
+    _quanto._library.cache_clear()
+    with pytest.raises(MissingExtraError, match=r"^The quanto codec needs .*kvloom\[quanto\]"):
+        LoomCache(plan_of(model, "quanto"), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"key_codec": "hadamard"}, r"field codec: codec 'hadamard' is unknown; choose one of .*'clipped'"),
+        (
+            {"key_bits": 3, "key_codec": "quanto"},
+            r"field bits: bits 3 is not one of \(2, 4\), the widths that codec 'quanto'",
+        ),
+    ],
+)
+def test_what_no_codec_takes_is_refused(options, says):
+    with pytest.raises(PlanError, match=says):
+        Plan.uniform(tiny.build("llama"), **options)
+
+
+def test_non_finite_values_are_refused_or_clamped():
+    model = tiny.build("llama")
+    x = torch.randn(1, 2, 70, 16)
+    x[0, 0, 3, 3] = torch.nan
+    for nonfinite in ("error", "clamp"):
+        cache = LoomCache(plan_of(model, "clipped"), tiny.enabled(model), nonfinite=nonfinite)
+        if nonfinite == "error":
+            with pytest.raises(CacheError, match="NaN, infinity"):
+                cache.update(x, x, 0)
+        else:
+            cache.update(x, x, 0)
+            (pages,) = cache.packed_layers[0].pages
+            key, _ = backend(x.device).decode(pages.data, pages.layout, x.dtype)
+            assert bool(key.isfinite().all())
+
+
+def test_sixteen_bits_have_no_codec():
+    model = tiny.build("llama")
+    plan = Plan.uniform(model, 16, 16, key_codec="quanto")
+    assert plan.codecs == ()
+    fmt = plan.spec(0).key.format(16)
+    assert page_layout(fmt, fmt, 16).is_affine
