@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvloom import kernels
+from kvloom.cache._rotation import turned
 from kvloom.errors import ModelError
 from kvloom.pages import PagedKV, StaticKV
 
@@ -59,13 +60,21 @@ def loom_attention(
         "softcap": softcap,
         "sink_logits": s_aux,
     }
-    if isinstance(key, StaticKV):
-        return kernels.attend_static(query, key, **options), None
-    if isinstance(key, PagedKV):
-        return kernels.backend(key.device).attend(query, key, **options), None
+    if isinstance(key, PagedKV | StaticKV):
+        return _attend(query, key, options), None
     if not isinstance(value, torch.Tensor):
         raise ModelError("a layer mixed packed values with plain keys; kvloom cannot serve this model.")
     return kernels.dense_attention(query, key, value, **options), None
+
+
+def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, options: dict[str, Any]) -> torch.Tensor:
+    if kv.query_turn is not None:
+        query = turned(query, kv.query_turn)
+    if isinstance(kv, StaticKV):
+        out = kernels.attend_static(query, kv, **options)
+    else:
+        out = kernels.backend(kv.device).attend(query, kv, **options)
+    return out if kv.output_turn is None else turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 
 def enable(model: Any) -> None:

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvloom import kernels
 from kvloom.cache._flags import Flags
+from kvloom.cache._rotation import side_rotation
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError, ModelError
 from kvloom.pages import ExactKV, HeadPages, PagedKV
@@ -94,6 +95,8 @@ class LoomLayer(CacheLayerMixin):
             )
             for heads in _heads_by_layout(layouts)
         )
+        self.key_rotation = side_rotation(layouts, "key", self.dtype, self.device)
+        self.value_rotation = side_rotation(layouts, "value", self.dtype, self.device)
         self.sinks = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.tail = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.is_initialized = True
@@ -127,10 +130,30 @@ class LoomLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_append(key_states, value_states)
+        return self._updated(*self._turned(key_states, value_states))
+
+    def _turned(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States as they are cached."""
+        key = self.key_rotation.cached(key) if self.key_rotation else key
+        return key, self.value_rotation.cached(value) if self.value_rotation else value
+
+    def _restored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is cached as the model's states."""
+        key = self.key_rotation.restored(key) if self.key_rotation else key
+        return key, self.value_rotation.restored(value) if self.value_rotation else value
+
+    def _query_turn(self) -> torch.Tensor | None:
+        return self.key_rotation.dual if self.key_rotation else None
+
+    def _output_turn(self) -> torch.Tensor | None:
+        return self.value_rotation.dual.transpose(-1, -2) if self.value_rotation else None
+
+    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> Any:
+        """Append states as they are cached; return what attention is to read."""
         if self.record_past:
             self._pack()
-        self._append(key_states, value_states)
-        queries = key_states.shape[-2]
+        self._append(key, value)
+        queries = key.shape[-2]
         if self._reads_own_pages():
             handle = self._pack_under(queries)
         else:
@@ -202,16 +225,25 @@ class LoomLayer(CacheLayerMixin):
         return handle
 
     def _handle(self, tail: ExactKV, visible: torch.Tensor) -> PagedKV:
-        return PagedKV(self.pages, self.sinks, tail, self.length, self.page_tokens, self.num_pages, visible)
+        return PagedKV(
+            self.pages,
+            self.sinks,
+            tail,
+            self.length,
+            self.page_tokens,
+            self.num_pages,
+            visible,
+            self._query_turn(),
+            self._output_turn(),
+        )
 
     # -- the dense way ------------------------------------------------------------------------------------------------
 
     def _dense(self, handle: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = self._unpacked(handle.pages)
-        return (
-            torch.cat([handle.sinks.key, key, handle.tail.key], dim=-2),
-            torch.cat([handle.sinks.value, value, handle.tail.value], dim=-2),
-        )
+        key = torch.cat([handle.sinks.key, key, handle.tail.key], dim=-2)
+        value = torch.cat([handle.sinks.value, value, handle.tail.value], dim=-2)
+        return self._restored(key, value)
 
     def _unpacked(self, pages: tuple[HeadPages, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of pages, ``[batch, kv_heads, tokens, head_dim]``."""

@@ -70,6 +70,8 @@ class StaticLoomLayer(LoomLayer):
             self.flags.on(self.device),
             _filled(window, self.max_tokens, page, self.device),
             page,
+            query_turn=self._query_turn(),
+            output_turn=self._output_turn(),
         )
         for tensor in (*self._own(), self.store.flags, self.store.filled):
             torch._dynamo.mark_static_address(tensor)
@@ -105,17 +107,17 @@ class StaticLoomLayer(LoomLayer):
         Raises:
             CacheError: The tokens do not fit. One token is not checked here: see `check`.
         """
-        is_fresh = not self.is_initialized
-        if is_fresh:
-            self.lazy_initialization(key_states, value_states)
-        if key_states.shape[-2] == 1 and self.is_enabled():
-            self._check_append(key_states, value_states)
-            kernels.append(key_states, value_states, self.store)
+        self._is_fresh = not self.is_initialized
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> Any:
+        if key.shape[-2] == 1 and self.is_enabled():
+            kernels.append(key, value, self.store)
             return self.store, self.store
-        tokens = 0 if is_fresh else self._tokens()
-        self._check_room(tokens + key_states.shape[-2])
+        tokens = 0 if self._is_fresh else self._tokens()
+        self._check_room(tokens + key.shape[-2])
         self._take_up(tokens)
-        states = super().update(key_states, value_states, *args, **kwargs)
+        states = super()._updated(key, value)
         self._put_down()
         return states
 

@@ -8,6 +8,8 @@ from kvloom.codecs._base import Codec, Encoded, get, names, register, registered
 from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._hqq import HQQ, Hqq
 from kvloom.codecs._quanto import QUANTO, Quanto
+from kvloom.codecs._rotation import dual, rotated, signs
+from kvloom.codecs._stored import as_stored
 
 __all__ = [
     "AFFINE",
@@ -23,9 +25,13 @@ __all__ = [
     "Grid",
     "Hqq",
     "Quanto",
+    "as_stored",
+    "dual",
     "get",
     "names",
     "register",
     "registered",
+    "rotated",
+    "signs",
     "wide",
 ]

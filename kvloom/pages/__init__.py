@@ -15,6 +15,7 @@ from kvloom.pages._format import (
     Format,
     Grouping,
     Role,
+    Rotation,
     check_format,
     page_tokens_of,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "PagedKV",
     "Plane",
     "Role",
+    "Rotation",
     "RowRuns",
     "SideLayout",
     "StaticKV",

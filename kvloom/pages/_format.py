@@ -10,6 +10,7 @@ from kvloom.pages._codec_facts import Form, codec_facts
 
 Grouping = Literal["per_channel", "per_token"]
 Role = Literal["key", "value"]
+Rotation = Literal["hadamard"]
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -41,6 +42,7 @@ class Format:
         group_size: Elements that share a scale.
         symmetric: The grid is centred on zero and no zero point is stored.
         codec: Name of the number format in the codecs room.
+        rotation: How the elements were turned before they were quantised; no business of those who read pages.
     """
 
     bits: int
@@ -48,6 +50,7 @@ class Format:
     group_size: int
     symmetric: bool = False
     codec: str = "affine"
+    rotation: Rotation | None = None
 
     @property
     def is_passthrough(self) -> bool:

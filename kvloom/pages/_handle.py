@@ -68,6 +68,9 @@ class PagedKV(_NotATensor):
         page_tokens: Tokens in a page.
         num_pages: Pages held.
         visible: int64 ``[queries]``, pages each query of this pass reads.
+        query_turn: Matrix that queries are to be multiplied with, ``[head_dim, head_dim]`` or one for each KV head;
+            None for none. Backends do not look at it.
+        output_turn: Likewise for outputs.
     """
 
     pages: tuple[HeadPages, ...]
@@ -77,6 +80,8 @@ class PagedKV(_NotATensor):
     page_tokens: int
     num_pages: int
     visible: torch.Tensor
+    query_turn: torch.Tensor | None = None
+    output_turn: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -121,6 +126,8 @@ class StaticKV(_NotATensor):
         filled: int32 ``[length + 1]``, pages that are full by number of tokens.
         page_tokens: Tokens in a page.
         table: int32 ``[batch, num_pages]``, which record of the pool holds a page of a sequence; None if in order.
+        query_turn: See `PagedKV`.
+        output_turn: See `PagedKV`.
         layouts: Heads and layouts of ``pages`` as text, see `layouts_of`.
     """
 
@@ -132,6 +139,8 @@ class StaticKV(_NotATensor):
     filled: torch.Tensor
     page_tokens: int
     table: torch.Tensor | None = None
+    query_turn: torch.Tensor | None = None
+    output_turn: torch.Tensor | None = None
     layouts: str = field(init=False)
 
     def __post_init__(self) -> None:

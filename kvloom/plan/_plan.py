@@ -131,7 +131,10 @@ class Plan(PlanModel):
         prefill: Prefill = "exact",
         provenance: Provenance | None = None,
     ) -> Plan:
-        """Plan from layer -> (key, value) specs; layers with equal specs share an entry."""
+        """Plan from layer -> (key, value) specs; layers with equal specs share an entry.
+
+        For other specs than `uniform` offers in every layer: ``dict.fromkeys(model.packed_layers, (key, value))``.
+        """
         groups: dict[tuple[TensorSpec, TensorSpec], list[int]] = {}
         for layer in sorted(specs):
             groups.setdefault(specs[layer], []).append(layer)

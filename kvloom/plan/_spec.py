@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Format, Grouping, codec_facts
+from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Format, Grouping, Rotation, codec_facts
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
 GroupSize = Literal[16, 32, 64, 128, 256, "head_dim"]
@@ -30,6 +30,8 @@ class TensorSpec(PlanModel):
             ``group_size`` consecutive channels of one token.
         group_size: Elements that share a scale; ``"head_dim"`` (``per_token`` only) is a token's whole head.
         symmetric: Centre the grid on zero and store no zero point.
+        rotation: ``hadamard`` turns each head's channels by a randomised Hadamard transform first, which spreads
+            outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`).
     """
 
     codec: str = "affine"
@@ -37,6 +39,7 @@ class TensorSpec(PlanModel):
     grouping: Grouping
     group_size: GroupSize = 64
     symmetric: bool = False
+    rotation: Rotation | None = None
 
     @field_validator("codec")
     @classmethod
@@ -59,21 +62,23 @@ class TensorSpec(PlanModel):
                 "group_size 'head_dim' has no meaning for per_channel groups, which span tokens: use one of "
                 f"{GROUP_SIZES}"
             )
+        if self.rotation and self.bits == PASSTHROUGH_BITS:
+            raise ValueError("rotation has no meaning for 16 bits, which round nothing: leave it out")
         return self
 
     def format(self, head_dim: int) -> Format:
         """The spec with its group size resolved for ``head_dim``."""
         size = head_dim if self.group_size == "head_dim" else self.group_size
-        return Format(self.bits, self.grouping, size, self.symmetric, self.codec)
+        return Format(self.bits, self.grouping, size, self.symmetric, self.codec, self.rotation)
 
     @property
     def label(self) -> str:
-        """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, other than affine, ``2b/tok32/hqq``."""
+        """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, with more to say, ``2b/tok32/hqq/hadamard``."""
         if self.bits == PASSTHROUGH_BITS:
             return "16b"
         size = "-head" if self.group_size == "head_dim" else str(self.group_size)
-        codec = "" if self.codec == "affine" else f"/{self.codec}"
-        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{'s' if self.symmetric else ''}{codec}"
+        more = "".join(f"/{name}" for name in (self.codec, self.rotation) if name not in ("affine", None))
+        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{'s' if self.symmetric else ''}{more}"
 
 
 class Window(PlanModel):

@@ -48,10 +48,7 @@ class ErrorGradient(Signal):
 
 def storage_error(packed: Tensor, fmt: Format) -> Tensor:
     """Decoded minus original: float32 `[batch, kv_heads, tokens, head_dim]`, whole groups of tokens."""
-    if fmt.is_passthrough:
-        return torch.zeros_like(packed, dtype=torch.float32)
-    codec = codecs.get(fmt.codec)
-    return codec.decode(codec.encode(packed, fmt), fmt) - packed.float()
+    return codecs.as_stored(packed, fmt) - packed.float()
 
 
 def _value_parts(evidence: Evidence) -> Tensor:

@@ -36,7 +36,11 @@ def tensor_specs(draw, head_dim):
     sizes = [16, 32, 64, 128, 256] if grouping == "per_channel" else ["head_dim", 16, 32, 64]
     fitting = [n for n in sizes if grouping == "per_channel" or n == "head_dim" or head_dim % n == 0]
     return TensorSpec(
-        bits=bits, grouping=grouping, group_size=draw(st.sampled_from(fitting)), symmetric=draw(st.booleans())
+        bits=bits,
+        grouping=grouping,
+        group_size=draw(st.sampled_from(fitting)),
+        symmetric=draw(st.booleans()),
+        rotation=draw(st.sampled_from([None, None, "hadamard"])) if bits < 16 else None,
     )
 
 

@@ -126,11 +126,11 @@ def eight_bit(model: Any, **options: Any) -> Plan:
 
 
 def mixed(model: Any, **options: Any) -> Plan:
-    """4-bit keys and 2-bit values; KV head 1 apart, with 3-bit keys and 5-bit values."""
+    """4-bit keys and 2-bit values; KV head 1 apart, with rotated 3-bit keys and 5-bit values."""
     window = options.pop("window", Window())
     fingerprint = Fingerprint.of(model)
     apart = HeadPlan(
-        key=TensorSpec(bits=3, grouping="per_channel", group_size=32),
+        key=TensorSpec(bits=3, grouping="per_channel", group_size=32, rotation="hadamard"),
         value=TensorSpec(bits=5, grouping="per_token", group_size="head_dim", symmetric=True),
     )
     entry = LayerPlan(
