@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from kvloom.codecs._affine import AFFINE, Affine
-from kvloom.codecs._affine_form import OUT_OF_RANGE, AffineForm, Grid
+from kvloom.codecs._affine_form import AffineForm, Grid
 from kvloom.codecs._base import Codec, Encoded, get, names, register, registered, wide
 from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._hqq import HQQ, Hqq
+from kvloom.codecs._lloyd import LLOYD, Lloyd
 from kvloom.codecs._quanto import QUANTO, Quanto
+from kvloom.codecs._range import OUT_OF_RANGE
 
 __all__ = [
     "AFFINE",
     "CLIPPED",
     "HQQ",
+    "LLOYD",
     "OUT_OF_RANGE",
     "QUANTO",
     "Affine",
@@ -22,6 +25,7 @@ __all__ = [
     "Encoded",
     "Grid",
     "Hqq",
+    "Lloyd",
     "Quanto",
     "get",
     "names",
