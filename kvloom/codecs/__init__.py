@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from kvloom.codecs._affine import AFFINE, Affine
-from kvloom.codecs._affine_form import OUT_OF_RANGE, AffineForm, Grid
+from kvloom.codecs._affine_form import AffineForm, Grid
 from kvloom.codecs._base import Codec, Encoded, get, names, register, registered, wide
 from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._hqq import HQQ, Hqq
+from kvloom.codecs._lloyd import LLOYD, Lloyd
 from kvloom.codecs._quanto import QUANTO, Quanto
+from kvloom.codecs._range import OUT_OF_RANGE
 from kvloom.codecs._rotation import dual, rotated, signs
 from kvloom.codecs._stored import as_stored
 
@@ -15,6 +17,7 @@ __all__ = [
     "AFFINE",
     "CLIPPED",
     "HQQ",
+    "LLOYD",
     "OUT_OF_RANGE",
     "QUANTO",
     "Affine",
@@ -24,6 +27,7 @@ __all__ = [
     "Encoded",
     "Grid",
     "Hqq",
+    "Lloyd",
     "Quanto",
     "as_stored",
     "dual",

@@ -14,17 +14,11 @@ import torch
 
 from kvloom.codecs._base import Codec, Encoded, wide
 from kvloom.codecs._groups import group, ungroup
-from kvloom.codecs._half import FP16_MAX
-from kvloom.errors import CacheError
+from kvloom.codecs._range import check_range
 from kvloom.pages import Format
 
 Grid = tuple[torch.Tensor, torch.Tensor | None]
 """Scale and zero point, None where the format is symmetric; fp16, one of each a group."""
-
-OUT_OF_RANGE = (
-    "keys or values to be packed hold NaN, infinity or a magnitude above 65504, which fp16 scales cannot express: find "
-    "the layer that overflows, or keep it exact with bits=16."
-)
 
 
 class AffineForm(Codec):
@@ -58,7 +52,7 @@ class AffineForm(Codec):
         self.facts.check(self.name, fmt.bits, fmt.symmetric)
         values = group(wide(x), fmt)
         low, high = values.amin(-1), values.amax(-1)
-        _check_range(low, high)
+        check_range(low, high)
         scale, zero = self.fit(values, low, high, fmt)
         codes = nearest_codes(values, scale, zero, fmt).to(torch.uint8)
         params = (scale,) if zero is None else (scale, zero)
@@ -77,12 +71,6 @@ class AffineForm(Codec):
         values = group(wide(x), fmt)
         largest = self.group_bound(values.amin(-1), values.amax(-1), fmt)
         return ungroup(largest[..., None].expand(values.shape), x.shape, fmt).float()
-
-
-def _check_range(low: torch.Tensor, high: torch.Tensor) -> None:
-    bound = torch.maximum(low.abs(), high.abs()).amax() if low.numel() else low.new_zeros(())
-    if not bool(bound <= FP16_MAX):
-        raise CacheError(OUT_OF_RANGE)
 
 
 def grid_start(scale: torch.Tensor, zero: torch.Tensor | None, fmt: Format) -> torch.Tensor:

@@ -23,25 +23,43 @@ class CodecFacts:
             -scale * levels / 2`` where the format is symmetric), so every kernel reads the pages. ``opaque``: only the
             codec can decode, and attention reads pages that were decoded first.
         bits: Code widths it takes.
-        symmetric: Whether it takes symmetric formats.
+        symmetric: Whether it takes symmetric formats, without zero points.
+        asymmetric: Whether it takes the others.
     """
 
     form: Form = "affine"
     bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     symmetric: bool = True
+    asymmetric: bool = True
+
+    @property
+    def symmetries(self) -> tuple[bool, ...]:
+        """What it takes for `Format.symmetric`."""
+        return (False,) * self.asymmetric + (True,) * self.symmetric
 
     def check(self, name: str, bits: int, symmetric: bool) -> None:
         """Raise PlanError, in the name of the codec, if it does not take such a format."""
+        self.check_bits(name, bits)
+        self.check_symmetric(name, symmetric)
+
+    def check_bits(self, name: str, bits: int) -> None:
+        """Raise PlanError, in the name of the codec, if it does not take codes of this width."""
         if bits not in self.bits:
             raise PlanError(f"bits {bits} is not one of {self.bits}, the widths that codec {name!r} takes.")
+
+    def check_symmetric(self, name: str, symmetric: bool) -> None:
+        """Raise PlanError, in the name of the codec, if it stores a zero point and the format none, or contrariwise."""
         if symmetric and not self.symmetric:
             raise PlanError(f"symmetric is not for codec {name!r}, which always stores a zero point: leave it out.")
+        if not symmetric and not self.asymmetric:
+            raise PlanError(f"symmetric is false where codec {name!r} never stores a zero point: set it to true.")
 
 
 _FACTS: dict[str, CodecFacts] = {
     "affine": CodecFacts(),
     "clipped": CodecFacts(),
     "hqq": CodecFacts(symmetric=False),
+    "lloyd": CodecFacts(form="opaque", asymmetric=False),
     "quanto": CodecFacts(bits=(2, 4), symmetric=False),
 }
 

@@ -96,6 +96,8 @@ class Plan(PlanModel):
         value_group_size: GroupSize = "head_dim",
         key_codec: str = "affine",
         value_codec: str = "affine",
+        key_symmetric: bool = False,
+        value_symmetric: bool = False,
         window: Window | None = None,
         prefill: Prefill = "exact",
     ) -> Plan:
@@ -109,6 +111,8 @@ class Plan(PlanModel):
             value_group_size: Channels that share a value scale.
             key_codec: Number format of the keys.
             value_codec: Number format of the values.
+            key_symmetric: Whether keys have no zero points.
+            value_symmetric: Whether values have none.
             window: Exact tokens; none by default.
             prefill: See the class.
 
@@ -116,8 +120,8 @@ class Plan(PlanModel):
             PlanError: A width or group size is not one kvloom packs, or a codec is unknown or does not take it.
         """
         fingerprint = Fingerprint.of_any(model)
-        key = _spec(key_bits, "per_channel", key_group_size, key_codec)
-        value = _spec(value_bits, "per_token", value_group_size, value_codec)
+        key = _spec(key_bits, "per_channel", key_group_size, key_codec, key_symmetric)
+        value = _spec(value_bits, "per_token", value_group_size, value_codec, value_symmetric)
         specs = dict.fromkeys(fingerprint.packed_layers, (key, value))
         return cls.from_specs(fingerprint, specs, window=window, prefill=prefill)
 
@@ -255,6 +259,6 @@ def plan_schema() -> dict[str, Any]:
     return schema
 
 
-def _spec(bits: int, grouping: str, group_size: GroupSize, codec: str) -> TensorSpec:
-    fields = {"bits": bits, "grouping": grouping, "group_size": group_size, "codec": codec}
+def _spec(bits: int, grouping: str, group_size: GroupSize, codec: str, symmetric: bool) -> TensorSpec:
+    fields = {"bits": bits, "grouping": grouping, "group_size": group_size, "codec": codec, "symmetric": symmetric}
     return validated(TensorSpec, fields, "the spec")

@@ -38,7 +38,7 @@ class TensorSpec(PlanModel):
     bits: Bits
     grouping: Grouping
     group_size: GroupSize = 64
-    symmetric: bool = False
+    symmetric: bool = Field(default=False, validate_default=True)
     rotation: Rotation | None = None
 
     @field_validator("codec")
@@ -47,13 +47,19 @@ class TensorSpec(PlanModel):
         codec_facts(codec)
         return codec
 
-    @field_validator("bits", "symmetric")
+    @field_validator("bits")
     @classmethod
-    def _codec_takes_it(cls, given: int | bool, info: ValidationInfo) -> int | bool:
-        seen = info.data | {str(info.field_name): given}
-        if "codec" in seen and seen.get("bits", PASSTHROUGH_BITS) != PASSTHROUGH_BITS:
-            codec_facts(seen["codec"]).check(seen["codec"], seen["bits"], seen.get("symmetric", False))
-        return given
+    def _codec_takes_bits(cls, bits: Bits, info: ValidationInfo) -> Bits:
+        if "codec" in info.data and bits != PASSTHROUGH_BITS:
+            codec_facts(info.data["codec"]).check_bits(info.data["codec"], bits)
+        return bits
+
+    @field_validator("symmetric")
+    @classmethod
+    def _codec_takes_symmetric(cls, symmetric: bool, info: ValidationInfo) -> bool:
+        if "codec" in info.data and info.data.get("bits", PASSTHROUGH_BITS) != PASSTHROUGH_BITS:
+            codec_facts(info.data["codec"]).check_symmetric(info.data["codec"], symmetric)
+        return symmetric
 
     @model_validator(mode="after")
     def _group_fits_grouping(self) -> TensorSpec:
@@ -73,12 +79,16 @@ class TensorSpec(PlanModel):
 
     @property
     def label(self) -> str:
-        """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, with more to say, ``2b/tok32/hqq/hadamard``."""
+        """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, with more to say, ``2b/tok32/hqq/hadamard``.
+
+        An ``s`` after the group size says symmetric, unless the codec takes no other format.
+        """
         if self.bits == PASSTHROUGH_BITS:
             return "16b"
         size = "-head" if self.group_size == "head_dim" else str(self.group_size)
+        symmetric = "s" if self.symmetric and codec_facts(self.codec).asymmetric else ""
         more = "".join(f"/{name}" for name in (self.codec, self.rotation) if name not in ("affine", None))
-        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{'s' if self.symmetric else ''}{more}"
+        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{symmetric}{more}"
 
 
 class Window(PlanModel):

@@ -10,12 +10,14 @@ from kvloom.testing._samples import pages
 
 
 def check_facts(codec: Codec) -> None:
-    """The codec has a name, and takes widths that pages can hold."""
+    """The codec has a name, and takes formats that pages can hold."""
     if not isinstance(getattr(codec, "name", None), str) or not codec.name:
         raise AssertionError(f"{type(codec).__name__} has no name: plans could not ask for it.")
     wrong = sorted(set(codec.facts.bits) - {1, 2, 3, 4, 5, 6, 8})
     if wrong or not codec.facts.bits:
         raise AssertionError(f"codec {codec.name!r} says it takes {wrong or 'no'} bits, which no page holds.")
+    if not codec.facts.symmetries:
+        raise AssertionError(f"codec {codec.name!r} says it takes neither symmetric formats nor others.")
 
 
 def check_codes(codec: Codec, fmt: Format) -> None:

@@ -16,19 +16,20 @@ _CACHED_GROUPS: tuple[Groups, ...] = (("per_channel", 64), ("per_token", HEAD_DI
 
 
 def codec_formats(codec: Codec) -> list[Format]:
-    """Every width the codec takes, symmetric too if it takes that, in groups of several sizes along both axes."""
+    """Every width the codec takes, with and without zero points as it takes them, in groups of several sizes."""
     return [
         Format(bits, grouping, size, symmetric, codec.name)
         for bits in codec.facts.bits
         for grouping, size in _GROUPS
-        for symmetric in ((False, True) if codec.facts.symmetric else (False,))
+        for symmetric in codec.facts.symmetries
     ]
 
 
 def cache_formats(codec: Codec) -> list[Format]:
     """Every width the codec takes, along either axis: each bit plane and each order of parameters is met."""
+    symmetries = codec.facts.symmetries
     return [
-        Format(bits, grouping, size, grouping == "per_token" and codec.facts.symmetric, codec.name)
+        Format(bits, grouping, size, symmetric, codec.name)
         for bits in codec.facts.bits
-        for grouping, size in _CACHED_GROUPS
+        for (grouping, size), symmetric in zip(_CACHED_GROUPS, (symmetries[0], symmetries[-1]), strict=True)
     ]

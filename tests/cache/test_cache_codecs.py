@@ -11,8 +11,8 @@ from kvloom.cache import LoomCache
 from kvloom.codecs import _quanto
 from kvloom.errors import CacheError, MissingExtraError, PlanError
 from kvloom.kernels import backend
-from kvloom.pages import page_layout
-from kvloom.plan import Plan
+from kvloom.pages import codec_facts, page_layout
+from kvloom.plan import Fingerprint, Plan, TensorSpec
 
 
 def needs(name):
@@ -20,8 +20,10 @@ def needs(name):
         pytest.skip(f"the extra {name} is not installed")
 
 
-def plan_of(model, name, **options):
-    return Plan.uniform(model, 4, 4, key_codec=name, value_codec=name, value_group_size=16, **options)
+def plan_of(model, name, grid_of=None):
+    symmetric = not codec_facts(grid_of or name).asymmetric
+    options = {"key_symmetric": symmetric, "value_symmetric": symmetric, "value_group_size": 16}
+    return Plan.uniform(model, 4, 4, key_codec=name, value_codec=name, **options)
 
 
 @pytest.mark.parametrize("name", codecs.names())
@@ -41,14 +43,34 @@ def test_a_model_generates_through_it(name, tmp_path):
     assert f"keys 4b/ch64{'' if name == 'affine' else '/' + name}" in plan.describe()
 
 
-@pytest.mark.parametrize("name", ["clipped", "hqq", "quanto"])
+@pytest.mark.parametrize(("grouping", "size"), [("per_token", "head_dim"), ("per_channel", 64)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lloyd_takes_keys_and_values_alike(bits, grouping, size):
+    model = tiny.enabled(tiny.build("llama"))
+    spec = TensorSpec(codec="lloyd", bits=bits, grouping=grouping, group_size=size, symmetric=True)
+    fingerprint = Fingerprint.of(model)
+    plan = Plan.from_specs(fingerprint, dict.fromkeys(fingerprint.packed_layers, (spec, spec)))
+    cache = LoomCache(plan, model)
+    inputs = tiny.prompt(150)
+    tokens = tiny.greedy(model, inputs, cache)
+    assert tokens.shape[1] == 150 + 24
+    assert cache.nbytes() == plan.nbytes(1, cache.get_seq_length(), torch.float32)
+    again = LoomCache(plan, model)
+    tiny.run(model, again, tokens[:, :-1], tiny.steps(173, 100))
+    assert all(a.equal(b) for a, b in zip(tiny.codes(cache)[:1], tiny.codes(again)[:1], strict=True))
+    label = "tok-head" if grouping == "per_token" else "ch64"
+    assert f"keys {bits}b/{label}/lloyd, values {bits}b/{label}/lloyd" in plan.describe()
+    assert "attention decodes the pages of lloyd first" in plan.describe()
+
+
+@pytest.mark.parametrize("name", ["clipped", "hqq", "lloyd", "quanto"])
 def test_attention_stays_near_the_exact_one(name):
     needs(name)
     model = tiny.enabled(tiny.build("llama"))
     inputs = tiny.prompt(200)
     exact = tiny.run(model, LoomCache(tiny.passthrough(model), model), inputs, tiny.steps(200, 150))
     plain, ours = (
-        tiny.run(model, LoomCache(plan_of(model, codec), model), inputs, tiny.steps(200, 150)) - exact
+        tiny.run(model, LoomCache(plan_of(model, codec, grid_of=name), model), inputs, tiny.steps(200, 150)) - exact
         for codec in ("affine", name)
     )
     assert 0 < float(ours.norm()) < 1.2 * float(plain.norm())
@@ -90,6 +112,7 @@ def test_an_absent_package_is_said_before_anything_is_cached(monkeypatch):
             {"key_bits": 3, "key_codec": "quanto"},
             r"field bits: bits 3 is not one of \(2, 4\), the widths that codec 'quanto'",
         ),
+        ({"key_codec": "lloyd"}, r"field symmetric: symmetric is false where codec 'lloyd' never stores a zero point"),
     ],
 )
 def test_what_no_codec_takes_is_refused(options, says):

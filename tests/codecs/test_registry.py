@@ -58,6 +58,10 @@ def test_an_absent_package_is_one_sentence(name: str, monkeypatch: pytest.Monkey
     ("fmt", "says"),
     [
         (Format(4, "per_token", 64, True, "hqq"), "symmetric is not for codec 'hqq'"),
+        (
+            Format(4, "per_token", 64, False, "lloyd"),
+            "symmetric is false where codec 'lloyd' never stores a zero point",
+        ),
         (Format(3, "per_token", 64, False, "quanto"), r"bits 3 is not one of \(2, 4\), the widths that codec 'quanto'"),
     ],
 )

@@ -88,6 +88,10 @@ def edited(**change: object) -> dict:
             edited(value={"bits": 4, "grouping": "per_token", "codec": "hqq", "symmetric": True}),
             r"layers\.0\.value\.symmetric: symmetric is not for codec 'hqq'",
         ),
+        (
+            edited(value={"bits": 4, "grouping": "per_token", "codec": "lloyd"}),
+            r"layers\.0\.value\.symmetric: symmetric is false where codec 'lloyd' never stores a zero point: set it",
+        ),
         (edited(layers="0-2"), "leaves out layer 3"),
         (edited(layers="0-4"), "names layer 4"),
         (edited(layers="3-0"), r"layers\.0\.layers"),
@@ -150,6 +154,8 @@ def test_describe_and_labels() -> None:
     assert "3.38 true bits" in text
     spec = TensorSpec(bits=3, grouping="per_token", group_size=32, symmetric=True)
     assert spec.label == "3b/tok32s"
+    assert spec.model_copy(update={"codec": "clipped"}).label == "3b/tok32s/clipped"
+    assert spec.model_copy(update={"codec": "lloyd", "group_size": "head_dim"}).label == "3b/tok-head/lloyd"
     assert LayerPlan(layers=0, key=spec, value=spec).head(5) == (spec, spec)
 
 

@@ -187,3 +187,7 @@ class Nameless(Wrong):
 
 class Outsized(Wrong):
     facts = CodecFacts(bits=(2, 7))
+
+
+class Formless(Wrong):
+    facts = CodecFacts(symmetric=False, asymmetric=False)
