@@ -1,0 +1,291 @@
+"""The table of methods in README.md: published settings, codecs and plans, measured on SmolLM2-135M-Instruct.
+
+    python benchmarks/methods.py                             # all that needs no profile; hours on one core, resumable
+    python benchmarks/methods.py --profile profile.json      # KVmix's rule and the exact plans too
+    python benchmarks/methods.py --readme                    # the table, from the results
+
+Results go to `<out>/methods.jsonl`, finished pieces beside it, so that a run that was killed goes on where it stopped.
+`--readme` scores nothing: it writes the table between the two markers in README.md, and the records it is made of,
+without their bootstrap blocks, to `benchmarks/methods.jsonl` (a test holds README.md to them; after a change of a
+row's words, `--readme --out benchmarks` makes the table again). The newest results count, with all others of the same
+text, protocol and device.
+
+One length for all: 32 pages of 64 tokens, and 7 more. A plan keeps those tokens exactly that do not fill a page besides
+its sinks and its newest ones, so at another length true bits would depend on where its pages end. At this one every
+plan keeps 7 or, with the newest 128, 135: sinks (4) and the newest 3 or 7 of KVmix are among the 7, and 128 are whole
+pages. QuantizedCache packs at every pass of 128 tokens and ends with 7 exact tokens, too.
+
+Left out: KVTuner (arXiv 2502.04420), whose presets are layer tables of Llama 3.1, Mistral and Qwen2.5 models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from textwrap import fill
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from kvloom.assets import EVALUATION, MODEL_NAME, load_model, texts, token_windows
+from kvloom.demo import KVMIX, SINKS, exact_name, lineup
+from kvloom.errors import DataError
+from kvloom.evaluate import Contestant, Record, fidelity, peer_contestants, plan_contestant
+from kvloom.plan import Fingerprint, Plan, Window, preset
+from kvloom.report import load_records, render_text
+from kvloom.signals import Profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PAGE = 64
+WINDOW = 32 * PAGE + 7
+WINDOWS = 35
+LEAST_TOKENS = 64 * 1024
+BUDGETS = ((2, 2), (3, 2), (3, 3), (4, 4))
+"""Bits of the uniform plans whose bytes the exact plans get: 2.5, 3, 3.5 and 4.5 true bits."""
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+FILE = "methods.jsonl"
+BEGIN, END = "<!-- methods: written by benchmarks/methods.py --readme -->", "<!-- /methods -->"
+UNMEASURED = "Not measured yet: `python benchmarks/methods.py`, then the same with `--readme`, puts the table here."
+
+FOUR = Window(sinks=4)
+SAME = ("model", "device", "dtype", "text", "context", "chunk", "unscored")
+"""Fields that results share where they may stand in one table."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: in the table and the records.
+        source: paper, article or library.
+        exact: tokens that it keeps exactly, besides those that do not fill a page.
+        plan: what it stores in a model. None: a contestant of that name comes from a profile or from transformers.
+    """
+
+    name: str
+    source: str
+    exact: str = ""
+    plan: Callable[[Fingerprint], Plan] | None = None
+
+
+def _preset(name: str, source: str, exact: str) -> Method:
+    return Method(name, source, exact, partial(preset, name))
+
+
+def _uniform(
+    name: str, bits: int, source: str, key: str = "affine", value: str = "affine", window: Window | None = None
+) -> Method:
+    plan = partial(Plan.uniform, key_bits=bits, value_bits=bits, key_codec=key, value_codec=value, window=window)
+    title = f"{name} K{bits}V{bits}"
+    return Method(title + SINKS, source, f"first {window.sinks}", plan) if window else Method(title, source, "", plan)
+
+
+_KIVI, _KVMIX = "KIVI, arXiv 2402.02750", "KVmix, arXiv 2506.08018"
+_STREAMING, _AWQ = "sinks: StreamingLLM, arXiv 2309.17453", "clip ranges: AWQ, arXiv 2306.00978"
+_HQQ, _QUANTO = "HQQ (Badri and Shaji 2023)", "optimum-quanto"
+_PEER = "transformers `QuantizedCache`"
+
+METHODS = (
+    _preset("kivi/K2V2", _KIVI, "newest 128"),
+    _preset("kivi/K4V4", _KIVI, "newest 128"),
+    _preset("kvmix/2bit-paper", _KVMIX, "newest 3"),
+    _preset("kvmix/2bit-repository", f"{_KVMIX}, its code", "newest 7"),
+    _preset("kvq/K4V2", "KVQ, arXiv 2502.15075", "newest 128"),
+    *(_uniform("hqq", bits, _HQQ, "hqq", "hqq") for bits in (2, 4)),
+    *(_uniform("quanto", bits, _QUANTO, "quanto", "quanto") for bits in (2, 4)),
+    *(_uniform("uniform", bits, f"grouping: {_KIVI}") for bits in (2, 3, 4)),
+    *(_uniform("uniform", bits, _STREAMING, window=FOUR) for bits in (2, 3, 4)),
+    *(_uniform("clipped values", bits, _AWQ, value="clipped", window=FOUR) for bits in (2, 3)),
+)
+PROFILED = (
+    Method(KVMIX, _KVMIX),
+    *(Method(exact_name(bits), "kvloom", "first 4") for bits in (2.5, 3, 3.5, 4.5)),
+)
+PEERS = tuple(
+    Method(f"{backend} {bits}b, best axes", _PEER, "newest, up to 128")
+    for backend in ("quanto", "hqq")
+    for bits in (2, 4)
+)
+
+
+def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) -> list[Contestant]:
+    """Every method that can run here, in the order of the table.
+
+    Args:
+        model: the model.
+        profile: what exact plans and KVmix's rule are made from; None leaves them out.
+        tokens: context at which exact plans have the bytes of uniform ones.
+    """
+    shape = Fingerprint.of(model)
+    plans = [
+        plan_contestant(method.plan(shape), model, name=method.name, method="uniform", prefill="quantized")
+        for method in METHODS
+        if method.plan
+    ]
+    entries = lineup(profile, tokens, BUDGETS) if profile else []
+    peers = peer_contestants(model)
+    for note in peers.notes:
+        print(note)
+    others = [*(entry.contestant(model, "quantized") for entry in entries), *peers.contestants]
+    wanted = {method.name for method in (*PROFILED, *PEERS)}
+    return [*plans, *(other for other in others if other.name in wanted)]
+
+
+def evaluate(out: Path, windows: int, window: int, profile: Profile | None) -> None:
+    """Score the lineup, in float32 on any device."""
+    started = perf_counter()
+
+    def progress(what: str, done: int, total: int) -> None:
+        print(f"{perf_counter() - started:7.0f} s  {done}/{total}  {what}", flush=True)
+
+    model, tokenizer = load_model(MODEL_NAME, dtype="float32")
+    records = fidelity(
+        model,
+        token_windows(tokenizer, texts(EVALUATION), window, windows, seed=0),
+        contestants(model, profile, window),
+        texts=EVALUATION,
+        out=out / FILE,
+        progress=progress,
+    )
+    print(render_text(records))
+
+
+def comparable(results: Path) -> dict[str, Record]:
+    """The newest results and those that compare with them, by name.
+
+    Raises:
+        DataError: there are none, a method that needs no profile has none, or they cover too few tokens.
+    """
+    records = [record for record in load_records(results) if record["kind"] == "fidelity"]
+    records.sort(key=lambda record: record["when"])
+    rows = {record["name"]: record for record in records if all(record[key] == records[-1][key] for key in SAME)}
+    if missing := [method.name for method in (*METHODS, *PEERS) if method.name not in rows]:
+        raise DataError(f"{results} has no results of {', '.join(missing)}: run benchmarks/methods.py to its end.")
+    if (tokens := records[-1]["scored_tokens"]) < LEAST_TOKENS:
+        raise DataError(
+            f"{results} covers {tokens:,} scored tokens, and the table needs {LEAST_TOKENS:,}: give more --windows."
+        )
+    return rows
+
+
+def table(rows: dict[str, Record]) -> str:
+    """The markdown table, and what must be known to read it."""
+    lines = [
+        "| method | source | codec of keys, values | exact tokens | true bits | KLD | p99 KLD | perplexity | top-1 |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_line(method, rows[method.name]) for method in (*METHODS, *PROFILED, *PEERS) if method.name in rows),
+    ]
+    return "\n".join([*lines, "", _legend(next(iter(rows.values())))])
+
+
+def _line(method: Method, record: Record) -> str:
+    cells = [
+        f"`{method.name}`" if "/" in method.name else method.name,
+        method.source,
+        _stored(record),
+        method.exact,
+        f"{record['true_bits']:.2f}",
+        _interval(record["kld"], "#.3g"),
+        f"{record['kld_p99']['value']:#.3g}",
+        _interval(record["ppl"], ".2f"),
+        f"{100 * record['top1']['value']:.1f} %",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _stored(record: Record) -> str:
+    """Codec, bits and groups of keys and of values."""
+    layers, options = record["layers"], record["settings"]
+    if layers is None:
+        return f"{options['backend']} {options['nbits']}b, groups of {options['q_group_size']}"
+    return ", ".join(_side({layer[side] for layer in layers}) for side in ("key", "value"))
+
+
+def _side(labels: set[str]) -> str:
+    parts = [label.split("/") for label in labels]
+    codecs = {rest[1] if rest[1:] else "affine" for _, *rest in parts}
+    bits = sorted(int(width.removesuffix("b")) for width, *_ in parts)
+    stored = "/".join(parts[0][:2]) if len(parts) == 1 else f"{bits[0]}b to {bits[-1]}b"
+    return f"{' and '.join(sorted(codecs))} {stored}"
+
+
+def _interval(entry: dict[str, float], digits: str) -> str:
+    return f"{entry['value']:{digits}} [{entry['low']:{digits}}, {entry['high']:{digits}}]"
+
+
+def _legend(record: Record) -> str:
+    tokens, dense = record["context"], record["ppl"]["value"] / record["ppl_ratio"]["value"]
+    said = (
+        f"{record['model']}, {record['dtype']}, device: {record['device']}; {record['scored_tokens']:,} scored tokens "
+        f"of real text in {record['windows']} windows. True bits are those at {tokens:,} tokens "
+        f"({tokens // PAGE} pages and {tokens % PAGE} tokens), with a 16-bit compute dtype. KLD, in nats a token, is "
+        f"from the uncompressed cache, whose perplexity is {dense:.2f}; brackets hold 95 % intervals. `2b/ch32` is 2 "
+        "bits in groups of 32 tokens of a channel, `2b/tok32` of 32 channels of a token, `tok-head` of all of them. "
+        "Names in `code` are presets; their plans say (`kvloom show`) what the authors' code does otherwise. Plans are "
+        "read as decoding token by token reads them; `QuantizedCache` shows a pass its own "
+        f"{record['chunk']} tokens exactly, which its true bits do not count, and packs all it holds again and again."
+    )
+    return fill(said, 120, break_on_hyphens=False)
+
+
+def write_readme(results: Path, readme: Path = README, kept: Path = FOLDER / FILE) -> None:
+    """Write the table between the markers, and keep what it is made of.
+
+    Raises:
+        DataError: see `comparable`; or the markers are not there.
+    """
+    rows = comparable(results)
+    before, _, after = between(readme.read_text(encoding="utf-8"))
+    readme.write_text(f"{before}\n{table(rows)}\n{after}", encoding="utf-8")
+    kept.write_text("".join(json.dumps(_kept(record)) + "\n" for record in rows.values()), encoding="utf-8")
+
+
+def between(text: str) -> tuple[str, str, str]:
+    """A README up to the first marker, between the markers, and from the second one on.
+
+    Raises:
+        DataError: the markers are not there once each, in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    body, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in after:
+        raise DataError(f"README.md does not hold {BEGIN} and then {END} once: put them where the table belongs.")
+    return before + BEGIN, body.strip("\n"), END + after
+
+
+def _kept(record: Record) -> dict[str, Any]:
+    """A record without its blocks, and with each pair of formats once."""
+    pairs = {(entry["key"], entry["value"]) for entry in record["layers"] or ()}
+    layers = [{"key": key, "value": value} for key, value in sorted(pairs)]
+    return {key: value for key, value in record.items() if key != "blocks"} | {"layers": layers or None}
+
+
+def main() -> None:
+    """Score the lineup, or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=FOLDER / "results")
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--window", type=int, default=WINDOW)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--readme", action="store_true")
+    asked = parser.parse_args()
+    try:
+        if asked.readme:
+            write_readme(asked.out / FILE)
+        else:
+            profile = Profile.load(asked.profile) if asked.profile else None
+            evaluate(asked.out, asked.windows, asked.window, profile)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
