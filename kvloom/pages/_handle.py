@@ -42,8 +42,20 @@ class ExactKV:
         return self.key.shape[-2]
 
 
-class _NotATensor:
-    """Refuses to be used as a tensor: some models do arithmetic on what the cache returns."""
+class _Handle:
+    """Stands for keys and values, and refuses to be used as a tensor: some models do arithmetic on what they get."""
+
+    tail: ExactKV
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return self.tail.key.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the cache."""
+        return self.tail.key.device
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -54,7 +66,7 @@ class _NotATensor:
 
 
 @dataclass(frozen=True)
-class PagedKV(_NotATensor):
+class PagedKV(_Handle):
     """One layer's cache at one forward pass: sinks, pages and the exact tail, as one sequence of slots.
 
     Slots ``[0, sinks)`` are the sinks, pages follow in order, the tail ends at ``length``. Pages and tail may overlap
@@ -89,16 +101,6 @@ class PagedKV(_NotATensor):
         batch, heads, _, dim = self.tail.key.shape
         return torch.Size((batch, heads, self.length, dim))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Compute dtype."""
-        return self.tail.key.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the cache."""
-        return self.tail.key.device
-
     def exact_slots(self) -> torch.Tensor:
         """int64 slots of the sinks, then of the tail."""
         first = torch.arange(self.sinks.tokens, device=self.device)
@@ -111,7 +113,7 @@ class PagedKV(_NotATensor):
 
 
 @dataclass(frozen=True)
-class StaticKV(_NotATensor):
+class StaticKV(_Handle):
     """One layer's cache of fixed size, whose fill level stands on the device: the same tensors at every step.
 
     Attributes:
@@ -162,16 +164,6 @@ class StaticKV(_NotATensor):
         """Shape of the dense tensor it stands for when full, ``[batch, kv_heads, tokens, head_dim]``."""
         batch, heads, _, dim = self.tail.key.shape
         return torch.Size((batch, heads, self.length, dim))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Compute dtype."""
-        return self.tail.key.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the cache."""
-        return self.tail.key.device
 
     def levels(self) -> torch.Tensor:
         """int32 ``[batch, 2]``: tokens, and pages that the newest token reads; a view of `state`."""
