@@ -182,6 +182,13 @@ class Plan(PlanModel):
         data = {"schema_version": self.schema_version, **json.loads(text)}
         return json.dumps(data, indent=2) + "\n"
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Plan:
+        """A copy with changed fields; pydantic would take along what was worked out of the old ones."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[name]
+        return copy
+
     @cached_property
     def _by_layer(self) -> dict[int, LayerPlan]:
         return {i: entry for entry in self.layers for i in entry.indices}

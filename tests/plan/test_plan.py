@@ -163,3 +163,12 @@ def test_the_published_schema_is_the_schema() -> None:
     schema = plan_schema()
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == {"schema_version", "model", "layers", "prefill", "provenance"}
+
+
+def test_a_copy_with_other_layers_knows_them() -> None:
+    model = Fingerprint(
+        architecture="X", num_layers=2, packed_layers=(0, 1), num_kv_heads=1, head_dim=64, dtype="float32"
+    )
+    four, two = (Plan.uniform(model, bits, bits) for bits in (4, 2))
+    assert four.spec(0).key.bits == 4
+    assert four.model_copy(update={"layers": two.layers}).spec(0).key.bits == 2
