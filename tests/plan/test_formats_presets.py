@@ -123,6 +123,11 @@ def test_the_other_presets() -> None:
     assert preset("kvmix/2bit-paper", MODEL).spec(0).window == Window(recent=3)
     assert preset("kvmix/2bit-repository", MODEL).spec(0).window == Window(recent=7)
     assert preset("kvq/K4V2", MODEL) == import_plan({}, "kvq", MODEL)
+    turned = {"bits": 2, "codec": "clipped", "rotation": "hadamard"}
+    ours = preset("kvloom/K2V2", MODEL).spec(3)
+    assert ours.key == TensorSpec(grouping="per_channel", group_size=64, **turned)
+    assert ours.value == TensorSpec(grouping="per_token", group_size="head_dim", **turned)
+    assert ours.window == Window(sinks=4)
 
 
 @pytest.mark.parametrize(

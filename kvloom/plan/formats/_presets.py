@@ -10,6 +10,7 @@ from typing import Any
 from kvloom.errors import PlanError
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan
+from kvloom.plan._spec import format_layers
 from kvloom.plan.formats import _kvtuner_tables as kvtuner
 from kvloom.plan.formats._import import import_plan
 
@@ -29,7 +30,8 @@ def preset(name: str, model: Any) -> Plan:
     ``kivi/...`` are KIVI's (arXiv 2402.02750: groups of 32, the newest 128 tokens exact); ``kvtuner/...`` the 32 layer
     tables of KVTuner (arXiv 2502.04420), by the names of their files; ``kvmix/2bit-...`` KVmix's uniform 2 bits (arXiv
     2506.08018) with the exact share of its paper or of its repository; ``kvq/K4V2`` the default of KVQ 0.0.x (arXiv
-    2502.15075).
+    2502.15075). ``kvloom/...`` are the best uniform plans measured here (``benchmarks/LOG.md``): keys per channel and
+    values per token, both turned by a Hadamard transform, clip ranges searched, four sinks.
 
     Args:
         name: One of `presets`.
@@ -58,6 +60,7 @@ def presets() -> tuple[str, ...]:
 def _presets() -> dict[str, _Preset]:
     known = {f"kivi/K{bits}V{bits}": _Preset("kivi", partial(_kivi, bits)) for bits in (2, 4)}
     known |= {f"kvmix/2bit-{ratios}": _Preset("kvmix", partial(_kvmix, ratios)) for ratios in ("paper", "repository")}
+    known |= {f"kvloom/K{bits}V{bits}": _Preset("kvloom", partial(_kvloom, bits)) for bits in (2, 3, 4)}
     known["kvq/K4V2"] = _Preset("kvq", lambda _: {})
     for name, (model, scheme) in kvtuner.tables().items():
         known[f"kvtuner/{name}"] = _Preset(f"kvtuner-{scheme}", partial(_kvtuner, name), kvtuner.shape(model))
@@ -70,6 +73,17 @@ def _kivi(bits: int, _: Fingerprint) -> dict[str, int]:
 
 def _kvmix(ratios: str, model: Fingerprint) -> dict[str, Any]:
     return {"quant_bits": {layer: {"k_bits": 2, "v_bits": 2} for layer in model.packed_layers}, "ratios": ratios}
+
+
+def _kvloom(bits: int, model: Fingerprint) -> dict[str, Any]:
+    spec = {"bits": bits, "codec": "clipped", "rotation": "hadamard"}
+    entry = {
+        "layers": format_layers(list(model.packed_layers)),
+        "key": {**spec, "grouping": "per_channel", "group_size": 64},
+        "value": {**spec, "grouping": "per_token", "group_size": "head_dim"},
+        "window": {"sinks": 4},
+    }
+    return {"model": model, "layers": [entry]}
 
 
 def _kvtuner(name: str, _: Fingerprint) -> dict[int, dict[str, int]]:
