@@ -127,6 +127,16 @@ class LoomCache(DynamicCache):
         if isinstance(layer, StaticLoomLayer) and not _is_capturing():
             layer.check(room_for=room_for)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens; see `LoomLayer.crop`."""
+        super().crop(tokens_to_remove)
+        self._flags.check()
+
+    def reset(self) -> None:
+        """Forget every token, and what was wrong with them."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._flags.clear()
+
     def _cannot_fail(self, layer_idx: int) -> bool:
         """Whether a pass of one token through a layer of fixed size raises nothing."""
         return torch.compiler.is_compiling() or bool(self.layers[layer_idx].is_compileable)

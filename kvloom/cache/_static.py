@@ -221,7 +221,6 @@ class StaticLoomLayer(LoomLayer):
         """Forget every token; the storage stays, so that compiled graphs hold."""
         if self.is_initialized:
             self.store.state.zero_()
-            self.store.flags.zero_()
 
     # -- what generate asks -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from kvloom import kernels
 from kvloom.cache import LoomCache, loom_attention
 from kvloom.errors import CacheError, ModelError, PlanError
 from kvloom.plan import Evict, Plan, TensorSpec
@@ -49,6 +50,24 @@ def spoiled(model, cache, layer):
         tiny.run(model, cache, tiny.prompt(70, seed=8), [70])
     finally:
         hook.remove()
+
+
+@pytest.fixture(params=["at once", "late"])
+def noticed(request, monkeypatch):
+    """When packing says that it cannot: at once, or as a device does, by a flag that is looked at after the pass."""
+    if request.param == "at once":
+        return
+    backend = type(kernels.backend(torch.device("cpu")))
+    encode = backend.encode
+
+    def late(self, key, value, layout, flags=None):
+        try:
+            return encode(self, key, value, layout)
+        except CacheError:
+            flags[0] = 1
+            return encode(self, torch.zeros_like(key), torch.zeros_like(value), layout)
+
+    monkeypatch.setattr(backend, "encode", late)
 
 
 # -- NaN and infinity -------------------------------------------------------------------------------------------------
@@ -101,6 +120,7 @@ def test_clamp_leaves_passthrough_sides_as_they_come(model):
     assert layer._unpacked(layer.pages)[0].equal(key)
 
 
+@pytest.mark.usefixtures("noticed")
 @pytest.mark.parametrize("prefill", ["exact", "quantized"])
 @pytest.mark.parametrize("recording", [False, True])
 @pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("llama", 1), ("gemma3", 2)])
@@ -128,6 +148,7 @@ def test_a_failed_pass_is_undone_in_every_layer(family, layer, prefill, recordin
     assert tiny.run(model, cache, more, [66, 2, 2]).equal(tiny.run(model, twin, more, [66, 2, 2]))
 
 
+@pytest.mark.usefixtures("noticed")
 def test_a_failed_first_pass_leaves_an_empty_cache(model):
     cache = LoomCache(tiny.mixed(model), model)
     with pytest.raises(CacheError, match="NaN"):
@@ -146,6 +167,7 @@ def test_nothing_old_is_held_once_a_pass_is_done(model):
     assert not cache._marks
 
 
+@pytest.mark.usefixtures("noticed")
 def test_an_abandoned_pass_does_not_confuse_the_next():
     """A pass may end outside the cache (out of memory, an interrupt) before it has reached every layer."""
     model = tiny.enabled(tiny.build("llama", num_hidden_layers=3))
