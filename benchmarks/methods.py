@@ -104,6 +104,10 @@ METHODS = (
     *(_uniform("uniform", bits, f"grouping: {_KIVI}") for bits in (2, 3, 4)),
     *(_uniform("uniform", bits, _STREAMING, window=FOUR) for bits in (2, 3, 4)),
     *(_uniform("clipped values", bits, _AWQ, value="clipped", window=FOUR) for bits in (2, 3)),
+    *(
+        _preset(f"kvloom/K{bits}V{bits}", f"Hadamard: QuaRot, arXiv 2404.00456; {_AWQ}", "first 4")
+        for bits in (2, 3, 4)
+    ),
 )
 PROFILED = (
     Method(KVMIX, _KVMIX),
