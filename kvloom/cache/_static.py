@@ -75,6 +75,7 @@ class StaticLoomLayer(LoomLayer):
         )
         for tensor in (*self._own(), self.store.flags, self.store.filled):
             torch._dynamo.mark_static_address(tensor)
+        kernels.backend(self.device).prepare(self.store)
 
     def _zeros(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self.device)

@@ -100,6 +100,9 @@ class Backend(ABC):
         """Whether `append` and `attend_static` of such a cache launch the same at every step and never wait."""
         return False
 
+    def prepare(self, kv: StaticKV) -> None:  # noqa: B027 (most backends need nothing)
+        """Make what steps with ``kv`` keep on the device: what a step made first would lie in its graph's memory."""
+
     def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
         """Append one token to every sequence, and pack the page that is full with it.
 

@@ -87,6 +87,11 @@ class CudaBackend(TorchBackend):
             and all(_cuda_pages.encodes(layout, dtype) for layout in layouts)
         )
 
+    def prepare(self, kv: StaticKV) -> None:
+        """See `Backend.prepare`."""
+        for group in kv.pages:
+            head_index(group.heads, kv.device)
+
     def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
         """See `Backend.append`."""
         if not self.is_graph_safe([group.layout for group in kv.pages], key.dtype):
