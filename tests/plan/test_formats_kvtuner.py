@@ -235,6 +235,8 @@ KEY, VALUE = (
         ({"window": Window(recent_ratio=0.2)}, r"window\.recent_ratio"),
         ({"evict": Evict(policy="snapkv", budget=64)}, "evict is set"),
         ({"key": KEY.model_copy(update={"bits": 16})}, "bits 16"),
+        ({"key": KEY.model_copy(update={"codec": "clipped"})}, "codec 'clipped'"),
+        ({"key": KEY.model_copy(update={"rotation": "hadamard"})}, "rotation is set"),
         ({"key": KEY.model_copy(update={"group_size": 64})}, "group_size of keys and values differs"),
         ({"key": KEY.model_copy(update={"symmetric": True})}, "symmetric differs"),
     ],
