@@ -218,7 +218,8 @@ class LoomLayer(CacheLayerMixin):
             )
         tail, pages, before = self.tail, self.pages, self.num_pages
         self._pack()
-        visible = _filled(self.entry.window, self.length - queries, self.length, self.page_tokens, self.device)
+        tokens = range(self.length - queries, self.length)
+        visible = filled(self.entry.window, tokens, self.page_tokens, torch.int64, self.device)
         handle = self._handle(tail, visible.clamp(min=before))
         if self.record_past:
             self.tail, self.pages, self.num_pages = tail, pages, before
@@ -417,10 +418,10 @@ def _heads_by_layout(layouts: tuple[Any, ...]) -> list[tuple[int, ...]]:
     return [tuple(heads) for heads in groups.values()]
 
 
-@lru_cache(maxsize=16)
-def _filled(window: Window, start: int, stop: int, page_tokens: int, device: torch.device) -> torch.Tensor:
-    """int64 ``[stop - start]``, full pages by number of tokens; the same for all layers of a pass and a window."""
-    return torch.tensor([full_pages(window, n, page_tokens) for n in range(start, stop)], device=device)
+@lru_cache(maxsize=64)
+def filled(window: Window, tokens: range, page_tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Full pages by number of tokens, ``[len(tokens)]``; one tensor for all layers of a window."""
+    return torch.tensor([full_pages(window, n, page_tokens) for n in tokens], dtype=dtype, device=device)
 
 
 def _clamped(x: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from kvloom import kernels
-from kvloom.cache._layer import LoomLayer
+from kvloom.cache._layer import LoomLayer, filled
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, HeadPages, StaticKV
@@ -68,7 +67,7 @@ class StaticLoomLayer(LoomLayer):
             self._exact(batch, ring_tokens(window, self.max_tokens, page)),
             self._zeros(2 * batch + 1 + _TICKETS_A_HEAD * batch * self.model.num_kv_heads),
             self.flags.on(self.device),
-            _filled(window, self.max_tokens, page, self.device),
+            filled(window, range(self.max_tokens + 1), page, torch.int32, self.device),
             page,
             query_turn=self._query_turn(),
             output_turn=self._output_turn(),
@@ -273,10 +272,3 @@ def ring_tokens(window: Window, max_tokens: int, page_tokens: int) -> int:
     """Exact tokens that a cache of fixed size has room for besides the sinks: the window and a page, in whole pages."""
     recent = max(window.recent, -int(-window.recent_ratio * max_tokens // 1))
     return (min(recent, max_tokens) + 2 * page_tokens - 1) // page_tokens * page_tokens
-
-
-@lru_cache(maxsize=64)
-def _filled(window: Window, max_tokens: int, page_tokens: int, device: torch.device) -> torch.Tensor:
-    """See `StaticKV.filled`; one for all layers of a window."""
-    counts = [full_pages(window, n, page_tokens) for n in range(max_tokens + 1)]
-    return torch.tensor(counts, dtype=torch.int32, device=device)

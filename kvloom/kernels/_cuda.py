@@ -183,22 +183,22 @@ def attend_pages(
             (launch.splits, len(group.heads) * launch.row_tiles, batch),
             (32 * launch.warps, 1, 1),
             query,
-            *_strides(query),
+            *_nvrtc.strides(query),
             query_heads // kv.shape[1],
             queries,
             query_heads,
             group.data,
-            *map(_nvrtc.int64, group.data.stride()[:3]),
+            *_nvrtc.strides(group.data),
             table,
             0 if table is None else table.stride(0),
             head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
             sinks.key,
             sinks.value,
-            *_strides(sinks.key),
+            *_nvrtc.strides(sinks.key),
             sinks.tokens,
             tail.key,
             tail.value,
-            *_strides(tail.key),
+            *_nvrtc.strides(tail.key),
             0 if static is None else tail.tokens,
             None if static is None else static.state,
             kv.num_pages,
@@ -350,11 +350,6 @@ def _workspace(
         return sums, stats, static.counters()
     stream = torch.cuda.current_stream(device).cuda_stream
     return sums, stats, _turns(sums.device.index, stream, max(4096, 1 << (count - 1).bit_length()))
-
-
-def _strides(x: torch.Tensor) -> list[object]:
-    """Strides of all but the last dimension, in elements."""
-    return [_nvrtc.int64(stride) for stride in x.stride()[:3]]
 
 
 def _last_contiguous(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ and numbers.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -15,7 +14,7 @@ import torch
 from kvloom.codecs import AFFINE, OUT_OF_RANGE
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._base import head_index
-from kvloom.kernels._nvrtc import Defines, int64, module
+from kvloom.kernels._nvrtc import Defines, module, strides
 from kvloom.pages import PageLayout, SideLayout, StaticKV
 
 MAX_HEAD_DIM = 256
@@ -77,7 +76,7 @@ def encode_into(
     seen = torch.zeros(1, dtype=torch.int32, device=key.device) if flags is None else flags
     if out.numel():
         key, value = _aligned(key), _aligned(value)
-        strides = [_strides(x) for x in (key, value, out)]
+        by = [strides(x) for x in (key, value, out)]
         defines, warps, shared = _encode_build(layout, key.dtype, append=False)
         with torch.cuda.device(key.device):
             module("encode.cu", defines).launch(
@@ -85,11 +84,11 @@ def encode_into(
                 (2 * pages, heads, batch),
                 (32 * warps, 1, 1),
                 key,
-                *strides[0],
+                *by[0],
                 value,
-                *strides[1],
+                *by[1],
                 out,
-                *strides[2],
+                *by[2],
                 seen,
                 shared=shared,
             )
@@ -119,9 +118,9 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
                 (2, len(group.heads), batch),
                 (32 * warps, 1, 1),
                 key,
-                *_strides(key)[:2],
+                *strides(key)[:2],
                 value,
-                *_strides(value)[:2],
+                *strides(value)[:2],
                 kv_heads,
                 head_index(group.heads, key.device) if len(kv.pages) > 1 else None,
                 kv.sinks.key,
@@ -131,7 +130,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
                 kv.tail.value,
                 kv.tail.tokens,
                 group.data,
-                *_strides(group.data),
+                *strides(group.data),
                 kv.table,
                 0 if kv.table is None else kv.table.stride(0),
                 kv.state,
@@ -172,7 +171,7 @@ def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[
                 (2 * pages, heads, batch),
                 (32 * warps, 1, 1),
                 data,
-                *_strides(data),
+                *strides(data),
                 key,
                 value,
                 shared=shared,
@@ -319,11 +318,6 @@ def _check_records(data: torch.Tensor, lead: tuple[int, ...], layout: PageLayout
         raise ValueError(f"page records {_said(data)} are not uint8 {list(expected)} on {device}")
     if not _is_aligned(data):
         raise ValueError(f"page records are not contiguous at multiples of {_ALIGNMENT} bytes")
-
-
-def _strides(x: torch.Tensor) -> list[ctypes.c_int64]:
-    """Strides of all but the last dimension, in elements."""
-    return [int64(stride) for stride in x.stride()[:3]]
 
 
 def _said(x: torch.Tensor) -> str:

@@ -107,6 +107,11 @@ def int64(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
 
 
+def strides(x: torch.Tensor) -> list[ctypes.c_int64]:
+    """Strides of the first three dimensions, in elements, as arguments of a launch."""
+    return [int64(stride) for stride in x.stride()[:3]]
+
+
 def _argument(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.data_ptr()

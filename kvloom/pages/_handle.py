@@ -146,8 +146,7 @@ class StaticKV(_Handle):
     layouts: str = field(init=False)
 
     def __post_init__(self) -> None:
-        groups = [(g.heads, asdict(g.layout.key.fmt), asdict(g.layout.value.fmt)) for g in self.pages]
-        object.__setattr__(self, "layouts", json.dumps(groups))
+        object.__setattr__(self, "layouts", _text_of(tuple((g.heads, g.layout) for g in self.pages)))
 
     @property
     def length(self) -> int:
@@ -205,6 +204,11 @@ class StaticKV(_Handle):
             group.data[rows, :, page:stop] = records
         else:
             group.data[0][:, self.table[rows, page:stop].long()] = records.transpose(0, 1)
+
+
+@lru_cache(maxsize=1024)
+def _text_of(groups: tuple[tuple[tuple[int, ...], PageLayout], ...]) -> str:
+    return json.dumps([(heads, asdict(layout.key.fmt), asdict(layout.value.fmt)) for heads, layout in groups])
 
 
 @lru_cache(maxsize=1024)

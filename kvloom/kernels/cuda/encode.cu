@@ -370,8 +370,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // [batch, kv_heads, ring, D]: the token of slot s lies at (s - num_sinks) % ring. heads: KV head of each head of records.
 // Records by strides in bytes, in order, or through table [batch, table_stride] of page numbers. state: (tokens, pages that
 // the newest token reads) of each sequence, then a ticket for each, zero between launches. flags become 1: what was packed is
-// out of range; the cache was full and the token is lost. filled [capacity + 1]: full pages by number of tokens. is_last: no launch for other
-// heads of this token follows, so the sequences grow.
+// out of range; the cache was full and the token is lost. filled [capacity + 1]: full pages by number of tokens. is_last: no
+// launch for other heads of this token follows, so the sequences grow.
 extern "C" __global__ void __launch_bounds__(THREADS)
     append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head, int kv_heads,
                  const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, int num_sinks, ELEMENT* ring_key, ELEMENT* ring_value,
