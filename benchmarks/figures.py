@@ -4,8 +4,8 @@
     python benchmarks/figures.py --parts needle       # one part
 
 Parts: `fidelity` (all plans and peers), `like-for-like` (plans at the peers' bits, read as the
-    peers are), `decode`, `needle`, `drift`. Every finished piece is kept, so that a run that was
-    killed goes on where it stopped; records go to `<out>/<part>.jsonl`, the profile to
+    peers are), `decode`, `needle`, `drift`, `arrival`. Every finished piece of the others is kept, so
+    that a run that was killed goes on where it stopped; records go to `<out>/<part>.jsonl`, the profile to
     `<out>/profile.json` (delete it to measure anew), and a verdict on every figure to the terminal.
 """
 
@@ -20,8 +20,10 @@ from statistics import fmean, linear_regression
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from kvloom import disable, enable
 from kvloom.assets import CALIBRATION, EVALUATION, MODEL_NAME, load_model, texts, token_windows
 from kvloom.demo import KVMIX, SINKS, UNIFORM, Entry, exact_name, lineup, nominal_bits, uniform_name
 from kvloom.evaluate import (
@@ -48,6 +50,7 @@ WINDOWS = 9
 PROMPTS, PROMPT_TOKENS = 16, 512
 DECODE_STEPS = 64
 DRIFT_WINDOWS, DRIFT_START = 4, 4
+ARRIVAL_PROMPTS, ARRIVAL_CUTS, ARRIVAL_TOKENS = 4, (PROMPT_TOKENS, 64, 37), 32
 SEED = 0
 
 UNIFORM_LIMITS = {(4, 4): 0.012, (3, 3): 0.06, (4, 2): 0.08, (2, 2): 0.5}
@@ -277,6 +280,31 @@ def run_drift(bench: Bench) -> Iterator[Verdict]:
         print(f"{record['name']}: {record['steps']:,} steps, KLD {halves}")
 
 
+def run_arrival(bench: Bench) -> Iterator[Verdict]:
+    """The same greedy tokens however the prompt arrives."""
+    prompts = bench.windows(EVALUATION, PROMPT_TOKENS, ARRIVAL_PROMPTS)
+    enable(bench.model, batch_invariant=True)
+    for name in (uniform_name(2, 2), uniform_name(4, 4), NEEDLE_PLAN):
+        (contestant,) = bench.matching([name], "quantized")
+        whole, *others = ([_continued(bench.model, contestant, p, cut) for p in prompts] for cut in ARRIVAL_CUTS)
+        same = sum(a == b for other in others for a, b in zip(whole, other, strict=True))
+        total = len(others) * len(prompts)
+        yield Verdict(same == total, f"{name}: {same} of {total} continuations do not depend on the prompt's cuts")
+    disable(bench.model)
+
+
+@torch.no_grad()
+def _continued(model: Any, contestant: Contestant, prompt: Tensor, cut: int) -> list[int]:
+    """Greedy tokens after a prompt that is read ``cut`` tokens at a time."""
+    cache, tokens = contestant.make_cache(), []
+    for piece in prompt.split(cut):
+        logits = model(piece[None], past_key_values=cache).logits[0, -1]
+    for _ in range(ARRIVAL_TOKENS):
+        tokens.append(int(logits.argmax()))
+        logits = model(torch.tensor([tokens[-1:]], device=prompt.device), past_key_values=cache).logits[0, -1]
+    return tokens
+
+
 def _trend(values: Sequence[float]) -> tuple[float, float]:
     """Slope of a line through values at 0, 1, 2, ..., by least squares, and its standard error."""
     at = range(len(values))
@@ -292,6 +320,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Verdict]]] = {
     "decode": run_decode,
     "needle": run_needle,
     "drift": run_drift,
+    "arrival": run_arrival,
 }
 
 

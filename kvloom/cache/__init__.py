@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from kvloom.cache._attention import ATTENTION, disable, enable, loom_attention
+from kvloom.cache._attention import ATTENTION, INVARIANT, disable, enable, loom_attention, reads_pages
 from kvloom.cache._cache import LoomCache
 from kvloom.cache._layer import LoomLayer
 
-__all__ = ["ATTENTION", "LoomCache", "LoomLayer", "disable", "enable", "loom_attention"]
+__all__ = [
+    "ATTENTION",
+    "INVARIANT",
+    "LoomCache",
+    "LoomLayer",
+    "disable",
+    "enable",
+    "loom_attention",
+    "reads_pages",
+]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +13,43 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvloom import kernels
+from kvloom.cache._invariant import fix_rows, free_rows
 from kvloom.cache._rotation import turned
 from kvloom.errors import ModelError
 from kvloom.pages import PagedKV, StaticKV
 
 ATTENTION = "kvloom"
+INVARIANT = "kvloom-invariant"
 _REGISTRY_WORD = "ALL_ATTENTION_FUNCTIONS"
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How attention is computed: over plain tensors, over a layer's cache, and what turns queries and outputs."""
+
+    dense: Callable[..., torch.Tensor]
+    paged: Callable[..., torch.Tensor]
+    turned: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _fused(query: torch.Tensor, kv: PagedKV | StaticKV, **options: Any) -> torch.Tensor:
+    if isinstance(kv, StaticKV):
+        return kernels.attend_static(query, kv, **options)
+    return kernels.backend(kv.device).attend(query, kv, **options)
+
+
+def _invariant(query: torch.Tensor, kv: PagedKV | StaticKV, **options: Any) -> torch.Tensor:
+    if isinstance(kv, StaticKV):
+        raise ModelError("batch_invariant attention reads growing caches: make the LoomCache without max_tokens.")
+    return kernels.INVARIANT.attend(query, kv, **options)
+
+
+def _turned_in_fp64(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return turned(x.double(), matrix.double()).to(x.dtype)
+
+
+_FUSED = _Way(kernels.dense_attention, _fused, turned)
+_INVARIANT = _Way(kernels.invariant_attention, _invariant, _turned_in_fp64)
 
 
 def loom_attention(
@@ -29,6 +62,7 @@ def loom_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    way: _Way = _FUSED,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention, over packed or plain keys and values.
@@ -43,6 +77,7 @@ def loom_attention(
         scaling: Factor of the scores; ``head_dim ** -0.5`` if None.
         softcap: Soft cap of the scores (Gemma 2).
         s_aux: Sink logits ``[query_heads]`` (gpt-oss).
+        way: How it is computed.
         **kwargs: What other attention functions want; ``is_causal=False`` without a mask is refused.
 
     Returns:
@@ -61,24 +96,41 @@ def loom_attention(
         "sink_logits": s_aux,
     }
     if isinstance(key, PagedKV | StaticKV):
-        return _attend(query, key, options), None
+        return _attend(query, key, way, options), None
     if not isinstance(value, torch.Tensor):
         raise ModelError("a layer mixed packed values with plain keys; kvloom cannot serve this model.")
-    return kernels.dense_attention(query, key, value, **options), None
+    return way.dense(query, key, value, **options), None
 
 
-def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, options: dict[str, Any]) -> torch.Tensor:
+def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[str, Any]) -> torch.Tensor:
     if kv.query_turn is not None:
-        query = turned(query, kv.query_turn)
-    if isinstance(kv, StaticKV):
-        out = kernels.attend_static(query, kv, **options)
-    else:
-        out = kernels.backend(kv.device).attend(query, kv, **options)
-    return out if kv.output_turn is None else turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
+        query = way.turned(query, kv.query_turn)
+    out = way.paged(query, kv, **options)
+    return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 
-def enable(model: Any) -> None:
+def invariant_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """`loom_attention` whose result for a query does not depend on what else is in the pass."""
+    return loom_attention(*args, **{**kwargs, "way": _INVARIANT})
+
+
+def reads_pages(implementation: str | None) -> bool:
+    """Whether a model's attention of this name is one of kvloom's."""
+    return implementation in _REGISTERED
+
+
+_REGISTERED = {ATTENTION: loom_attention, INVARIANT: invariant_attention}
+
+
+def enable(model: Any, *, batch_invariant: bool = False) -> None:
     """Let a transformers model's attention read packed pages (and plain tensors, as sdpa does).
+
+    Args:
+        model: Model.
+        batch_invariant: Make the result for a token independent of the length of its pass and of the other sequences,
+            bit for bit: linear layers take rows in blocks of one shape and attention sums in fp64. With
+            ``prefill="quantized"`` a model then gives the same tokens however its prompt arrives. Slower; for caches
+            that grow, and models whose products are linear layers and attention (not for fused experts).
 
     Raises:
         ModelError: The model does not take its attention from transformers' registry, so it can only use the dense way.
@@ -89,20 +141,23 @@ def enable(model: Any) -> None:
             f"{type(model).__name__} computes attention itself instead of through transformers' registry: use "
             "LoomCache without enable (memory is saved, speed is not)."
         )
-    AttentionInterface.register(ATTENTION, loom_attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    for name, function in _REGISTERED.items():
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
     current = model.config._attn_implementation
-    if current != ATTENTION:
-        model.set_attn_implementation(ATTENTION)
+    if not reads_pages(current):
         model._kvloom_previous_attention = current
+    model.set_attn_implementation(INVARIANT if batch_invariant else ATTENTION)
+    (fix_rows if batch_invariant else free_rows)(model)
 
 
 def disable(model: Any) -> None:
     """Undo `enable`: give the model back the attention it had, unless it has been given another since."""
+    free_rows(model)
     previous = getattr(model, "_kvloom_previous_attention", None)
     if previous is None:
         return
-    if model.config._attn_implementation == ATTENTION:
+    if reads_pages(model.config._attn_implementation):
         model.set_attn_implementation(previous)
     del model._kvloom_previous_attention
 

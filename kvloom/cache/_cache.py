@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from kvloom import codecs
 from kvloom.cache import _file
-from kvloom.cache._attention import ATTENTION
+from kvloom.cache._attention import reads_pages
 from kvloom.cache._flags import Flags
 from kvloom.cache._layer import LoomLayer, NonFinite
 from kvloom.cache._static import StaticLoomLayer
@@ -235,7 +235,7 @@ class _AttentionName:
 
     def is_loom(self) -> bool:
         text = self.config.get_text_config(decoder=True)
-        return bool(getattr(text, "_attn_implementation", None) == ATTENTION)
+        return reads_pages(getattr(text, "_attn_implementation", None))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _AttentionName:
         return self

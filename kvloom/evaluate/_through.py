@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kvloom.cache import ATTENTION, disable, enable
+from kvloom.cache import INVARIANT, disable, enable, reads_pages
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant
 
@@ -22,19 +22,18 @@ if TYPE_CHECKING:
 @contextmanager
 def attention(model: PreTrainedModel, *, packed: bool) -> Iterator[None]:
     """Let the model use kvloom's attention (`packed`) or its own, and go back afterwards."""
-    before = model.config._attn_implementation == ATTENTION
-    _switch(model, before, packed)
+    before = model.config._attn_implementation
+    if reads_pages(before) == packed:
+        yield
+        return
+    (enable if packed else disable)(model)
     try:
         yield
     finally:
-        _switch(model, packed, before)
-
-
-def _switch(model: PreTrainedModel, now: bool, wanted: bool) -> None:
-    if wanted and not now:
-        enable(model)
-    elif now and not wanted:
-        disable(model)
+        if packed:
+            disable(model)
+        else:
+            enable(model, batch_invariant=before == INVARIANT)
 
 
 def step(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:

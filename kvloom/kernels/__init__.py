@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from kvloom.codecs import OUT_OF_RANGE
 from kvloom.kernels._base import Backend
+from kvloom.kernels._invariant import INVARIANT, invariant_attention
 from kvloom.kernels._ops import append, attend_static
 from kvloom.kernels._registry import backend, backends
 from kvloom.kernels._torch import dense_attention
 
-__all__ = ["OUT_OF_RANGE", "Backend", "append", "attend_static", "backend", "backends", "dense_attention"]
+__all__ = [
+    "INVARIANT",
+    "OUT_OF_RANGE",
+    "Backend",
+    "append",
+    "attend_static",
+    "backend",
+    "backends",
+    "dense_attention",
+    "invariant_attention",
+]

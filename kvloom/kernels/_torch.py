@@ -50,17 +50,13 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         """See `Backend.attend`."""
         options: _Options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-        key, value = kv.tail.key, kv.tail.value
-        if kv.sinks.tokens:
-            key, value = torch.cat([kv.sinks.key, key], -2), torch.cat([kv.sinks.value, value], -2)
         if kv.num_pages == 0:
-            return dense_attention(query, key, value, mask=mask, **options)
+            return dense_attention(query, *_exact_states(kv), mask=mask, **options)
+        columns = column_mask(kv, mask, query.shape[2])
         is_affine = all(group.layout.is_affine for group in kv.pages)
         if rows_of_a_head(query, kv) > kv.page_tokens or not is_affine:
-            packed_key, packed_value = self._decode_all(kv)
-            key, value = torch.cat([key, packed_key], -2), torch.cat([value, packed_value], -2)
-            return dense_attention(query, key, value, mask=_slot_mask(kv, mask, query.shape[2]), **options)
-        return self._folded_attention(query, key, value, kv, _slot_mask(kv, mask, query.shape[2]), **options)
+            return dense_attention(query, *self.all_states(kv), mask=columns, **options)
+        return self._folded_attention(query, *_exact_states(kv), kv, columns, **options)
 
     def packed_scores(self, x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
         """See `kvloom.kernels._folded.packed_scores`."""
@@ -105,13 +101,15 @@ class TorchBackend(Backend):
         order = [head for group in kv.pages for head in group.heads]
         return torch.cat(parts, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
 
-    def _decode_all(self, kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
+    def all_states(self, kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values by column [sinks, tail, pages], the pages decoded."""
         shape = (*kv.shape[:2], kv.num_pages * kv.page_tokens, kv.shape[-1])
         key, value = (torch.empty(shape, dtype=kv.dtype, device=kv.device) for _ in range(2))
         for group in kv.pages:
             heads = list(group.heads)
             key[:, heads], value[:, heads] = self.decode(group.data, group.layout, kv.dtype)
-        return key, value
+        exact_key, exact_value = _exact_states(kv)
+        return torch.cat([exact_key, key], -2), torch.cat([exact_value, value], -2)
 
 
 def dense_attention(
@@ -200,7 +198,14 @@ def _softmax(
     return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]
 
 
-def _slot_mask(kv: PagedKV, mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
+def _exact_states(kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the sinks and the tail."""
+    if not kv.sinks.tokens:
+        return kv.tail.key, kv.tail.value
+    return torch.cat([kv.sinks.key, kv.tail.key], -2), torch.cat([kv.sinks.value, kv.tail.value], -2)
+
+
+def column_mask(kv: PagedKV, mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:
     """Mask by column [sinks, tail, pages]: causality, the caller's mask, and which copy of a slot a query reads."""
     if queries == 1 and mask is None:
         return None  # one query reads every page and the whole tail
