@@ -265,7 +265,7 @@ _PORTABLE_CLUSTER, _MAX_CLUSTER = 8, 16
 
 @lru_cache(maxsize=1024)
 def block_warps(layout: PageLayout, pages: int, shared_limit: int) -> int:
-    """Warps of a block, one block a multiprocessor: on an H100 eight are best, if they find work (benchmarks/LOG.md).
+    """Warps of a block, one block a multiprocessor, as they are fastest on an H100 (benchmarks/LOG.md).
 
     Args:
         layout: Of the pages.
@@ -273,13 +273,16 @@ def block_warps(layout: PageLayout, pages: int, shared_limit: int) -> int:
         shared_limit: Bytes of shared memory that a block may have.
 
     Returns:
-        8, 4, 2 or 1; or 0 where not even one warp's pages fit.
+        12, 8, 4, 2 or 1; or 0 where not even one warp's pages fit.
     """
-    most = 8 if pages >= _BUSY_PAGES else 4
-    return next((n for n in (8, 4, 2, 1) if n <= most and _shared_bytes(layout, n) <= shared_limit), 0)
+    is_bulk = pages >= _BULK_PAGES and layout.nbytes <= _SMALL_PAGE and layout.head_dim <= _BULK_HEAD_DIM
+    most = 12 if is_bulk else 8 if pages >= _BUSY_PAGES else 4
+    return next((n for n in (12, 8, 4, 2, 1) if n <= most and _shared_bytes(layout, n) <= shared_limit), 0)
 
 
-_BUSY_PAGES = 2
+_BUSY_PAGES, _BULK_PAGES = 2, 160
+_SMALL_PAGE = 8 << 10  # with larger ones, eight warps have as many bytes on their way as the memory can use
+_BULK_HEAD_DIM = 128  # wider heads would not fit in the registers of so many threads
 
 
 @lru_cache(maxsize=1024)
@@ -318,10 +321,11 @@ def _groups(side: SideLayout) -> int:
 
 
 def _shared_bytes(layout: PageLayout, warps: int) -> int:
-    """The rings, or what merging the warps needs afterwards."""
+    """The rings, or what merging the warps needs in their place; then what the blocks of a cluster send each other."""
     ring = max(STAGES * layout.nbytes, (STAGES - 1) * layout.nbytes + 32 * layout.head_dim)
-    merge = warps * ROWS * (layout.head_dim + 4 + 2) * 4 + ROWS * (layout.head_dim + 2) * 4
-    return max(warps * ring, merge)
+    merge = warps * ROWS * (layout.head_dim + 4 + 2) * 4
+    landing = ROWS * layout.head_dim * 4 + _MAX_CLUSTER * (ROWS * 8 + 16)
+    return max(warps * ring, merge) + landing
 
 
 @lru_cache(maxsize=16)

@@ -43,6 +43,9 @@ constexpr int VPARAMS = VRAW ? 0 : VGROUPS * (VCH ? D : P) * (2 - VSYM) * 2;
 constexpr int PAGE = KCODES + KPARAMS + VCODES + VPARAMS;
 // Shared bytes of a warp: pages on their way, the last slot shared with 16 exact values before it is needed.
 constexpr int RING = STAGES * PAGE > (STAGES - 1) * PAGE + 32 * D ? STAGES * PAGE : (STAGES - 1) * PAGE + 32 * D;
+// Past the rings, or what merging the warps needs in their place, lies what the blocks of a cluster send each other.
+constexpr int PITCH = D + 4, MERGE = WARPS * 8 * (PITCH + 2) * 4;
+constexpr int LANDING = WARPS * RING > MERGE ? WARPS * RING : MERGE;
 #ifndef HELD
 #define HELD 32  // words of codes that a thread holds at a time
 #endif
@@ -236,22 +239,29 @@ struct Row {  // one of the two rows whose scores a thread holds
     __device__ __forceinline__ bool sees(int slot) const { return slot <= last && (!mask || mask[slot]); }
 };
 
-struct Softmax {  // running maximum (base 2) and sum of the two rows
+struct Softmax {  // a reference for the exponents (base 2) and the sum of the two rows
+    static constexpr float GROWTH = 2.f;
     float m0 = NEVER, m1 = NEVER, l0 = 0.f, l1 = 0.f;
-    // Turns scores of n tiles into weights; the factors of what was summed before go to r0, r1.
-    template <int N> __device__ __forceinline__ void update(float (*s)[4], float& r0, float& r1) {
-        float x0 = m0, x1 = m1;
+    // Turns scores of n tiles into weights, at most 2^GROWTH. Whether a larger score moved the reference; what was summed
+    // before must then be multiplied with r0, r1.
+    template <int N> __device__ __forceinline__ bool update(float (*s)[4], float& r0, float& r1) {
+        float x0 = NEVER, x1 = NEVER;
 #pragma unroll
         for (int m = 0; m < N; m++) { x0 = fmaxf(x0, fmaxf(s[m][0], s[m][2])); x1 = fmaxf(x1, fmaxf(s[m][1], s[m][3])); }
+        const bool is_moved = __any_sync(ALL, x0 > m0 + GROWTH || x1 > m1 + GROWTH);
+        if (is_moved) {
+            x0 = fmaxf(x0, m0); x1 = fmaxf(x1, m1);
 #pragma unroll
-        for (int k = 4; k < 32; k *= 2) { x0 = fmaxf(x0, __shfl_xor_sync(ALL, x0, k)); x1 = fmaxf(x1, __shfl_xor_sync(ALL, x1, k)); }
-        r0 = exp2_(m0 - x0); r1 = exp2_(m1 - x1);
-        m0 = x0; m1 = x1; l0 *= r0; l1 *= r1;
+            for (int k = 4; k < 32; k *= 2) { x0 = fmaxf(x0, __shfl_xor_sync(ALL, x0, k)); x1 = fmaxf(x1, __shfl_xor_sync(ALL, x1, k)); }
+            r0 = exp2_(m0 - x0); r1 = exp2_(m1 - x1);
+            m0 = x0; m1 = x1; l0 *= r0; l1 *= r1;
+        }
 #pragma unroll
         for (int m = 0; m < N; m++) {
             s[m][0] = exp2_(s[m][0] - m0); s[m][1] = exp2_(s[m][1] - m1); s[m][2] = exp2_(s[m][2] - m0); s[m][3] = exp2_(s[m][3] - m1);
             l0 += s[m][0] + s[m][2]; l1 += s[m][1] + s[m][3];
         }
+        return is_moved;
     }
 };
 
@@ -267,9 +277,8 @@ __device__ __forceinline__ float over_rows(float x) {  // sum over the 8 lanes t
 }
 
 #if CLUSTER
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same place in another block's shared memory
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
@@ -284,7 +293,7 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // (s - num_sinks) % tail_ring, a multiple of P. mask [batch, query, slot]. visible: pages each query
 // may read. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
 // [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero.
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     const u8* __restrict__ q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
     const u8* __restrict__ pages, i64 page_batch, i64 page_head, i64 page_bytes, const int* __restrict__ table, int table_stride,
     const int* __restrict__ heads, const u8* __restrict__ sink_k, const u8* __restrict__ sink_v, i64 sink_batch, i64 sink_head,
@@ -304,6 +313,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         tail_start = num_pages * P % tail_ring;
     }
     extern __shared__ __align__(16) u8 shared[];
+#if CLUSTER
+    cluster_arrive();  // no block sends before the others have begun
+#endif
 
     // Every warp takes an even share of the pages, in order, and of the exact tokens, 16 at a time.
     const int sink_units = (num_sinks + 15) / 16, exact_units = sink_units + (num_tail + 15) / 16;
@@ -327,15 +339,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         }
         asm volatile("cp.async.commit_group;");
     };
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) fetch(first + i);
-
     // The query, normalised by a power of two so that products with scales stay in fp16: row g, channels t * D/4 ..
     const u8* q_row;
     {
         const int r = row0 + (g < rows ? g : 0);
         q_row = q + 2 * (batch * q_batch + (i64)(head * group + r / queries) * q_head + (r % queries) * q_query + t * (D / 4));
     }
+    auto load_query = [&](u32* raw) {
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) raw[p] = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
+    };
+    u32 raw_query[PAIRS];
+    load_query(raw_query);  // asked for before the pages: behind them it would come last
+
+    // The last slot of the ring is free from the start where no exact tokens need it.
+    const bool is_free = first_unit == last_unit;
+#pragma unroll
+    for (int i = 0; i < STAGES; i++)
+        if (i < STAGES - 1 || is_free) fetch(first + i);
+
     half2 q2[PAIRS];
     float down;            // brings the query's largest element to [0.5, 1)
     float unit0, unit1;    // of scores of rows 2t, 2t + 1, in base 2
@@ -355,18 +377,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
             q2[p] = __floats2half2_rn(lo * factor, hi * factor);
         }
     };
-    auto load_query = [&](u32* raw) {
-#pragma unroll
-        for (int p = 0; p < PAIRS; p++) raw[p] = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
-    };
     {
-        u32 raw[PAIRS];
-        load_query(raw);
         float norm = 0x1p-90f;
 #pragma unroll
         for (int p = 0; p < PAIRS; p++) {
             float lo, hi;
-            element(raw[p], lo, hi);
+            element(raw_query[p], lo, hi);
             norm = fmaxf(norm, fmaxf(fabsf(lo), fabsf(hi)));
         }
         norm = fmaxf(norm, __shfl_xor_sync(ALL, norm, 1));
@@ -375,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         down = pow2(-e);
         const float unit = pow2(e) * scale_log2;
         unit0 = __shfl_sync(ALL, unit, 8 * t); unit1 = __shfl_sync(ALL, unit, 8 * t + 4);
-        scale_query(raw, down * pow2(kexp));
+        scale_query(raw_query, down * pow2(kexp));
     }
     Row seer[2];
     if constexpr (MASKED) {
@@ -435,8 +451,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 if ((!is_sink && slot < seer[i & 1].boundary) || !seer[i & 1].sees(slot)) s[0][i] = NEVER;
         }
         float r0, r1;
-        sm.update<1>(s, r0, r1);
-        scale_all(o, r0, r1);
+        if (sm.update<1>(s, r0, r1)) scale_all(o, r0, r1);
         __syncwarp();
         raw_values(o, (u32)__cvta_generic_to_shared(stage), s[0], lane, true);
     }
@@ -459,7 +474,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     if constexpr (!VRAW && !VCH) scale_all(o, pow2(vexp - 24), pow2(vexp - 24));  // to units of codes and scaled weights
     for (int page = first; page < last; page++) {
         __syncwarp();
-        fetch(page + STAGES - 1);
+        if (page > first || !is_free) fetch(page + STAGES - 1);
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
         __syncwarp();
         const u8* rec = ring + ((page - first) % STAGES) * PAGE;
@@ -573,16 +588,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                         if (!(seen[m / 2] >> (m % 2 * 16 + 8 * (i >> 1) + g) & 1)) s[m][i] = NEVER;
             }
         float r0, r1;
-        sm.update<MT>(s, r0, r1);
+        const bool is_moved = sm.update<MT>(s, r0, r1);
 
         const u8* vrec = rec + KCODES + KPARAMS;
         if constexpr (VRAW) {
-            scale_all(o, r0, r1);
+            if (is_moved) scale_all(o, r0, r1);
 #pragma unroll
             for (int m = 0; m < MT; m++)
                 raw_values(o, (u32)__cvta_generic_to_shared(vrec + 16 * m * D * 2), s[m], lane, false);
         } else if constexpr (VCH) {
-            scale_all(o, r0, r1);
+            if (is_moved) scale_all(o, r0, r1);
             const __half* scales = reinterpret_cast<const __half*>(vrec + VCODES);
             constexpr int OWN = MT / VGROUPS;
 #pragma unroll
@@ -619,17 +634,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
                 }
                 most = max(most, bits(pairs[i >> 1][i & 1]) & 0x7fffu);
             }
-            float unit = 1.f;
+            if (is_moved) {
+                scale_all(o, r0, r1);
+#pragma unroll
+                for (int grp = 0; grp < VGROUPS; grp++) { z0[grp] *= r0; z1[grp] *= r1; }
+            }
             if (__any_sync(ALL, (int)most >= (24 - vexp) << 10) || __all_sync(ALL, (int)most < (13 - vexp) << 10)) {
                 const int now = min(7 - (((int)__reduce_max_sync(ALL, most) >> 10) - 14), 20);
-                unit = pow2(now - vexp); vexp = now;
+                scale_all(o, pow2(now - vexp), pow2(now - vexp));
+                vexp = now;
             }
-            scale_all(o, r0 * unit, r1 * unit);
             constexpr int OWN = DT / VGROUPS;
 #pragma unroll
             for (int grp = 0; grp < VGROUPS; grp++) {
                 float ps[MT][4];
-                z0[grp] *= r0; z1[grp] *= r1;
 #pragma unroll
                 for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -658,7 +676,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     // Merge the block's warps, then, in the last block of the row tile, the splits.
     sm.l0 = over_rows(sm.l0); sm.l1 = over_rows(sm.l1);
     __syncthreads();
-    constexpr int PITCH = D + 4;
     float* so = reinterpret_cast<float*>(shared);  // [WARPS][8][PITCH]
     float* sml = so + WARPS * 8 * PITCH;           // [WARPS][8][2]
 #pragma unroll
@@ -672,8 +689,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
     }
     __syncthreads();
 #if CLUSTER
-    float* my_o = sml + WARPS * 16;  // [8][D], then [8][2]
-    float* my_ml = my_o + 8 * D;
+    // Results are shared out among the blocks of the cluster, one after the other; every block gets all maxima and sums.
+    float2* land_ml = reinterpret_cast<float2*>(shared + LANDING);  // [splits][8]
+    float4* land_o = reinterpret_cast<float4*>(land_ml + 8 * splits);  // [own results][splits]
+    cluster_wait();
 #else
     const i64 tile = (i64)batch * gridDim.y + blockIdx.y;
     float* my_o = part_o + (tile * splits + split) * 8 * D;
@@ -692,8 +711,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
             l += f * sml[(w * 8 + r) * 2 + 1];
             sum.x += f * v.x; sum.y += f * v.y; sum.z += f * v.z; sum.w += f * v.w;
         }
+#if CLUSTER
+        const u32 to = in_block((u32)__cvta_generic_to_shared(land_o + i / splits * splits + split), i % splits);
+        asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w) : "memory");
+        for (int to_block = c / 4; to_block < splits; to_block += D / 4) {
+            const u32 to_ml = in_block((u32)__cvta_generic_to_shared(land_ml + split * 8 + r), to_block);
+            asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to_ml), "f"(mx), "f"(l) : "memory");
+        }
+#else
         reinterpret_cast<float4*>(my_o)[i] = sum;
         if (c == 0) { my_ml[2 * r] = mx; my_ml[2 * r + 1] = l; }
+#endif
     }
     auto store = [&](int i, float4 x) {  // result i, 4 channels
         const int r = 4 * i / D, row = row0 + r;
@@ -711,41 +739,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attend(
         lse[((i64)batch * query_heads + h) * queries + row % queries] = (mx + log2f(l)) * 0.6931471805599453f;
     };
 #if CLUSTER
-    // Sixteen lanes hold the splits' shares of one result; the blocks of the cluster take turns at the results.
-    cluster_barrier();
-    const u32 far_o = in_block((u32)__cvta_generic_to_shared(my_o), min((u32)lane & 15, (u32)splits - 1));
-    const u32 far_ml = in_block((u32)__cvta_generic_to_shared(my_ml), min((u32)lane & 15, (u32)splits - 1));
-    for (int base = split; base < rows * D / 4; base += splits * WARPS * 2) {
-        const int i = base + (threadIdx.x >> 4) * splits;
-        const bool mine = i < rows * D / 4 && (lane & 15) < splits;
-        const int r = mine ? 4 * i / D : 0, h = head * group + (row0 + r) / queries;
-        float mx = NEVER, l = 0.f;
+    cluster_arrive();
+    cluster_wait();
+    for (int own_i = threadIdx.x; own_i * splits + split < rows * D / 4; own_i += WARPS * 32) {
+        const int i = own_i * splits + split, r = 4 * i / D;
+        const float sink = sink_logits ? sink_logits[head * group + (row0 + r) / queries] * 1.4426950408889634f : NEVER;
+        float mx = sink, l = 0.f;
+        for (int k = 0; k < splits; k++) mx = fmaxf(mx, land_ml[k * 8 + r].x);
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (mine) {
-            asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(mx), "=f"(l) : "r"(far_ml + 8 * r));
-            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(far_o + 16 * i));
+#pragma unroll 2
+        for (int k = 0; k < splits; k++) {
+            const float2 ml = land_ml[k * 8 + r];
+            const float4 v = land_o[own_i * splits + k];
+            const float f = exp2_(ml.x - mx);
+            l += f * ml.y; x.x += f * v.x; x.y += f * v.y; x.z += f * v.z; x.w += f * v.w;
         }
-        const float sink = sink_logits ? sink_logits[h] * 1.4426950408889634f : NEVER;
-        float top = mx;
-#pragma unroll
-        for (int k = 1; k < 16; k *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, k));
-        top = fmaxf(top, sink);
-        const float f = exp2_(mx - top);
-        l *= f; x.x *= f; x.y *= f; x.z *= f; x.w *= f;
-#pragma unroll
-        for (int k = 1; k < 16; k *= 2) {
-            l += __shfl_xor_sync(ALL, l, k);
-            x.x += __shfl_xor_sync(ALL, x.x, k); x.y += __shfl_xor_sync(ALL, x.y, k);
-            x.z += __shfl_xor_sync(ALL, x.z, k); x.w += __shfl_xor_sync(ALL, x.w, k);
-        }
-        if (sink_logits) l += exp2_(sink - top);  // only the sum knows of it
-        if (mine && (lane & 15) == 0) {
-            store(i, make_float4(x.x / l, x.y / l, x.z / l, x.w / l));
-            if (lse && 4 * i % D == 0) store_lse(r, top, l);
-        }
+        if (sink_logits) l += exp2_(sink - mx);  // only the sum knows of it
+        store(i, make_float4(x.x / l, x.y / l, x.z / l, x.w / l));
+        if (lse && 4 * i % D == 0) store_lse(r, mx, l);
     }
-    cluster_barrier();  // no block leaves while another reads its share
 #else
     __syncthreads();
     int* ticket = reinterpret_cast<int*>(shared);
