@@ -111,6 +111,7 @@ def _served(x: torch.Tensor, side: SideLayout) -> bool:
         and x.shape[1] <= MAX_ROWS
         and (side.role == "key") == (side.fmt.grouping == "per_channel")
         and bool(side.planes)
+        and side.fmt.form == "affine"
         and all(plane.cols in _WIDTHS and plane.is_byte_separable for plane in side.planes)
     )
 

@@ -131,7 +131,7 @@ def _served(query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | No
 
 def _is_covered(layouts: Sequence[PageLayout], dtype: torch.dtype, shared_limit: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and all(
-        layout.is_affine
+        layout.is_readable
         and layout.head_dim <= MAX_HEAD_DIM
         and layout.page_tokens in PAGE_TOKENS
         and block_warps(layout, 0, shared_limit) > 0

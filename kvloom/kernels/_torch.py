@@ -55,8 +55,8 @@ class TorchBackend(Backend):
             key, value = torch.cat([kv.sinks.key, key], -2), torch.cat([kv.sinks.value, value], -2)
         if kv.num_pages == 0:
             return dense_attention(query, key, value, mask=mask, **options)
-        is_affine = all(group.layout.is_affine for group in kv.pages)
-        if rows_of_a_head(query, kv) > kv.page_tokens or not is_affine:
+        is_readable = all(group.layout.is_readable for group in kv.pages)
+        if rows_of_a_head(query, kv) > kv.page_tokens or not is_readable:
             packed_key, packed_value = self._decode_all(kv)
             key, value = torch.cat([key, packed_key], -2), torch.cat([value, packed_value], -2)
             return dense_attention(query, key, value, mask=_slot_mask(kv, mask, query.shape[2]), **options)
