@@ -15,6 +15,7 @@ from kvloom.kernels import _cuda_pages, _nvrtc
 from kvloom.kernels._base import AttendOptions, Backend, head_index, rows_of_a_head
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
+from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.kernels._torch import TORCH, TorchBackend
 from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout, StaticKV
 
@@ -178,6 +179,7 @@ def attend_pages(
     table = None if static is None else static.table
     for group in kv.pages:
         launch = _launch(group, query, kv, masked, softcap is not None)
+        sides = (group.layout.key, group.layout.value)
         launch.module.launch(
             "attend",
             (launch.splits, len(group.heads) * launch.row_tiles, batch),
@@ -214,6 +216,7 @@ def attend_pages(
             *_workspace(launch, batch * len(group.heads), dim, query.device, static),
             out,
             sums,
+            *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
             shared=launch.shared,
             cluster=launch.cluster,
         )
@@ -295,6 +298,8 @@ def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: int, capp
         "VGROUPS": _groups(value),
         "KSYM": key.fmt.symmetric,
         "VSYM": value.fmt.symmetric,
+        "KPOINTS": has_codebook(key),
+        "VPOINTS": has_codebook(value),
         "KTOK": key.fmt.grouping == "per_token",
         "VCH": value.fmt.grouping == "per_channel",
         "BF16": bf16,
