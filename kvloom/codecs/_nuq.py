@@ -54,4 +54,5 @@ def _range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return half_up(torch.maximum(high - middle, middle - low)), zero
 
 
-NUQ = register(Nuq())
+NUQ = Nuq()
+register(NUQ)
