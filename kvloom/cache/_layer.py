@@ -106,7 +106,7 @@ class LoomLayer(CacheLayerMixin):
             for heads in _heads_by_layout(layouts)
         )
         formats = calibrated_formats(layouts)
-        self.codebooks = tuple(codebook_points(fmt, self.device).clone() for _, fmt in formats)
+        self.codebooks = tuple(codebook_points(fmt.points, self.device).clone() for _, fmt in formats)
         self.key_rotation = side_rotation(layouts, "key", self.dtype, self.device)
         self.value_rotation = side_rotation(layouts, "value", self.dtype, self.device)
         self.sinks = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())

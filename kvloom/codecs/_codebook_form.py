@@ -35,6 +35,14 @@ class CodebookForm(Codec):
             fp16 ``[..., a, b]`` each.
         """
 
+    def points(self, fmt: Format, like: torch.Tensor) -> torch.Tensor:
+        """What codes stand for, ``[2**bits]``, in the dtype and on the device of ``like``.
+
+        Raises:
+            PlanError: The format lacks its codebook.
+        """
+        return codebook_points(self.facts.points(self.name, fmt.bits, fmt.codebook), like.device).to(like.dtype)
+
     def encode(self, x: torch.Tensor, fmt: Format) -> Encoded:
         """See `Codec.encode`.
 
@@ -47,12 +55,12 @@ class CodebookForm(Codec):
         low, high = values.amin(-1), values.amax(-1)
         check_range(low, high)
         scale, zero = self.fit(values, low, high, fmt)
-        codes = nearest_points(normalised(values, scale, zero), fmt).to(torch.uint8)
+        codes = nearest_points(normalised(values, scale, zero), self.points(fmt, values)).to(torch.uint8)
         return Encoded(ungroup(codes, x.shape, fmt), (scale,) if zero is None else (scale, zero))
 
     def decode(self, encoded: Encoded, fmt: Format) -> torch.Tensor:
         """See `Codec.decode`."""
-        points = codebook_points(fmt, encoded.codes.device).float()
+        points = self.points(fmt, encoded.params[0].float())
         values = points[group(encoded.codes, fmt).int()] * encoded.params[0].float()[..., None]
         if not fmt.symmetric:
             values += encoded.params[1].float()[..., None]
@@ -62,7 +70,7 @@ class CodebookForm(Codec):
         """Half the widest gap of the scaled grid, or how far the element lies beyond its ends; see `Codec.bound`."""
         values = group(wide(x), fmt).contiguous()
         scale, zero = self.fit(values, values.amin(-1), values.amax(-1), fmt)
-        points = codebook_points(fmt, x.device).to(values.dtype)
+        points = self.points(fmt, values)
         step = scale.to(values.dtype)[..., None]
         away = values if zero is None else values - zero.to(values.dtype)[..., None]
         beyond = torch.maximum(step * points[0] - away, away - step * points[-1])
@@ -77,7 +85,6 @@ def normalised(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | N
     return away / step
 
 
-def nearest_points(normalised: torch.Tensor, fmt: Format) -> torch.Tensor:
+def nearest_points(normalised: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Codes of the points nearest to numbers in units of the scale, int32."""
-    points = codebook_points(fmt, normalised.device).to(normalised.dtype)
     return torch.bucketize(normalised, (points[1:] + points[:-1]) / 2, out_int32=True)

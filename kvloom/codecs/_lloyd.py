@@ -24,7 +24,7 @@ from kvloom.codecs._affine_form import Grid
 from kvloom.codecs._base import register
 from kvloom.codecs._codebook_form import CodebookForm, nearest_points, normalised
 from kvloom.codecs._half import half_near
-from kvloom.pages import Format, codebook_points, codec_facts
+from kvloom.pages import Format, codec_facts
 
 
 class Lloyd(CodebookForm):
@@ -38,9 +38,10 @@ class Lloyd(CodebookForm):
 
         See `CodebookForm.fit`.
         """
+        points = self.points(fmt, values)
         scale = half_near(values.square().mean(-1, dtype=torch.float64).sqrt())
-        fitted = least_squares(values, _chosen(values, scale, fmt))
-        better = _squared_error(values, fitted, fmt) < _squared_error(values, scale, fmt)
+        fitted = least_squares(values, _chosen(values, scale, points))
+        better = _squared_error(values, fitted, points) < _squared_error(values, scale, points)
         return torch.where(better, fitted, scale), None
 
 
@@ -50,15 +51,14 @@ def least_squares(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return half_near(product / chosen.square().sum(-1, dtype=torch.float64))
 
 
-def _chosen(values: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
+def _chosen(values: torch.Tensor, scale: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """The nearest point of every element."""
-    codes = nearest_points(normalised(values, scale, None), fmt)
-    return codebook_points(fmt, values.device).to(values.dtype)[codes]
+    return points[nearest_points(normalised(values, scale, None), points)]
 
 
-def _squared_error(values: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
+def _squared_error(values: torch.Tensor, scale: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Sum over each group, fp64."""
-    decoded = _chosen(values, scale, fmt) * scale.to(values.dtype)[..., None]
+    decoded = _chosen(values, scale, points) * scale.to(values.dtype)[..., None]
     return (decoded - values).square().sum(-1, dtype=torch.float64)
 
 

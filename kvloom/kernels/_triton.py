@@ -183,7 +183,7 @@ class TritonBackend(TorchBackend):
 
 def _points(side: SideLayout, data: torch.Tensor) -> torch.Tensor:
     """The codebook of a side on the device of its pages; anything there if it has none."""
-    return codebook_points(side.fmt, data.device) if side.fmt.form == "codebook" else data
+    return codebook_points(side.fmt.points, data.device) if side.fmt.form == "codebook" else data
 
 
 def _params_block(tile: SideTile) -> tuple[int, int, int]:

@@ -13,20 +13,15 @@ from functools import cache, lru_cache
 import torch
 
 from kvloom.pages._codebook import Codebook
-from kvloom.pages._format import Format
 from kvloom.pages._fragment import LANES, Plane, source_index
 from kvloom.pages._layout import SideLayout
 
 _WIDE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
-def codebook_points(fmt: Format, device: torch.device) -> torch.Tensor:
-    """`Format.points` on a device, fp16 ``[2**bits]``: one tensor for all who ask."""
-    return _points_on(fmt.points, device)
-
-
 @lru_cache(maxsize=1024)
-def _points_on(points: Codebook, device: torch.device) -> torch.Tensor:
+def codebook_points(points: Codebook, device: torch.device) -> torch.Tensor:
+    """`Format.points` on a device, fp16 ``[2**bits]``: one tensor for all who ask."""
     return torch.tensor(points, dtype=torch.float16, device=device)
 
 
@@ -78,7 +73,7 @@ def side_matrix(
         and its weight, a power of two, likewise in ``dtype``.
     """
     if side.fmt.form == "codebook":
-        points = codebook_points(side.fmt, pages.device).to(dtype)
+        points = codebook_points(side.fmt.points, pages.device).to(dtype)
         matrix = points.index_select(0, _codes(pages, side).flatten().int()).view(*pages.shape[:-1], -1, side.cols)
         return matrix, torch.arange(side.cols, device=pages.device), points.new_ones(side.cols)
     parts = [_numbers(pages[..., plane.offset : plane.offset + plane.nbytes], plane) for plane in side.planes]

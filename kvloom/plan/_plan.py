@@ -211,14 +211,21 @@ class Plan(PlanModel):
 
     def check_codebooks(self) -> None:
         """Raise PlanError, naming the field, if a codec's codebook has not been calibrated."""
+        if self._missing_codebook:
+            raise PlanError(self._missing_codebook)
+
+    @cached_property
+    def _missing_codebook(self) -> str:
+        """What is to be said of the first codebook that is missing; empty if none is."""
         for entry in self.layers:
             for head in range(self.model.num_kv_heads):
                 for side, spec in zip(("key", "value"), entry.head(head), strict=True):
                     if spec.is_calibrated and spec.codebook is None:
-                        raise PlanError(
+                        return (
                             f"layers {entry.layers}: {side}.codebook is missing, which codec {spec.codec!r} needs: run "
                             "`kvloom calibrate` on the plan."
                         )
+        return ""
 
     def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
@@ -267,7 +274,7 @@ class Plan(PlanModel):
             )
         if self.provenance:
             lines += [f"  {self.provenance.source}: {note}" for note in self.provenance.notes]
-        lines.append(f"  {self._reading}")
+        lines.append(f"  {self._missing_codebook or self._reading}")
         lines.append(
             f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "
             f"{self.true_bits(tokens):.2f} true bits (scales, zero points and windows counted)"

@@ -180,6 +180,7 @@ def test_a_plan_without_its_codebooks_is_refused_before_anything_is_cached():
     assert plan.nbytes(1, 10) == Plan.uniform(model, 4, 3, value_group_size=16).nbytes(1, 10) + 2 * 2 * 8
     with pytest.raises(PlanError, match=r"^layers 0-1: value.codebook is missing, .*run `kvloom calibrate`"):
         LoomCache(plan, model)
+    assert "value.codebook is missing" in plan.describe()
 
 
 @pytest.mark.parametrize(

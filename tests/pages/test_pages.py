@@ -123,7 +123,7 @@ def test_a_static_caches_layouts_survive_as_text(case: int) -> None:
 def test_points_are_fp16_numbers() -> None:
     fmt = Format(2, "per_token", 64, codec="nuq", codebook=(-1.0, -0.1, 0.1, 0.3))
     assert fmt.points == tuple(np.array(fmt.codebook, dtype=np.float16).astype(float))
-    assert codebook_points(fmt, torch.device("cpu")).tolist() == list(fmt.points)
+    assert codebook_points(fmt.points, torch.device("cpu")).tolist() == list(fmt.points)
     assert (fmt.form, fmt.codebook_nbytes) == ("codebook", 8)
     own = Format(2, "per_token", 64, True, "lloyd")
     assert (own.form, own.codebook_nbytes, len(own.points)) == ("codebook", 0, 4)
