@@ -78,13 +78,14 @@ class _Costs:
     def of(cls, table: LossTable, budget: Budget, window: Window) -> _Costs:
         dim, size = table.model.head_dim, itemsize(budget.dtype or table.model.dtype)
         sides = np.empty((2, len(table.key_specs), len(table.value_specs)), dtype=np.int64)
-        lengths = set()
+        lengths, copies = set(), budget.batch * table.model.num_kv_heads
         for i, key in enumerate(table.key_specs):
             for j, value in enumerate(table.value_specs):
                 (page,) = head_layouts(LayerPlan(layers=0, key=key, value=value), 1, dim, size)
                 pages = full_pages(window, budget.tokens, page.page_tokens)
                 tail = (budget.tokens - pages * page.page_tokens) * dim * size
-                sides[:, i, j] = pages * page.key.nbytes + tail, pages * page.value.nbytes + tail
+                sides[:, i, j] = [
+                    copies * (pages * side.nbytes + tail) + side.fmt.codebook_nbytes for side in (page.key, page.value)
+                ]
                 lengths.add(page.page_tokens)
-        sides *= budget.batch * table.model.num_kv_heads
         return cls(key=sides[0], value=sides[1], separable=len(lengths) == 1)

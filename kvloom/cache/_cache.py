@@ -38,7 +38,7 @@ class LoomCache(DynamicCache):
 
     Raises:
         ModelError: The model is not the plan's, or cannot be packed.
-        PlanError: The plan asks for what no code does yet (an evict entry).
+        PlanError: The plan asks for what no code does yet (an evict entry), or lacks a codebook.
         CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite``.
         MissingExtraError: A codec of the plan needs a package that is not installed.
     """
@@ -56,6 +56,7 @@ class LoomCache(DynamicCache):
             raise CacheError(
                 f"max_tokens is {max_tokens}: give the number of tokens to make room for, or leave it out."
             )
+        plan.check_codebooks()
         for name in plan.codecs:
             codecs.get(name).prepare()
         super().__init__(config=config)

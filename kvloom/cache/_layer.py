@@ -14,8 +14,17 @@ from kvloom.cache._flags import Flags
 from kvloom.cache._rotation import side_rotation
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError, ModelError
-from kvloom.pages import ExactKV, HeadPages, PagedKV
-from kvloom.plan import Fingerprint, LayerPlan, Prefill, Window, full_pages, head_layouts, itemsize
+from kvloom.pages import ExactKV, HeadPages, PagedKV, codebook_points
+from kvloom.plan import (
+    Fingerprint,
+    LayerPlan,
+    Prefill,
+    Window,
+    calibrated_formats,
+    full_pages,
+    head_layouts,
+    itemsize,
+)
 
 NonFinite = Literal["error", "clamp"]
 _CLAMP = 65280.0  # a number of every dtype; the grid's rounding still fits in fp16's 65504
@@ -79,6 +88,7 @@ class LoomLayer(CacheLayerMixin):
         self.num_pages = 0
         self.page_tokens = 0
         self.pages: tuple[HeadPages, ...] = ()
+        self.codebooks: tuple[torch.Tensor, ...] = ()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate empty storage for the shape, dtype and device of ``[batch, kv_heads, tokens, head_dim]`` states."""
@@ -95,6 +105,8 @@ class LoomLayer(CacheLayerMixin):
             )
             for heads in _heads_by_layout(layouts)
         )
+        formats = calibrated_formats(layouts)
+        self.codebooks = tuple(codebook_points(fmt.points, self.device).clone() for _, fmt in formats)
         self.key_rotation = side_rotation(layouts, "key", self.dtype, self.device)
         self.value_rotation = side_rotation(layouts, "value", self.dtype, self.device)
         self.sinks = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
@@ -376,6 +388,8 @@ class LoomLayer(CacheLayerMixin):
             return
         for n, g in enumerate(self.pages):
             yield f"pages.{n}", g.data
+        for n, points in enumerate(self.codebooks):
+            yield f"codebooks.{n}", points
         yield from (("sinks.key", self.sinks.key), ("sinks.value", self.sinks.value))
         yield from (("tail.key", self.tail.key), ("tail.value", self.tail.value))
 
@@ -403,6 +417,8 @@ class LoomLayer(CacheLayerMixin):
         }
         for n, g in enumerate(self.pages):
             expected[f"pages.{n}"] = ((tail.shape[0], len(g.heads), pages, g.layout.nbytes), torch.uint8)
+        for n, points in enumerate(self.codebooks):
+            expected[f"codebooks.{n}"] = (tuple(points.shape), points.dtype)
         if rest or expected != {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}:
             raise CacheError(_NOT_THIS_PLANS)
         self.length, self.num_pages = length, pages

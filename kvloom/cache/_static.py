@@ -87,13 +87,17 @@ class StaticLoomLayer(LoomLayer):
         key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return ExactKV(key, value)
 
-    def _own(self) -> list[torch.Tensor]:
-        """Every tensor that only this layer holds."""
+    def _sequences(self) -> list[torch.Tensor]:
+        """Pages and exact tokens of every sequence."""
         if not self.is_initialized:
             return []
         store = self.store
         exact = (store.sinks.key, store.sinks.value, store.tail.key, store.tail.value)
-        return [*(g.data for g in store.pages), *exact, store.state]
+        return [*(g.data for g in store.pages), *exact]
+
+    def _own(self) -> list[torch.Tensor]:
+        """Every tensor that only this layer holds."""
+        return [*self._sequences(), *self.codebooks, self.store.state] if self.is_initialized else []
 
     def nbytes(self) -> int:
         """Live bytes: the storage of every tensor held, however full."""
@@ -239,7 +243,7 @@ class StaticLoomLayer(LoomLayer):
         return self.max_tokens
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for tensor in self._own()[:-1]:
+        for tensor in self._sequences():
             changed = change(tensor)
             if changed.shape != tensor.shape or changed.device != tensor.device:
                 raise CacheError(

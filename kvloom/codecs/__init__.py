@@ -6,8 +6,11 @@ from kvloom.codecs._affine import AFFINE, Affine
 from kvloom.codecs._affine_form import AffineForm, Grid
 from kvloom.codecs._base import Codec, Encoded, get, names, register, registered, wide
 from kvloom.codecs._clipped import CLIPPED, Clipped
+from kvloom.codecs._codebook_form import CodebookForm
+from kvloom.codecs._groups import group
 from kvloom.codecs._hqq import HQQ, Hqq
 from kvloom.codecs._lloyd import LLOYD, Lloyd
+from kvloom.codecs._nuq import NUQ, Nuq
 from kvloom.codecs._quanto import QUANTO, Quanto
 from kvloom.codecs._range import OUT_OF_RANGE
 from kvloom.codecs._rotation import dual, rotated, signs
@@ -18,20 +21,24 @@ __all__ = [
     "CLIPPED",
     "HQQ",
     "LLOYD",
+    "NUQ",
     "OUT_OF_RANGE",
     "QUANTO",
     "Affine",
     "AffineForm",
     "Clipped",
+    "CodebookForm",
     "Codec",
     "Encoded",
     "Grid",
     "Hqq",
     "Lloyd",
+    "Nuq",
     "Quanto",
     "as_stored",
     "dual",
     "get",
+    "group",
     "names",
     "register",
     "registered",

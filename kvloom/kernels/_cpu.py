@@ -22,7 +22,7 @@ import torch
 from kvloom._userdir import cache_dir, write_once
 from kvloom.errors import KernelError
 from kvloom.kernels._torch import TorchBackend
-from kvloom.pages import SideLayout, row_runs
+from kvloom.pages import Codebook, Plane, SideLayout, row_runs
 
 # What lets sums be vectorised. Not -ffast-math: a library linked with it turns off denormals in the whole process.
 _FLAGS = ["-O3", "-shared", "-fPIC", "-funroll-loops", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -57,6 +57,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("lead_bytes", "page_bytes")),
         *((name, ctypes.c_int32) for name in ("lead", "n", "groups", "m", "rows", "cols", "num_planes")),
         ("planes", _Plane * 2),
+        ("points", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
         ("x_strides", _Strides),
         *((name, ctypes.c_int64) for name in ("scale", "zero")),
@@ -111,6 +112,7 @@ def _served(x: torch.Tensor, side: SideLayout) -> bool:
         and x.shape[1] <= MAX_ROWS
         and (side.role == "key") == (side.fmt.grouping == "per_channel")
         and bool(side.planes)
+        and side.fmt.form != "opaque"
         and all(plane.cols in _WIDTHS and plane.is_byte_separable for plane in side.planes)
     )
 
@@ -132,12 +134,13 @@ def _job(x: torch.Tensor, pages: torch.Tensor, side: SideLayout, out: torch.Tens
         cols=plane.cols,
         num_planes=len(side.planes),
         planes=_planes(side),
+        points=_points(side.fmt.points),
         x=x.data_ptr(),
         scale=side.params_offset,
         zero=-1 if fmt.symmetric else side.params_offset + apart,
         step=step,
         group_step=step * plane.cols,
-        symmetric=-0.5 * fmt.levels,
+        symmetric=fmt.symmetric_zero,
         out=out.data_ptr(),
     )
 
@@ -147,9 +150,26 @@ def _planes(side: SideLayout) -> ctypes.Array[_Plane]:
     planes = (_Plane * 2)()
     for i, plane in enumerate(side.planes):
         runs = row_runs(plane)  # cached for good: the addresses stay
-        places = (plane.offset, runs.starts.data_ptr(), runs.order.data_ptr())
+        order = _order(side, plane) if i and side.fmt.points else runs.order
+        places = (plane.offset, runs.starts.data_ptr(), order.data_ptr())
         planes[i] = _Plane(*places, runs.run, plane.bits, 1 << plane.shift)
     return planes
+
+
+@cache
+def _order(side: SideLayout, plane: Plane) -> torch.Tensor:
+    """int32 ``[cols]``: where the first plane stores the column of each stored one of another plane."""
+    return row_runs(side.planes[0]).order.flatten().argsort().int()[row_runs(plane).order.flatten()].contiguous()
+
+
+@cache
+def _points_held(points: Codebook) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * len(points))(*points)
+
+
+def _points(points: Codebook) -> int | None:
+    """Address of the points as floats; None where there are none."""
+    return ctypes.addressof(_points_held(points)) if points else None
 
 
 @cache

@@ -15,6 +15,7 @@ from kvloom.kernels import _cuda_pages, _nvrtc
 from kvloom.kernels._base import AttendOptions, Backend, head_index, rows_of_a_head
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
+from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.kernels._torch import TORCH, TorchBackend
 from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout, StaticKV
 
@@ -131,7 +132,7 @@ def _served(query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | No
 
 def _is_covered(layouts: Sequence[PageLayout], dtype: torch.dtype, shared_limit: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and all(
-        layout.is_affine
+        layout.is_readable
         and layout.head_dim <= MAX_HEAD_DIM
         and layout.page_tokens in PAGE_TOKENS
         and block_warps(layout, 0, shared_limit) > 0
@@ -178,6 +179,7 @@ def attend_pages(
     table = None if static is None else static.table
     for group in kv.pages:
         launch = _launch(group, query, kv, masked, softcap is not None)
+        sides = (group.layout.key, group.layout.value)
         launch.module.launch(
             "attend",
             (launch.splits, len(group.heads) * launch.row_tiles, batch),
@@ -214,6 +216,7 @@ def attend_pages(
             *_workspace(launch, batch * len(group.heads), dim, query.device, static),
             out,
             sums,
+            *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
             shared=launch.shared,
             cluster=launch.cluster,
         )
@@ -275,14 +278,20 @@ def block_warps(layout: PageLayout, pages: int, shared_limit: int) -> int:
     Returns:
         12, 8, 4, 2 or 1; or 0 where not even one warp's pages fit.
     """
-    is_bulk = pages >= _BULK_PAGES and layout.nbytes <= _SMALL_PAGE and layout.head_dim <= _BULK_HEAD_DIM
-    most = 12 if is_bulk else 8 if pages >= _BUSY_PAGES else 4
+    most = 12 if pages >= _BULK_PAGES and _is_small(layout) else 8 if pages >= _BUSY_PAGES else 4
     return next((n for n in (12, 8, 4, 2, 1) if n <= most and _shared_bytes(layout, n) <= shared_limit), 0)
 
 
 _BUSY_PAGES, _BULK_PAGES = 2, 160
-_SMALL_PAGE = 8 << 10  # with larger ones, eight warps have as many bytes on their way as the memory can use
-_BULK_HEAD_DIM = 128  # wider heads would not fit in the registers of so many threads
+
+
+def _is_small(layout: PageLayout) -> bool:
+    """Whether a warp needs so few bytes on their way, and so few registers, that twelve are better than eight."""
+    looks_up = has_codebook(layout.key) or has_codebook(layout.value)
+    return layout.nbytes <= _SMALL_PAGE and layout.head_dim <= _SMALL_HEAD_DIM and not looks_up
+
+
+_SMALL_PAGE, _SMALL_HEAD_DIM = 8 << 10, 128
 
 
 @lru_cache(maxsize=1024)
@@ -298,6 +307,8 @@ def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: int, capp
         "VGROUPS": _groups(value),
         "KSYM": key.fmt.symmetric,
         "VSYM": value.fmt.symmetric,
+        "KPOINTS": has_codebook(key),
+        "VPOINTS": has_codebook(value),
         "KTOK": key.fmt.grouping == "per_token",
         "VCH": value.fmt.grouping == "per_channel",
         "BF16": bf16,

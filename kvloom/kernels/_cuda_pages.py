@@ -15,6 +15,7 @@ from kvloom.codecs import AFFINE, OUT_OF_RANGE
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._base import head_index
 from kvloom.kernels._nvrtc import Defines, module, strides
+from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.pages import PageLayout, SideLayout, StaticKV
 
 MAX_HEAD_DIM = 256
@@ -174,6 +175,8 @@ def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[
                 *strides(data),
                 key,
                 value,
+                *point_arguments(layout.key),
+                *point_arguments(layout.value),
                 shared=shared,
             )
     return key, value
@@ -199,7 +202,9 @@ def _decode_build(layout: PageLayout, dtype: torch.dtype) -> tuple[Defines, int,
     """Defines, warps of a block and bytes of shared memory of ``decode.cu``."""
     vectors = layout.page_tokens // 4 * layout.head_dim * dtype.itemsize // 16
     warps = _fullest(-(-vectors // 32), range(4, _MAX_WARPS + 1))
-    return _defines(layout, dtype, warps), warps, max(map(_code_bytes, (layout.key, layout.value)))
+    points = (("KEY_POINTS", has_codebook(layout.key)), ("VALUE_POINTS", has_codebook(layout.value)))
+    defines = (*_defines(layout, dtype, warps), *((name, int(value)) for name, value in points))
+    return defines, warps, max(map(_code_bytes, (layout.key, layout.value)))
 
 
 def _fullest(tiles: int, counts: range) -> int:
@@ -287,10 +292,10 @@ def _check_side(side: SideLayout, dtype: torch.dtype) -> None:
     if side.fmt.is_passthrough:
         if side.nbytes != side.page_tokens * side.head_dim * dtype.itemsize:
             raise KernelError(f"the page layout keeps {side.role}s in another compute dtype than {dtype}")
-    elif side.fmt.form != "affine" or side.fmt.group_size % 16:
+    elif side.fmt.form == "opaque" or side.fmt.group_size % 16:
         raise KernelError(
-            f"the CUDA page kernels take codecs of affine form in groups of whole 16 elements, not {side.fmt.codec!r} "
-            f"in groups of {side.fmt.group_size}"
+            f"the CUDA page kernels take codecs of affine and codebook form in groups of whole 16 elements, not "
+            f"{side.fmt.codec!r} in groups of {side.fmt.group_size}"
         )
 
 

@@ -53,8 +53,8 @@ class TorchBackend(Backend):
         if kv.num_pages == 0:
             return dense_attention(query, *_exact_states(kv), mask=mask, **options)
         columns = column_mask(kv, mask, query.shape[2])
-        is_affine = all(group.layout.is_affine for group in kv.pages)
-        if rows_of_a_head(query, kv) > kv.page_tokens or not is_affine:
+        is_readable = all(group.layout.is_readable for group in kv.pages)
+        if rows_of_a_head(query, kv) > kv.page_tokens or not is_readable:
             return dense_attention(query, *self.all_states(kv), mask=columns, **options)
         return self._folded_attention(query, *_exact_states(kv), kv, columns, **options)
 

@@ -20,7 +20,7 @@ from kvloom.errors import KernelError
 from kvloom.kernels._base import AttendOptions, head_index, rows_of_a_head
 from kvloom.kernels._torch import TorchBackend
 from kvloom.kernels._triton_tiles import MIN_COLUMNS, SideTile, next_power, row_tile, side_tile
-from kvloom.pages import PagedKV, PageLayout, SideLayout, pack_side, unpack_raw
+from kvloom.pages import PagedKV, PageLayout, SideLayout, codebook_points, pack_side, unpack_raw
 
 # More rows are served by a matrix product over decoded pages.
 MAX_ROWS = 64
@@ -89,7 +89,7 @@ class TritonBackend(TorchBackend):
 
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
-        if dtype not in _DTYPES or not layout.is_affine or data.numel() == 0:
+        if dtype not in _DTYPES or not layout.is_readable or data.numel() == 0:
             return super().decode(data, layout, dtype)
         with torch.cuda.device_of(data):
             return self._decode_side(data, layout.key, dtype), self._decode_side(data, layout.value, dtype)
@@ -103,7 +103,7 @@ class TritonBackend(TorchBackend):
         out = torch.empty((batch, heads, tokens, side.head_dim), dtype=dtype, device=data.device)
         block = min(side.page_tokens, _BLOCK // channels)
         self._page_kernels.decode_side[(tokens // block, heads, batch)](
-            out, data, *data.stride()[:3], tokens, side_tile(side), heads, block, channels
+            out, data, _points(side, data), *data.stride()[:3], tokens, side_tile(side), heads, block, channels
         )
         return out
 
@@ -134,7 +134,9 @@ class TritonBackend(TorchBackend):
         for pages in kv.pages:
             columns = row_tile(pages.layout, rows)
             self._attend_kernels.attend_split[(splits, len(pages.heads) * -(-rows // columns), batch)](
-                *(partial, stats, query, pages.data, head_index(pages.heads, kv.device), *exact, kv.visible),
+                *(partial, stats, query, pages.data),
+                *(_points(side, pages.data) for side in (pages.layout.key, pages.layout.value)),
+                *(head_index(pages.heads, kv.device), *exact, kv.visible),
                 query if mask is None else mask.view(torch.uint8) if is_bool else mask,
                 *query.stride()[:3],
                 *pages.data.stride()[:3],
@@ -179,6 +181,11 @@ class TritonBackend(TorchBackend):
         return out
 
 
+def _points(side: SideLayout, data: torch.Tensor) -> torch.Tensor:
+    """The codebook of a side on the device of its pages; anything there if it has none."""
+    return codebook_points(side.fmt.points, data.device) if side.fmt.form == "codebook" else data
+
+
 def _params_block(tile: SideTile) -> tuple[int, int, int]:
     """Tokens and channels of a program of ``encode_params``, and how many blocks a group has."""
     if tile.per_channel:
@@ -210,7 +217,7 @@ def _serves(query: torch.Tensor, kv: PagedKV) -> bool:
         and kv.page_tokens in PAGE_TOKENS
         and rows_of_a_head(query, kv) <= MAX_ROWS
         and query.shape[3] <= MAX_HEAD_DIM[kv.dtype.itemsize]
-        and all(group.layout.is_affine for group in kv.pages)
+        and all(group.layout.is_readable for group in kv.pages)
     )
 
 

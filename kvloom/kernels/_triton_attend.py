@@ -11,7 +11,8 @@ bits ``[pair >> 1][t: 2][pair & 1][h: 1]``, which is how Triton lays out an oper
 
 Codes are not converted for half precision. A field left where it is in the low byte of a 16-bit unit *is* the fp16
 subnormal ``code * 2**place * 2**-24``; the places fold into the moving operand, 2**-24 into the result. Both halves of
-a word are masked at once, which LLVM keeps so only if they are taken apart last (`_flat_fields`).
+a word are masked at once, which LLVM keeps so only if they are taken apart last (`_flat_fields`). Codes of a codebook
+are put together and replaced by their points, one load an element.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 # P times a scale is moved below this power of two: with the weight of a second plane it stays within fp16.
 TOP = tl.constexpr(11)
-SUBNORMAL = tl.constexpr(2.0**24)
 
 
 @triton.jit
@@ -143,11 +143,40 @@ def _plane_product(page, moving, SIDE: tl.constexpr, INDEX: tl.constexpr, HALF: 
 
 
 @triton.jit
-def _product(page, moving, SIDE: tl.constexpr, HALF: tl.constexpr):
-    """Codes times ``moving`` fp32 ``[cols, n]``, fp32 ``[rows, n]``; in units of 2**-24 if ``HALF``."""
-    out = _plane_product(page, moving, SIDE, 0, HALF)
+def _part_of_codes(page, SIDE: tl.constexpr, INDEX: tl.constexpr):
+    """One plane's part of the codes, int16 ``[rows, cols]``."""
+    PLANE: tl.constexpr = SIDE.planes[INDEX]
+    if PLANE.is_flat:
+        place = _pair(tl.arange(0, SIDE.cols)) % PLANE.fields * PLANE.bits % 8
+        fields = _flat_fields(page, PLANE, SIDE) >> place.to(tl.int16)[None, :]
+    else:
+        fields = _gathered_fields(page, PLANE, SIDE)
+    return fields << PLANE.shift
+
+
+@triton.jit
+def _point_product(page, points, moving, SIDE: tl.constexpr, HALF: tl.constexpr):
+    codes = _part_of_codes(page, SIDE, 0)
     if SIDE.num_planes == 2:
-        out += _plane_product(page, moving, SIDE, 1, HALF)
+        codes |= _part_of_codes(page, SIDE, 1)
+    matrix = tl.load(points + codes.to(tl.int32))
+    moving = moving if SIDE.is_key else _by_token(moving, SIDE)
+    if HALF:
+        out = tl.dot(matrix, moving.to(tl.float16))
+    else:
+        out = tl.dot(matrix.to(tl.float32), moving, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _product(page, points, moving, SIDE: tl.constexpr, HALF: tl.constexpr):
+    """Codes, or their points, times ``moving`` fp32 ``[cols, n]``: fp32 ``[rows, n]``, if ``HALF`` / ``SIDE.unit``."""
+    if SIDE.has_codebook:
+        out = _point_product(page, points, moving, SIDE, HALF)
+    else:
+        out = _plane_product(page, moving, SIDE, 0, HALF)
+        if SIDE.num_planes == 2:
+            out += _plane_product(page, moving, SIDE, 1, HALF)
     return out
 
 
@@ -192,49 +221,49 @@ def _dot(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _channel_scores(page, q, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
+def _channel_scores(page, points, q, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
     """K Q of a page with ``per_channel`` keys, fp32 ``[tokens, N]``, for ``q [channels, N]`` in stored order."""
-    UNIT: tl.constexpr = SUBNORMAL if HALF else 1.0
+    UNIT: tl.constexpr = SIDE.unit if HALF else 1.0
     OPERAND: tl.constexpr = tl.float16 if HALF else tl.float32
     scale, zero = params(page, _channel(tl.arange(0, SIDE.cols), SIDE), SIDE)
     if SIDE.groups == 1:
-        out = _product(page, q * scale, SIDE, HALF) * UNIT
+        out = _product(page, points, q * scale, SIDE, HALF) * UNIT
     else:
         moving = tl.reshape(q[:, None, :] * scale[:, :, None], (SIDE.cols, SIDE.groups * N))
-        out = tl.reshape(_product(page, moving, SIDE, HALF) * UNIT, (SIDE.rows, SIDE.groups, N))
+        out = tl.reshape(_product(page, points, moving, SIDE, HALF) * UNIT, (SIDE.rows, SIDE.groups, N))
         out = tl.sum(tl.where(_by_group(tl.arange(0, SIDE.rows), SIDE), out, 0.0), 1)
     rows = tl.broadcast_to(tl.trans(zero)[:, None, :], (SIDE.groups, SIDE.rows // SIDE.groups, SIDE.cols))
     return out + SIDE.zero_factor * _dot(tl.reshape(rows, (SIDE.rows, SIDE.cols)), q, OPERAND)
 
 
 @triton.jit
-def _token_scores(page, q, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
+def _token_scores(page, points, q, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
     """The same for ``per_token`` keys."""
-    UNIT: tl.constexpr = SUBNORMAL if HALF else 1.0
+    UNIT: tl.constexpr = SIDE.unit if HALF else 1.0
     scale, zero = params(page, tl.arange(0, SIDE.rows), SIDE)
     if SIDE.groups == 1:
-        out = _product(page, q, SIDE, HALF) * (scale * UNIT) + zero * (SIDE.zero_factor * tl.sum(q, 0)[None, :])
+        out = _product(page, points, q, SIDE, HALF) * (scale * UNIT) + zero * (SIDE.zero_factor * tl.sum(q, 0)[None, :])
     else:
         moving = tl.where(_by_group(_channel(tl.arange(0, SIDE.cols), SIDE), SIDE), q[:, None, :], 0.0)
         sums = SIDE.zero_factor * tl.sum(moving, 0)[None, :, :]
-        out = _product(page, tl.reshape(moving, (SIDE.cols, SIDE.groups * N)), SIDE, HALF)
+        out = _product(page, points, tl.reshape(moving, (SIDE.cols, SIDE.groups * N)), SIDE, HALF)
         out = tl.reshape(out, (SIDE.rows, SIDE.groups, N)) * (scale * UNIT)[:, :, None]
         out = tl.sum(out + zero[:, :, None] * sums, 1)
     return out
 
 
 @triton.jit
-def _channel_values(page, p, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
+def _channel_values(page, points, p, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
     """V P of a page with ``per_channel`` values, fp32 ``[channels, N]``, for ``p [tokens, N]``."""
-    UNIT: tl.constexpr = SUBNORMAL if HALF else 1.0
+    UNIT: tl.constexpr = SIDE.unit if HALF else 1.0
     OPERAND: tl.constexpr = tl.float16 if HALF else tl.float32
     scale, zero = params(page, tl.arange(0, SIDE.rows), SIDE)
     high = p * 2.0**TOP
     if SIDE.groups == 1:
-        out = _product(page, high, SIDE, HALF) * scale
+        out = _product(page, points, high, SIDE, HALF) * scale
     else:
         moving = tl.where(_by_group(tl.arange(0, SIDE.cols), SIDE), high[:, None, :], 0.0)
-        out = _product(page, tl.reshape(moving, (SIDE.cols, SIDE.groups * N)), SIDE, HALF)
+        out = _product(page, points, tl.reshape(moving, (SIDE.cols, SIDE.groups * N)), SIDE, HALF)
         out = tl.sum(tl.reshape(out, (SIDE.rows, SIDE.groups, N)) * scale[:, :, None], 1)
     cols = tl.broadcast_to(zero[:, :, None], (SIDE.rows, SIDE.groups, SIDE.cols // SIDE.groups))
     zeros = _dot(tl.reshape(cols, (SIDE.rows, SIDE.cols)), high, OPERAND)
@@ -242,22 +271,24 @@ def _channel_values(page, p, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.const
 
 
 @triton.jit
-def _token_values(page, p, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
+def _token_values(page, points, p, SIDE: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr):
     """The same for ``per_token`` values, without their zero points; and P times the zero points.
 
     The latter is ``[tokens, N]``, still to be summed over tokens, where there is one group, and ``[groups, N]`` else.
     """
-    UNIT: tl.constexpr = SUBNORMAL if HALF else 1.0
+    UNIT: tl.constexpr = SIDE.unit if HALF else 1.0
     scale, zero = params(page, tl.arange(0, SIDE.cols), SIDE)
     zero *= SIDE.zero_factor
     # The page's largest scale sets the power of two that keeps P times a scale among fp16's normal numbers.
     top = tl.maximum(_exponent(tl.max(tl.max(scale, 1), 0)), -24)
     scale *= _power(-top + (TOP - 1))
     if SIDE.groups == 1:
-        out = _product(page, p * scale, SIDE, HALF)
+        out = _product(page, points, p * scale, SIDE, HALF)
         zeros = p * zero
     else:
-        out = _product(page, tl.reshape(p[:, None, :] * scale[:, :, None], (SIDE.cols, SIDE.groups * N)), SIDE, HALF)
+        out = _product(
+            page, points, tl.reshape(p[:, None, :] * scale[:, :, None], (SIDE.cols, SIDE.groups * N)), SIDE, HALF
+        )
         out = tl.reshape(out, (SIDE.rows, SIDE.groups, N))
         out = tl.sum(tl.where(_by_group(tl.arange(0, SIDE.rows), SIDE), out, 0.0), 1)
         zeros = tl.sum(p[:, None, :] * zero[:, :, None], 0)
@@ -363,7 +394,8 @@ def _exact_tokens(
     ]
 )  # fmt: skip
 def attend_split(
-    partial, stats, query, data, heads, sink_key, sink_value, tail_key, tail_value, visible, mask,
+    partial, stats, query, data, key_points, value_points, heads, sink_key, sink_value, tail_key, tail_value, visible,
+    mask,
     query_batch, query_head, query_row, data_batch, data_head, data_page, mask_batch, mask_head, mask_query, mask_slot,
     length, sinks, tail, num_pages, share, first_exact, exact_share, splits, scaling, softcap,
     KEY: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
@@ -374,8 +406,9 @@ def attend_split(
 
     Grid: (splits, heads of this layout x row tiles, batch). Splits below ``first_exact`` take ``share`` pages each, the
     others ``exact_share`` tokens of the tail each, and the first of them the sinks. A row is a query of a query head,
-    queries fastest. Writes, in fp32, ``partial [batch, kv_heads, splits, PADDED_ROWS, head_dim]`` and, maximum in base
-    2 and sum, ``stats [batch, kv_heads, splits, 2, PADDED_ROWS]``.
+    queries fastest. ``key_points`` and ``value_points``, fp16, are read where a side has a codebook. Writes, in fp32,
+    ``partial [batch, kv_heads, splits, PADDED_ROWS, head_dim]`` and, maximum in base 2 and sum, ``stats [batch,
+    kv_heads, splits, 2, PADDED_ROWS]``.
     """
     HALF: tl.constexpr = DTYPE.primitive_bitwidth == 16
     HEAD_DIM: tl.constexpr = KEY.head_dim
@@ -420,9 +453,9 @@ def attend_split(
         if KEY.is_raw:
             scores = _dot(_raw_page(page, KEY, HEAD_DIM_PAD, DTYPE), plain, DTYPE)
         elif KEY.per_channel:
-            scores = _channel_scores(page, stored, KEY, N, HALF)
+            scores = _channel_scores(page, key_points, stored, KEY, N, HALF)
         else:
-            scores = _token_scores(page, stored, KEY, N, HALF)
+            scores = _token_scores(page, key_points, stored, KEY, N, HALF)
         scores = _base_2(scores, factor, softcap, HAS_SOFTCAP)
         if HAS_READS:
             slot = sinks + index * TOKENS + token
@@ -433,9 +466,9 @@ def attend_split(
         if VALUE.is_raw:
             out += _raw_values(_raw_page(page, VALUE, HEAD_DIM_PAD, DTYPE), p, DTYPE)
         elif VALUE.per_channel:
-            out += _channel_values(page, p, VALUE, N, HALF)
+            out += _channel_values(page, value_points, p, VALUE, N, HALF)
         else:
-            own, own_zeros = _token_values(page, p, VALUE, N, HALF)
+            own, own_zeros = _token_values(page, value_points, p, VALUE, N, HALF)
             out += own
             zeros = zeros * decay[None, :] + own_zeros
         page += data_page

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
 """Triton kernels that write and read pages: parameters, codes, and back to dense.
 
-Every operation is the reference's (`kvloom.codecs`' affine format), in fp32 and in the same order, so the bytes are its
-bytes. No product is added to anything inexactly: codes and levels have 8 bits and scales 11, so a fused multiply-add
-rounds as the two operations do.
+Every operation is the reference's (that of `kvloom.codecs`' affine format where pages are written), in fp32 and in the
+same order, so the bytes are its bytes. No product is added to anything inexactly: codes and levels have 8 bits, points
+and scales 11, so a fused multiply-add rounds as the two operations do.
 """
 
 from __future__ import annotations
@@ -152,10 +152,12 @@ def encode_plane(
 
 @triton.jit(do_not_specialize=["tokens"])
 def decode_side(
-    out, data, data_batch, data_head, data_page, tokens,
+    out, data, points, data_batch, data_head, data_page, tokens,
     SIDE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Dense elements ``out [batch, heads, tokens, head_dim]`` of one side, ``TOKENS`` tokens a program.
+
+    ``points``, fp16, are those of the codebook, if there is one.
 
     Grid: (blocks of tokens, heads, batch); ``TOKENS`` divides a page.
     """
@@ -171,7 +173,10 @@ def decode_side(
         if index < SIDE.num_planes:
             codes |= _plane_codes(record, token, channel, valid, SIDE, index)
     scale, zero = _scale_and_zero(record, token, channel, valid, SIDE)
-    values = codes.to(tl.float32) * scale + zero
+    if SIDE.has_codebook:
+        values = tl.load(points + codes).to(tl.float32) * scale + zero
+    else:
+        values = codes.to(tl.float32) * scale + zero
     if out.dtype.element_ty == tl.float16:
         values = tl.minimum(tl.maximum(values, -FP16_MAX), FP16_MAX)
     to = (batch * HEADS + head) * tokens * SIDE.head_dim + (start + tl.arange(0, TOKENS))[:, None] * SIDE.head_dim

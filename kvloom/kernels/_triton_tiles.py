@@ -70,6 +70,8 @@ class SideTile:
         groups: Groups along the grouped axis, padded to a power of two; ``real_groups`` of them exist.
         symmetric: There is no zero point.
         levels: Largest code.
+        has_codebook: Codes stand for points of a codebook, which is a kernel's argument.
+        zero_factor: What multiplies the loaded zero point: a symmetric grid's is a multiple of its scale.
     """
 
     is_key: bool
@@ -86,6 +88,8 @@ class SideTile:
     real_groups: int
     symmetric: bool
     levels: int
+    has_codebook: bool
+    zero_factor: float
 
     @property
     def num_planes(self) -> int:
@@ -116,16 +120,16 @@ class SideTile:
     def headroom(self) -> int:
         """A number below two to this power, times a scale and the weight of a plane, is within fp16.
 
-        A scale is at most ``2 * 65504 / levels``.
+        A scale is at most ``2 * 65504 / levels``; with a codebook 65504, and planes have no weights.
         """
-        if self.is_raw:
+        if self.is_raw or self.has_codebook:
             return 0
         return math.floor(math.log2(self.levels / 2 ** (self.planes[-1].shift + 1)))
 
     @property
-    def zero_factor(self) -> float:
-        """What multiplies the loaded zero point: a symmetric grid's is a multiple of its scale."""
-        return -0.5 * self.levels if self.symmetric else 1.0
+    def unit(self) -> float:
+        """What products in half precision are in units of: codes are subnormals there, points are themselves."""
+        return 1.0 if self.has_codebook else 2.0**24
 
 
 @lru_cache(maxsize=256)
@@ -150,6 +154,8 @@ def side_tile(side: SideLayout) -> SideTile:
         real_groups=groups,
         symmetric=fmt.symmetric,
         levels=fmt.levels,
+        has_codebook=fmt.form == "codebook",
+        zero_factor=fmt.symmetric_zero if fmt.symmetric else 1.0,
     )
 
 

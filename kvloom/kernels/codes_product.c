@@ -12,7 +12,8 @@
 struct plane {
     int64_t offset;        /* first byte within the record */
     const int32_t *starts; /* [rows][row bytes / run], offsets within the plane */
-    const int32_t *order;  /* [cols], the natural column of each stored one */
+    const int32_t *order;  /* [cols], the natural column of each stored one; of the second plane's of a codebook: the
+                              first plane's stored one */
     int32_t run, bits;
     float weight;
 };
@@ -27,6 +28,7 @@ struct job {
     int32_t lead, n, groups, m, rows, cols;
     int32_t num_planes;
     struct plane planes[2];
+    const float *points; /* what codes stand for, or null */
     const float *x; /* rows of `cols` floats */
     struct strides x_strides;
     int64_t scale, zero;      /* first scale and zero point within the record; zero is -1 if none are stored */
@@ -52,8 +54,18 @@ INLINE void gather_rows(const uint8_t *plane, const int32_t *starts, int runs, i
     for (int i = 0; i < runs; i++) memcpy(bytes + i * run, plane + starts[i], run);
 }
 
-/* out += the products of some rows of one plane of one page with m moving rows; cols and bits are constants.
- * Rows are gathered TILE at a time: wide loads right behind the narrow stores of the same row would stall. */
+/* Bytes of TILE rows: wide loads right behind the narrow stores of the same row would stall. */
+INLINE void gather_tile(const uint8_t *plane, const int32_t *starts, int run, int bytes, uint8_t *tile) {
+    switch (run) {
+        case 16: gather_rows(plane, starts, TILE * bytes / 16, 16, tile); break;
+        case 8: gather_rows(plane, starts, TILE * bytes / 8, 8, tile); break;
+        case 4: gather_rows(plane, starts, TILE * bytes / 4, 4, tile); break;
+        case 2: gather_rows(plane, starts, TILE * bytes / 2, 2, tile); break;
+        default: gather_rows(plane, starts, TILE * bytes, 1, tile);
+    }
+}
+
+/* out += the products of some rows of one plane of one page with m moving rows; cols and bits are constants. */
 INLINE void plane_product(const uint8_t *plane, const int32_t *starts, int run, const float *moving, int m, int rows,
                           int cols, int bits, float *out, int64_t out_row) {
     const int bytes = cols * bits / 8, fields = 8 / bits;
@@ -61,13 +73,7 @@ INLINE void plane_product(const uint8_t *plane, const int32_t *starts, int run, 
     uint8_t tile[TILE * MAX_COLS];
     float codes[MAX_COLS];
     for (int r = 0; r < rows; r += TILE, starts += TILE * bytes / run) {
-        switch (run) {
-            case 16: gather_rows(plane, starts, TILE * bytes / 16, 16, tile); break;
-            case 8: gather_rows(plane, starts, TILE * bytes / 8, 8, tile); break;
-            case 4: gather_rows(plane, starts, TILE * bytes / 4, 4, tile); break;
-            case 2: gather_rows(plane, starts, TILE * bytes / 2, 2, tile); break;
-            default: gather_rows(plane, starts, TILE * bytes, 1, tile);
-        }
+        gather_tile(plane, starts, run, bytes, tile);
         for (int t = 0; t < TILE; t++) {
             for (int f = 0; f < fields; f++)
                 for (int b = 0; b < bytes; b++)
@@ -112,10 +118,59 @@ static void fold(const struct job *job, const uint8_t *record, int group, const 
     }
 }
 
+/* The same for a codebook: codes of all planes are put together in the first plane's order, and looked up. */
+INLINE void point_product(const struct job *job, const uint8_t *record, int group, const float *moving, int rows,
+                          int cols, float *out) {
+    uint8_t tiles[2][TILE * MAX_COLS], codes[MAX_COLS];
+    float points[MAX_COLS];
+    for (int r = 0; r < rows; r += TILE) {
+        for (int i = 0; i < job->num_planes; i++) {
+            const struct plane *p = job->planes + i;
+            const int bytes = cols * p->bits / 8;
+            const int32_t *starts = p->starts + ((int64_t)group * rows + r) * bytes / p->run;
+            gather_tile(record + p->offset, starts, p->run, bytes, tiles[i]);
+        }
+        for (int t = 0; t < TILE; t++) {
+            for (int i = 0; i < job->num_planes; i++) {
+                const struct plane *p = job->planes + i;
+                const int bytes = cols * p->bits / 8, mask = (1 << p->bits) - 1, weight = (int)p->weight;
+                for (int f = 0; f < 8 / p->bits; f++)
+                    for (int b = 0; b < bytes; b++) {
+                        const int code = (tiles[i][t * bytes + b] >> (f * p->bits)) & mask;
+                        if (i == 0) codes[f * bytes + b] = code;
+                        else codes[p->order[f * bytes + b]] |= code * weight;
+                    }
+            }
+            for (int c = 0; c < cols; c++) points[c] = job->points[codes[c]];
+            for (int i = 0; i < job->m; i++) {
+                float sum = 0;
+                for (int c = 0; c < cols; c++) sum += moving[i * cols + c] * points[c];
+                out[i * job->out_strides.row + r + t] += sum;
+            }
+        }
+    }
+}
+
+static void points_of_group(const struct job *job, const uint8_t *record, int group, const float *moving, float *out) {
+    const int own = job->rows / job->groups, cols = job->cols;
+    float stored[MAX_ROWS * MAX_COLS];
+    for (int i = 0; i < job->m; i++)
+        for (int c = 0; c < cols; c++) stored[i * cols + c] = moving[i * cols + job->planes[0].order[c]];
+    switch (cols) {
+        case 64: point_product(job, record, group, stored, own, 64, out); break;
+        case 128: point_product(job, record, group, stored, own, 128, out); break;
+        default: point_product(job, record, group, stored, own, cols, out);
+    }
+}
+
 static void group_product(const struct job *job, const uint8_t *record, int group, const float *x, float *out) {
     const int own = job->rows / job->groups, cols = job->cols;
     float moving[MAX_ROWS * MAX_COLS], stored[MAX_ROWS * MAX_COLS];
     fold(job, record, group, x, moving, out);
+    if (job->points) {
+        points_of_group(job, record, group, moving, out);
+        return;
+    }
     for (const struct plane *p = job->planes; p < job->planes + job->num_planes; p++) {
         const int runs = cols * p->bits / 8 / p->run;
         for (int i = 0; i < job->m; i++)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kvloom.pages._codebook import CODEBOOK_BITS, Codebook
 from kvloom.pages._codec_facts import CodecFacts, Form, codec_facts, declare_codec
 from kvloom.pages._format import (
     BITS,
@@ -24,7 +25,16 @@ from kvloom.pages._layout import PageLayout, SideLayout, page_layout, page_nbyte
 
 if TYPE_CHECKING:
     from kvloom.pages._handle import ExactKV, HeadPages, PagedKV, StaticKV, layouts_of
-    from kvloom.pages._pack import RowRuns, pack_side, row_runs, side_matrix, unpack_params, unpack_raw, unpack_side
+    from kvloom.pages._pack import (
+        RowRuns,
+        codebook_points,
+        pack_side,
+        row_runs,
+        side_matrix,
+        unpack_params,
+        unpack_raw,
+        unpack_side,
+    )
 
 # The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
 _TENSOR_HOMES = {
@@ -32,6 +42,7 @@ _TENSOR_HOMES = {
     "HeadPages": "kvloom.pages._handle",
     "PagedKV": "kvloom.pages._handle",
     "StaticKV": "kvloom.pages._handle",
+    "codebook_points": "kvloom.pages._pack",
     "layouts_of": "kvloom.pages._handle",
     "pack_side": "kvloom.pages._pack",
     "RowRuns": "kvloom.pages._pack",
@@ -44,10 +55,12 @@ _TENSOR_HOMES = {
 
 __all__ = [
     "BITS",
+    "CODEBOOK_BITS",
     "GROUP_SIZES",
     "HEAD_DIM_STEP",
     "PAGE_TOKENS",
     "PASSTHROUGH_BITS",
+    "Codebook",
     "CodecFacts",
     "ExactKV",
     "Form",
@@ -63,6 +76,7 @@ __all__ = [
     "SideLayout",
     "StaticKV",
     "check_format",
+    "codebook_points",
     "codec_facts",
     "declare_codec",
     "layouts_of",

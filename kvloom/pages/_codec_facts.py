@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvloom.errors import PlanError
+from kvloom.pages._codebook import NORMAL_CODEBOOKS, Codebook, in_fp16
 
-Form = Literal["affine", "opaque"]
+Form = Literal["affine", "codebook", "opaque"]
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,26 @@ class CodecFacts:
 
     Attributes:
         form: ``affine``: an element decodes as ``scale * code + zero`` from the fp16 parameters of its group (``zero =
-            -scale * levels / 2`` where the format is symmetric), so every kernel reads the pages. ``opaque``: only the
-            codec can decode, and attention reads pages that were decoded first.
+            -scale * levels / 2`` where the format is symmetric), so every kernel reads the pages. ``codebook``: as
+            ``scale * point[code] + zero`` (no zero where the format is symmetric), at most 4 bits; likewise.
+            ``opaque``: only the codec can decode, and attention reads pages that were decoded first.
         bits: Code widths it takes.
         symmetric: Whether it takes symmetric formats, without zero points.
         asymmetric: Whether it takes the others.
+        codebooks: The points of a codec of ``codebook`` form, for each of ``bits``; none if plans bring their own,
+            calibrated ones.
     """
 
     form: Form = "affine"
     bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     symmetric: bool = True
     asymmetric: bool = True
+    codebooks: tuple[Codebook, ...] = ()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether plans bring the codebooks."""
+        return self.form == "codebook" and not self.codebooks
 
     @property
     def symmetries(self) -> tuple[bool, ...]:
@@ -54,12 +64,38 @@ class CodecFacts:
         if not symmetric and not self.asymmetric:
             raise PlanError(f"symmetric is false where codec {name!r} never stores a zero point: set it to true.")
 
+    def check_codebook(self, name: str, bits: int, codebook: Codebook | None) -> None:
+        """Raise PlanError, in the name of the codec, if a plan's codebook is not one for codes of this width."""
+        if codebook is None:
+            return
+        if not self.is_calibrated:
+            raise PlanError(f"codebook is not for codec {name!r}, which has its own grid: leave it out.")
+        points = 2**bits
+        if len(codebook) != points or list(codebook) != sorted(codebook) or not -1 <= codebook[0] <= codebook[-1] <= 1:
+            raise PlanError(
+                f"codebook needs {points} rising numbers between -1 and 1 for {bits} bits: leave it out and run "
+                "`kvloom calibrate`."
+            )
+
+    def points(self, name: str, bits: int, codebook: Codebook | None) -> Codebook:
+        """The codebook of a format, in fp16.
+
+        Raises:
+            PlanError: Plans bring the codebooks of this codec, and ``codebook`` is None.
+        """
+        if self.codebooks:
+            codebook = self.codebooks[self.bits.index(bits)]
+        if codebook is None:
+            raise PlanError(f"codebook is missing, which codec {name!r} needs: run `kvloom calibrate` on the plan.")
+        return in_fp16(codebook)
+
 
 _FACTS: dict[str, CodecFacts] = {
     "affine": CodecFacts(),
     "clipped": CodecFacts(),
     "hqq": CodecFacts(symmetric=False),
-    "lloyd": CodecFacts(form="opaque", asymmetric=False),
+    "lloyd": CodecFacts("codebook", bits=(1, 2, 3, 4), asymmetric=False, codebooks=NORMAL_CODEBOOKS),
+    "nuq": CodecFacts("codebook", bits=(2, 3, 4), symmetric=False),
     "quanto": CodecFacts(bits=(2, 4), symmetric=False),
 }
 

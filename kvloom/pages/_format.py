@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvloom.errors import PlanError
+from kvloom.pages._codebook import POINT_BYTES, Codebook
 from kvloom.pages._codec_facts import Form, codec_facts
 
 Grouping = Literal["per_channel", "per_token"]
@@ -43,6 +44,7 @@ class Format:
         symmetric: The grid is centred on zero and no zero point is stored.
         codec: Name of the number format in the codecs room.
         rotation: How the elements were turned before they were quantised; no business of those who read pages.
+        codebook: The calibrated points of a codec that has none of its own; `points` is what codes stand for.
     """
 
     bits: int
@@ -51,6 +53,7 @@ class Format:
     symmetric: bool = False
     codec: str = "affine"
     rotation: Rotation | None = None
+    codebook: Codebook | None = None
 
     @property
     def is_passthrough(self) -> bool:
@@ -61,6 +64,32 @@ class Format:
     def form(self) -> Form:
         """How codes become values; see `CodecFacts`. A passthrough has no codes and hinders no kernel."""
         return "affine" if self.is_passthrough else codec_facts(self.codec).form
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the plan is to bring the codebook."""
+        return not self.is_passthrough and codec_facts(self.codec).is_calibrated
+
+    @property
+    def codebook_nbytes(self) -> int:
+        """Bytes of the codebook that a layer keeps beside its pages, if it is calibrated."""
+        return 2**self.bits * POINT_BYTES if self.is_calibrated else 0
+
+    @property
+    def points(self) -> Codebook:
+        """What codes of ``codebook`` form stand for, in units of the scale; empty for other forms.
+
+        Raises:
+            PlanError: The codec needs a calibrated codebook and the plan brought none.
+        """
+        if self.form != "codebook":
+            return ()
+        return codec_facts(self.codec).points(self.codec, self.bits, self.codebook)
+
+    @property
+    def symmetric_zero(self) -> float:
+        """What code 0 stands for besides its point, in units of the scale, where no zero point is stored."""
+        return 0.0 if self.form == "codebook" else -0.5 * self.levels
 
     @property
     def levels(self) -> int:
@@ -99,6 +128,7 @@ def check_format(fmt: Format, head_dim: int) -> None:
     if fmt.is_passthrough:
         return
     codec_facts(fmt.codec).check(fmt.codec, fmt.bits, fmt.symmetric)
+    codec_facts(fmt.codec).check_codebook(fmt.codec, fmt.bits, fmt.codebook)
     if fmt.grouping == "per_token" and head_dim % fmt.group_size:
         raise PlanError(
             f"group_size {fmt.group_size} does not divide head_dim {head_dim}; "

@@ -217,6 +217,11 @@ def layouts_of(
 ) -> tuple[tuple[tuple[int, ...], PageLayout], ...]:
     """Heads and layouts that `StaticKV.layouts` names; the other numbers are those of its tensors."""
     return tuple(
-        (tuple(heads), page_layout(Format(**key), Format(**value), head_dim, itemsize, page_tokens))
+        (tuple(heads), page_layout(_format(key), _format(value), head_dim, itemsize, page_tokens))
         for heads, key, value in json.loads(text)
     )
+
+
+def _format(fields: dict[str, Any]) -> Format:
+    codebook = fields["codebook"]
+    return Format(**{**fields, "codebook": None if codebook is None else tuple(codebook)})

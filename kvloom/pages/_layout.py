@@ -43,6 +43,16 @@ class SideLayout:
         span = self.page_tokens if self.fmt.grouping == "per_channel" else self.head_dim
         return span // self.fmt.group_size
 
+    @property
+    def rows(self) -> int:
+        """Rows of the side as a matrix: tokens of keys, channels of values."""
+        return self.page_tokens if self.role == "key" else self.head_dim
+
+    @property
+    def cols(self) -> int:
+        """Its columns, over which attention contracts."""
+        return self.head_dim if self.role == "key" else self.page_tokens
+
 
 @dataclass(frozen=True)
 class PageLayout:
@@ -55,9 +65,9 @@ class PageLayout:
     nbytes: int
 
     @property
-    def is_affine(self) -> bool:
-        """Whether both sides can be read without their codecs; see `CodecFacts`."""
-        return self.key.fmt.form == self.value.fmt.form == "affine"
+    def is_readable(self) -> bool:
+        """Whether attention reads both sides in place, without their codecs; see `CodecFacts`."""
+        return "opaque" not in (self.key.fmt.form, self.value.fmt.form)
 
 
 def side_nbytes(fmt: Format, head_dim: int, page_tokens: int, itemsize: int = 2) -> int:

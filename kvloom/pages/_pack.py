@@ -1,7 +1,8 @@
 """Codes and parameters to page bytes and back, in torch.
 
 `pack_side` and `unpack_side` move whole sides; `side_matrix` is what attention reads: the codes as floats, in an order
-that costs a byte permutation and a few whole-word operations, together with the order and weight of its columns.
+that costs a byte permutation and a few whole-word operations, together with the order and weight of its columns; or,
+in natural order, the points that the codes of a codebook stand for.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from functools import cache, lru_cache
 
 import torch
 
+from kvloom.pages._codebook import Codebook
 from kvloom.pages._fragment import LANES, Plane, source_index
 from kvloom.pages._layout import SideLayout
 
 _WIDE = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@lru_cache(maxsize=1024)
+def codebook_points(points: Codebook, device: torch.device) -> torch.Tensor:
+    """`Format.points` on a device, fp16 ``[2**bits]``: one tensor for all who ask."""
+    return torch.tensor(points, dtype=torch.float16, device=device)
 
 
 @lru_cache(maxsize=256)
@@ -49,10 +57,11 @@ def pack_plane(codes: torch.Tensor, plane: Plane) -> torch.Tensor:
 def side_matrix(
     pages: torch.Tensor, side: SideLayout, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The codes of a side as numbers, spread over whatever columns are cheapest to unpack.
+    """What the scales of a side multiply, spread over whatever columns are cheapest to unpack.
 
-    A field keeps the place it has in its byte, and a code in several planes keeps its parts apart: the code of column
-    ``c`` is the sum of ``weight * number`` over the stored columns whose natural index is ``c``.
+    That is codes; with a codebook, their points. A field keeps the place it has in its byte, and a code in several
+    planes keeps its parts apart: the code of column ``c`` is the sum of ``weight * number`` over the stored columns
+    whose natural index is ``c``. Points have a column each.
 
     Args:
         pages: uint8 ``[..., record bytes]``.
@@ -63,6 +72,10 @@ def side_matrix(
         ``[..., rows, planes * cols]`` of ``dtype``; the int64 ``[planes * cols]`` natural index of each stored column;
         and its weight, a power of two, likewise in ``dtype``.
     """
+    if side.fmt.form == "codebook":
+        points = codebook_points(side.fmt.points, pages.device).to(dtype)
+        matrix = points.index_select(0, _codes(pages, side).flatten().int()).view(*pages.shape[:-1], -1, side.cols)
+        return matrix, torch.arange(side.cols, device=pages.device), points.new_ones(side.cols)
     parts = [_numbers(pages[..., plane.offset : plane.offset + plane.nbytes], plane) for plane in side.planes]
     numbers = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return (numbers.to(dtype), *_stored_columns(side, dtype, pages.device))
@@ -196,7 +209,8 @@ def unpack_params(pages: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, 
 
     Returns:
         fp32 scale and zero, ``[..., groups, head_dim]`` (``per_channel``) or ``[..., page_tokens, groups]``
-        (``per_token``): an element is ``scale * code + zero``, with ``zero = -scale * levels / 2`` if symmetric.
+        (``per_token``): an element is ``scale * code + zero``, or ``scale * point + zero`` with a codebook; if
+        symmetric, with ``zero = -scale * levels / 2``, or 0 with a codebook.
     """
     raw = pages[..., side.params_offset : side.offset + side.nbytes].view(torch.float16).float()
     count = side.fmt.num_params
@@ -204,18 +218,22 @@ def unpack_params(pages: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, 
         params = raw.unflatten(-1, (count, side.groups, side.head_dim)).unbind(-3)
     else:
         params = raw.unflatten(-1, (side.groups, side.page_tokens, count)).transpose(-2, -3).unbind(-1)
-    return params[0], (params[1] if count == 2 else params[0] * (-0.5 * side.fmt.levels))
+    return params[0], (params[1] if count == 2 else params[0] * side.fmt.symmetric_zero)
 
 
 def unpack_side(pages: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Codes uint8 ``[..., page_tokens, head_dim]`` and (scale, zero) of a side; inverse of `pack_side`."""
-    lead = pages.shape[:-1]
-    rows, cols = (side.page_tokens, side.head_dim) if side.role == "key" else (side.head_dim, side.page_tokens)
-    codes = torch.zeros((*lead, rows, cols), dtype=torch.uint8, device=pages.device)
+    codes = _codes(pages, side)
+    return (codes if side.role == "key" else codes.transpose(-1, -2)), unpack_params(pages, side)
+
+
+def _codes(pages: torch.Tensor, side: SideLayout) -> torch.Tensor:
+    """Codes by matrix row, uint8 ``[..., rows, cols]``."""
+    codes = torch.zeros((*pages.shape[:-1], side.rows, side.cols), dtype=torch.uint8, device=pages.device)
     for plane in side.planes:
         data = pages[..., plane.offset : plane.offset + plane.nbytes]
         codes |= _natural(data, plane) << plane.shift
-    return (codes if side.role == "key" else codes.transpose(-1, -2)), unpack_params(pages, side)
+    return codes
 
 
 def unpack_raw(pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvloom.plan._bytes import full_pages, head_layouts, itemsize
+from kvloom.plan._bytes import calibrated_formats, full_pages, head_layouts, itemsize
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
 from kvloom.plan._spec import (
@@ -38,6 +38,7 @@ __all__ = [
     "Provenance",
     "TensorSpec",
     "Window",
+    "calibrated_formats",
     "convert",
     "export_plan",
     "format_layers",

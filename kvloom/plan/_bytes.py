@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 
-from kvloom.pages import PageLayout, page_layout, page_tokens_of
+from kvloom.pages import Format, PageLayout, Role, page_layout, page_tokens_of
 from kvloom.plan._spec import LayerPlan, Window
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,6 +41,12 @@ def head_layouts(layer: LayerPlan, kv_heads: int, head_dim: int, size: int) -> t
     return _layouts(layer.model_dump_json(), kv_heads, head_dim, size)
 
 
+def calibrated_formats(layouts: Iterable[PageLayout]) -> tuple[tuple[Role, Format], ...]:
+    """Formats of a layer's heads whose codebooks the layer keeps, one for all heads and pages of a format."""
+    sides = (side for layout in layouts for side in (layout.key, layout.value))
+    return tuple(dict.fromkeys((side.role, side.fmt) for side in sides if side.fmt.is_calibrated))
+
+
 def full_pages(window: Window, tokens: int, page_tokens: int) -> int:
     """Pages a sequence of ``tokens`` has filled: what sinks and the newest exact tokens leave, in whole pages."""
     sinks = min(tokens, window.sinks)
@@ -48,8 +55,9 @@ def full_pages(window: Window, tokens: int, page_tokens: int) -> int:
 
 
 def layer_nbytes(layer: LayerPlan, kv_heads: int, head_dim: int, batch: int, tokens: int, size: int) -> int:
-    """Bytes resident for one layer: page records and exact tokens, keys and values."""
+    """Bytes resident for one layer: page records and exact tokens, keys and values, and calibrated codebooks."""
     layouts = head_layouts(layer, kv_heads, head_dim, size)
     pages = full_pages(layer.window, tokens, layouts[0].page_tokens)
     exact = tokens - pages * layouts[0].page_tokens
-    return batch * (pages * sum(layout.nbytes for layout in layouts) + exact * 2 * kv_heads * head_dim * size)
+    of_sequence = pages * sum(layout.nbytes for layout in layouts) + exact * 2 * kv_heads * head_dim * size
+    return batch * of_sequence + sum(fmt.codebook_nbytes for _, fmt in calibrated_formats(layouts))

@@ -209,6 +209,24 @@ class Plan(PlanModel):
         specs = (spec for entry in self.layers for h in range(self.model.num_kv_heads) for spec in entry.head(h))
         return tuple(sorted({spec.codec for spec in specs if spec.bits != PASSTHROUGH_BITS}))
 
+    def check_codebooks(self) -> None:
+        """Raise PlanError, naming the field, if a codec's codebook has not been calibrated."""
+        if self._missing_codebook:
+            raise PlanError(self._missing_codebook)
+
+    @cached_property
+    def _missing_codebook(self) -> str:
+        """What is to be said of the first codebook that is missing; empty if none is."""
+        for entry in self.layers:
+            for head in range(self.model.num_kv_heads):
+                for side, spec in zip(("key", "value"), entry.head(head), strict=True):
+                    if spec.is_calibrated and spec.codebook is None:
+                        return (
+                            f"layers {entry.layers}: {side}.codebook is missing, which codec {spec.codec!r} needs: run "
+                            "`kvloom calibrate` on the plan."
+                        )
+        return ""
+
     def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
 
@@ -232,6 +250,13 @@ class Plan(PlanModel):
         elements = 2 * len(self.model.packed_layers) * self.model.num_kv_heads * tokens * self.model.head_dim
         return 8 * self.nbytes(1, tokens, dtype) / elements
 
+    @property
+    def _reading(self) -> str:
+        """How attention reads the pages, in words."""
+        if opaque := [name for name in self.codecs if codec_facts(name).form == "opaque"]:
+            return f"attention decodes the pages of {', '.join(opaque)} first: memory is saved, speed is not"
+        return "attention reads the pages in place"
+
     def describe(self, tokens: int = 32768) -> str:
         """The plan in words: a line an entry, then bytes and true bits at ``tokens``."""
         model = self.model
@@ -249,8 +274,7 @@ class Plan(PlanModel):
             )
         if self.provenance:
             lines += [f"  {self.provenance.source}: {note}" for note in self.provenance.notes]
-        if opaque := [name for name in self.codecs if codec_facts(name).form == "opaque"]:
-            lines.append(f"  attention decodes the pages of {', '.join(opaque)} first: memory is saved, speed is not")
+        lines.append(f"  {self._missing_codebook or self._reading}")
         lines.append(
             f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "
             f"{self.true_bits(tokens):.2f} true bits (scales, zero points and windows counted)"

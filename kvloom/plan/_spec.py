@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Format, Grouping, Rotation, codec_facts
+from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Codebook, Format, Grouping, Rotation, codec_facts
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
 GroupSize = Literal[16, 32, 64, 128, 256, "head_dim"]
@@ -32,6 +32,8 @@ class TensorSpec(PlanModel):
         symmetric: Centre the grid on zero and store no zero point.
         rotation: ``hadamard`` turns each head's channels by a randomised Hadamard transform first, which spreads
             outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`).
+        codebook: The calibrated points of codec ``nuq``, ``2**bits`` rising numbers in [-1, 1]; stored and used in
+            fp16. ``kvloom calibrate`` fills them in; a cache refuses a plan that lacks them.
     """
 
     codec: str = "affine"
@@ -40,6 +42,7 @@ class TensorSpec(PlanModel):
     group_size: GroupSize = 64
     symmetric: bool = Field(default=False, validate_default=True)
     rotation: Rotation | None = None
+    codebook: Codebook | None = None
 
     @field_validator("codec")
     @classmethod
@@ -61,6 +64,15 @@ class TensorSpec(PlanModel):
             codec_facts(info.data["codec"]).check_symmetric(info.data["codec"], symmetric)
         return symmetric
 
+    @field_validator("codebook")
+    @classmethod
+    def _codec_takes_codebook(cls, codebook: Codebook | None, info: ValidationInfo) -> Codebook | None:
+        if codebook is not None and info.data.get("bits") == PASSTHROUGH_BITS:
+            raise ValueError("codebook has no meaning for 16 bits, which have no codes: leave it out")
+        if "codec" in info.data and "bits" in info.data:
+            codec_facts(info.data["codec"]).check_codebook(info.data["codec"], info.data["bits"], codebook)
+        return codebook
+
     @model_validator(mode="after")
     def _group_fits_grouping(self) -> TensorSpec:
         if self.grouping == "per_channel" and self.group_size == "head_dim":
@@ -75,7 +87,12 @@ class TensorSpec(PlanModel):
     def format(self, head_dim: int) -> Format:
         """The spec with its group size resolved for ``head_dim``."""
         size = head_dim if self.group_size == "head_dim" else self.group_size
-        return Format(self.bits, self.grouping, size, self.symmetric, self.codec, self.rotation)
+        return Format(self.bits, self.grouping, size, self.symmetric, self.codec, self.rotation, self.codebook)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the codec needs a calibrated codebook."""
+        return self.bits != PASSTHROUGH_BITS and codec_facts(self.codec).is_calibrated
 
     @property
     def label(self) -> str:

@@ -54,7 +54,7 @@ class Meter:
         for fmt in every:
             check_format(fmt, head_dim)
         self._page_tokens = page_tokens_of(*every)
-        self._packed = _packed(tokens, window, self._page_tokens)
+        self._packed = packed_slice(tokens, window, self._page_tokens)
         self._model = model
         self._window = window
         self._layers = fingerprint.packed_layers
@@ -76,15 +76,15 @@ class Meter:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            _at_rest(self._model),
+            at_rest(self._model),
             tapped(self._model, tap),
             projected(self._projections.values()) as kept,
         ):
-            logits = _logits(self._model, prompts)
-            self._check_seen(tap)
-            probabilities = _probabilities(logits, prompts)
+            logits = logits_of(self._model, prompts)
+            check_seen(self._model, tap)
+            probabilities = probabilities_of(logits, prompts)
             for i, (labels, wanted) in enumerate(signals.items(), start=1):
-                start = _logit_gradient(prompts, labels, probabilities).to(logits.dtype)
+                start = logit_gradient(prompts, labels, probabilities).to(logits.dtype)
                 outputs = list(kept.outputs.values())
                 gradients = torch.autograd.grad(logits, outputs, start, retain_graph=i < len(signals))
                 by_module = dict(zip(kept.outputs, gradients, strict=True))
@@ -93,14 +93,6 @@ class Meter:
                     values = self._scores(signal, "value", prompts, tap, kept, by_module)
                     found[signal.name] = (keys, values)
         return found
-
-    def _check_seen(self, tap: Tap) -> None:
-        missing = [layer for layer in self._layers if layer not in tap.caught]
-        if missing:
-            raise ModelError(
-                f"layer {missing[0]} of {type(self._model).__name__} attends without transformers' attention "
-                "interface, so it cannot be measured; choose another model."
-            )
 
     def _scores(
         self,
@@ -129,7 +121,17 @@ class Meter:
         return torch.stack(rows, dim=1)
 
 
-def _packed(tokens: int, window: Window, page_tokens: int) -> slice:
+def check_seen(model: nn.Module, tap: Tap) -> None:
+    """Raise ModelError if the attention of a layer was not caught."""
+    missing = [layer for layer in tap.layers if layer not in tap.caught]
+    if missing:
+        raise ModelError(
+            f"layer {missing[0]} of {type(model).__name__} attends without transformers' attention interface, so it "
+            "cannot be measured; choose another model."
+        )
+
+
+def packed_slice(tokens: int, window: Window, page_tokens: int) -> slice:
     """Tokens that the last query sees packed."""
     end = packed_end(tokens - 1, window, page_tokens)
     if end == window.sinks:
@@ -141,7 +143,7 @@ def _packed(tokens: int, window: Window, page_tokens: int) -> slice:
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients by parameters, for the time of the context."""
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -157,7 +159,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-def _logits(model: PreTrainedModel, prompts: Prompts) -> Tensor:
+def logits_of(model: PreTrainedModel, prompts: Prompts) -> Tensor:
     """`[batch, tokens, vocabulary]`; positions count real tokens only, as in `generate`."""
     inputs = {"input_ids": prompts.tokens.to(model.device)}
     if prompts.mask is not None:
@@ -168,7 +170,7 @@ def _logits(model: PreTrainedModel, prompts: Prompts) -> Tensor:
     return logits
 
 
-def _probabilities(logits: Tensor, prompts: Prompts) -> Tensor:
+def probabilities_of(logits: Tensor, prompts: Prompts) -> Tensor:
     """Float32 `[batch, tokens, vocabulary]`, checked where a token is scored."""
     probabilities = logits.detach().float().softmax(dim=-1)
     finite = probabilities.sum(dim=-1).isfinite().cpu() | ~prompts.scored
@@ -180,7 +182,7 @@ def _probabilities(logits: Tensor, prompts: Prompts) -> Tensor:
     return probabilities
 
 
-def _logit_gradient(prompts: Prompts, labels: Labels, probabilities: Tensor) -> Tensor:
+def logit_gradient(prompts: Prompts, labels: Labels, probabilities: Tensor) -> Tensor:
     """Gradient by the logits of the sum over scored tokens of -log p(label): `p - one_hot(label)`."""
     scored = prompts.scored.to(probabilities.device)[..., None].float()
     targets = prompts.next_tokens(labels, probabilities)[..., None]

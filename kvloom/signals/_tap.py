@@ -154,18 +154,25 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.keep(gradient)
         query, key, value = ctx.saved_tensors
-        total = tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
-        for run in ctx.runs:
-            rows, seen = slice(run.start, run.stop), slice(run.stop)
-            parts = query[:, :, :, rows], key[:, :, seen], value[:, :, seen]
-            leaves = [part.detach().requires_grad_() for part in parts]
-            with torch.enable_grad():
-                output = _attend(leaves[0], leaves[1], leaves[2], run.start, ctx.scoring)
-            by_query, by_key, by_value = torch.autograd.grad(output, leaves, gradient[:, :, :, rows])
-            total[0][:, :, :, rows] = by_query
-            total[1][:, :, seen] += by_key
-            total[2][:, :, seen] += by_value
-        return (*total, None, None, None, None)
+        return (*_gradients(query, key, value, ctx.runs, ctx.scoring, gradient), None, None, None, None)
+
+
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, runs: list[Run], scoring: Scoring, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query, key and value, shaped like them, from the one by the output."""
+    total = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for run in runs:
+        rows, seen = slice(run.start, run.stop), slice(run.stop)
+        parts = query[:, :, :, rows], key[:, :, seen], value[:, :, seen]
+        leaves = [part.detach().requires_grad_() for part in parts]
+        with torch.enable_grad():
+            output = _attend(leaves[0], leaves[1], leaves[2], run.start, scoring)
+        by_query, by_key, by_value = torch.autograd.grad(output, leaves, gradient[:, :, :, rows])
+        total[0][:, :, :, rows] = by_query
+        total[1][:, :, seen] += by_key
+        total[2][:, :, seen] += by_value
+    return total
 
 
 @dataclass
@@ -191,6 +198,12 @@ class Tapped:
     def keep(self, gradient: Tensor) -> None:
         """Takes the gradient by the output."""
         self.gradient = gradient
+
+    def state_gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients by the keys and by the values, shaped like them, after a backward pass."""
+        if self.gradient is None:
+            raise RuntimeError("the tapped attention has seen no backward pass")
+        return _gradients(self.query, self.key, self.value, self.runs, self.scoring, self.gradient)[1:]
 
 
 @dataclass

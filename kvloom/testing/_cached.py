@@ -87,7 +87,8 @@ def check_attention(codec: Codec, fmt: Format) -> None:
     if not off <= TOLERANCE:
         raise AssertionError(
             f"{fmt}: attention over the pages is {off:.1e} off attention over the decoded values; a codec of affine "
-            "form decodes as scale * code + zero, any other has to say so in its facts."
+            "form decodes as scale * code + zero, one of codebook form as scale * point[code] + zero, any other has to "
+            "say so in its facts."
         )
 
 
@@ -114,6 +115,7 @@ def _filled(fmt: Format, tokens: int, chunk: int) -> LoomCache:
             "grouping": fmt.grouping,
             "group_size": fmt.group_size,
             "symmetric": fmt.symmetric,
+            "codebook": fmt.codebook,
         }
     )
     plan = Plan(model=Fingerprint.of(config), layers=(LayerPlan(layers=0, key=spec, value=spec),))

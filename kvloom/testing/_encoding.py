@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvloom.codecs import Codec, Encoded
-from kvloom.pages import Format
+from kvloom.pages import CODEBOOK_BITS, Format
 from kvloom.testing._samples import pages
 
 
@@ -18,6 +18,10 @@ def check_facts(codec: Codec) -> None:
         raise AssertionError(f"codec {codec.name!r} says it takes {wrong or 'no'} bits, which no page holds.")
     if not codec.facts.symmetries:
         raise AssertionError(f"codec {codec.name!r} says it takes neither symmetric formats nor others.")
+    if codec.facts.form == "codebook" and max(codec.facts.bits) > CODEBOOK_BITS:
+        raise AssertionError(f"codec {codec.name!r} says it has codebooks of more than {CODEBOOK_BITS} bits.")
+    if codec.facts.codebooks and [len(points) for points in codec.facts.codebooks] != [2**b for b in codec.facts.bits]:
+        raise AssertionError(f"codec {codec.name!r} has codebooks of other sizes than its bits ask for.")
 
 
 def check_codes(codec: Codec, fmt: Format) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from profiles import KEYS, VALUES, channel, fingerprint, profile, token
 
 from kvloom.allocate import Budget, Exact, allocate
+from kvloom.allocate._units import units_of
 from kvloom.errors import PlanError
 from kvloom.plan import Plan, Window
 
@@ -163,6 +164,21 @@ def test_the_certificate_proves_the_plan():
     assert (proof["units"], proof["specs"]) == (60, 12)
     assert proof["capacity_bytes"] == budget.total(measured.model)
     assert proof["used_bytes"] == plan.nbytes(1, 2048) <= proof["capacity_bytes"]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_codebooks_are_paid_for(long):
+    """Costs of the units add up to the plan's bytes, also of equal codebooks of keys and values."""
+    points = tuple(i / 3.5 - 1 for i in range(8))
+    nuq = [spec.model_copy(update={"codec": "nuq", "codebook": points}) for spec in (channel(3), token(3))]
+    measured = profile(layers=2, keys=[channel(2, 128 if long else 64), nuq[0]], values=[token(2), nuq[1]])
+    budget = Budget.bits(4, tokens=1000)
+    units = units_of(measured.table, budget, Window())
+    specs = {layer: {} for layer in measured.table.layers}
+    for unit in units:
+        specs[unit.layer] |= unit.choices[-1]
+    plan = Plan.from_specs(measured.model, {layer: (own["key"], own["value"]) for layer, own in specs.items()})
+    assert sum(int(unit.options.cost[-1]) for unit in units) == plan.nbytes(1, 1000)
 
 
 def test_mixed_page_lengths_make_a_layer_one_unit():

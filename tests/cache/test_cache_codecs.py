@@ -13,6 +13,7 @@ from kvloom.errors import CacheError, MissingExtraError, PlanError
 from kvloom.kernels import backend
 from kvloom.pages import codec_facts, page_layout
 from kvloom.plan import Fingerprint, Plan, TensorSpec
+from kvloom.plan._validate import validated
 
 
 def needs(name):
@@ -20,10 +21,17 @@ def needs(name):
         pytest.skip(f"the extra {name} is not installed")
 
 
+POINTS = tuple(i / 7.5 - 1 for i in range(16))
+
+
 def plan_of(model, name, grid_of=None):
     symmetric = not codec_facts(grid_of or name).asymmetric
-    options = {"key_symmetric": symmetric, "value_symmetric": symmetric, "value_group_size": 16}
-    return Plan.uniform(model, 4, 4, key_codec=name, value_codec=name, **options)
+    codebook = POINTS if codec_facts(name).is_calibrated else None
+    spec = {"codec": name, "bits": 4, "symmetric": symmetric, "codebook": codebook}
+    key = TensorSpec(**spec, grouping="per_channel", group_size=64)
+    value = TensorSpec(**spec, grouping="per_token", group_size=16)
+    fingerprint = Fingerprint.of(model)
+    return Plan.from_specs(fingerprint, dict.fromkeys(fingerprint.packed_layers, (key, value)))
 
 
 @pytest.mark.parametrize("name", codecs.names())
@@ -60,10 +68,10 @@ def test_lloyd_takes_keys_and_values_alike(bits, grouping, size):
     assert all(a.equal(b) for a, b in zip(tiny.codes(cache)[:1], tiny.codes(again)[:1], strict=True))
     label = "tok-head" if grouping == "per_token" else "ch64"
     assert f"keys {bits}b/{label}/lloyd, values {bits}b/{label}/lloyd" in plan.describe()
-    assert "attention decodes the pages of lloyd first" in plan.describe()
+    assert "attention reads the pages in place" in plan.describe()
 
 
-@pytest.mark.parametrize("name", ["clipped", "hqq", "lloyd", "quanto"])
+@pytest.mark.parametrize("name", ["clipped", "hqq", "lloyd", "nuq", "quanto"])
 def test_attention_stays_near_the_exact_one(name):
     needs(name)
     model = tiny.enabled(tiny.build("llama"))
@@ -141,4 +149,58 @@ def test_sixteen_bits_have_no_codec():
     plan = Plan.uniform(model, 16, 16, key_codec="quanto")
     assert plan.codecs == ()
     fmt = plan.spec(0).key.format(16)
-    assert page_layout(fmt, fmt, 16).is_affine
+    assert page_layout(fmt, fmt, 16).is_readable
+
+
+def bytes_of(plan, model, max_tokens):
+    cache = LoomCache(plan, model, max_tokens=max_tokens)
+    tiny.run(model, cache, tiny.prompt(150), [150])
+    return cache.nbytes()
+
+
+def test_a_codebook_is_part_of_what_a_layer_keeps(tmp_path):
+    model = tiny.enabled(tiny.build("llama"))
+    plan, plain = plan_of(model, "nuq"), plan_of(model, "affine")
+    for cache in (LoomCache(plan, model), LoomCache(plan, model, max_tokens=200)):
+        tiny.run(model, cache, tiny.prompt(150), tiny.steps(150, 130))
+        kept = [x for name, x in cache.packed_layers[0].tensors() if name.startswith("codebooks.")]
+        assert [x.tolist() for x in kept] == [list(plan.spec(0).key.format(16).points)] * 2
+        assert cache.nbytes() == bytes_of(plain, model, cache.max_tokens) + 2 * 2 * 16 * 2
+        cache.save(tmp_path / "cache.safetensors")
+        again = LoomCache.load(tmp_path / "cache.safetensors", plan, model)
+        assert all(a.equal(b) for a, b in zip(tiny.codes(again), tiny.codes(cache), strict=True))
+    other = Plan.model_validate_json(plan.to_json().replace("-0.6", "-0.61"))
+    with pytest.raises(CacheError, match="another plan"):
+        LoomCache.load(tmp_path / "cache.safetensors", other, model)
+
+
+def test_a_plan_without_its_codebooks_is_refused_before_anything_is_cached():
+    model = tiny.build("llama")
+    plan = Plan.uniform(model, 4, 3, value_codec="nuq", value_group_size=16)
+    assert plan.nbytes(1, 10) == Plan.uniform(model, 4, 3, value_group_size=16).nbytes(1, 10) + 2 * 2 * 8
+    with pytest.raises(PlanError, match=r"^layers 0-1: value.codebook is missing, .*run `kvloom calibrate`"):
+        LoomCache(plan, model)
+    assert "value.codebook is missing" in plan.describe()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"codec": "nuq", "bits": 2, "codebook": (-1, 0, 1)}, "key.codebook: codebook needs 4 rising numbers"),
+        ({"codec": "nuq", "bits": 2, "codebook": (-1, 0.5, 0, 1)}, "codebook needs 4 rising numbers"),
+        ({"codec": "nuq", "bits": 2, "codebook": (-1, 0, 0.5, 1.5)}, "numbers between -1 and 1 for 2 bits"),
+        ({"codec": "nuq", "bits": 2, "codebook": (-1, 0, 0.5, float("nan"))}, "codebook needs 4"),
+        ({"codec": "affine", "bits": 2, "codebook": (-1, 0, 0.5, 1)}, "codebook is not for codec 'affine'"),
+        ({"codec": "lloyd", "bits": 2, "symmetric": True, "codebook": (-1, 0, 0.5, 1)}, "is not for codec 'lloyd'"),
+        ({"codec": "nuq", "bits": 16, "codebook": (-1, 0, 0.5, 1)}, "codebook has no meaning for 16 bits"),
+        ({"codec": "nuq", "bits": 5}, r"bits 5 is not one of \(2, 3, 4\), the widths that codec 'nuq'"),
+        ({"codec": "nuq", "bits": 4, "symmetric": True}, "symmetric is not for codec 'nuq'"),
+        ({"codec": "lloyd", "bits": 8, "symmetric": True}, r"bits 8 is not one of \(1, 2, 3, 4\)"),
+    ],
+)
+def test_codebooks_that_no_plan_takes(fields, says):
+    spec = {"grouping": "per_token", **fields}
+    shape = {"architecture": "X", "num_layers": 1, "packed_layers": 0, "num_kv_heads": 1, "head_dim": 64}
+    plan = {"model": shape, "layers": [{"layers": 0, "key": spec, "value": spec}]}
+    with pytest.raises(PlanError, match=says):
+        validated(Plan, plan, "the plan")

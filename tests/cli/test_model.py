@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvloom import Fingerprint, Plan, Profile
-from kvloom.assets import CALIBRATION
+from kvloom.assets import CALIBRATION, load_config
 from kvloom.report import load_records
 
 MODEL = "smollm2-135m"
@@ -41,6 +41,21 @@ def test_generate_through_a_plan_says_what_the_dense_cache_says(kvloom, plan: Pa
     assert packed.stdout == dense.stdout
     assert "true bits" in packed.stderr
     assert "true bits" not in dense.stderr
+
+
+def test_calibrate_fills_in_what_generate_needs(kvloom, fetched, tmp_path: Path):
+    wanted, made = tmp_path / "in.json", tmp_path / "out.json"
+    Plan.uniform(Fingerprint.of(load_config(MODEL)), 4, 4, value_codec="nuq").save(wanted)
+    words = ["generate", MODEL, "--device", "cpu", "--max-new-tokens", "2", "--prompt", "Hello", "--plan"]
+    refused = kvloom(*words, wanted)
+    assert refused.exit_code == 2
+    assert "value.codebook is missing" in refused.stderr
+    few = ["--prompts", "1", "--tokens", "80", "--device", "cpu"]
+    done = kvloom("calibrate", MODEL, "--plan", wanted, "-o", made, *few)
+    assert done.exit_code == 0, done.output
+    assert len(Plan.load(made).spec(29).value.codebook) == 16
+    assert kvloom(*words, made).exit_code == 0
+    assert "attention reads the pages in place" in kvloom("show", made).stdout
 
 
 def test_generate_raw_continues_the_prompt(kvloom, fetched):

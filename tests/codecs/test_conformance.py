@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvloom import _extras, codecs
-from kvloom.codecs import AffineForm
+from kvloom.codecs import AffineForm, CodebookForm
 from kvloom.pages import codec_facts
 from kvloom.testing import check_codec
 
@@ -22,4 +22,4 @@ def test_facts_are_those_plans_know(name: str) -> None:
     codec = codecs.get(name)
     assert codec.name == name
     assert codec.facts is codec_facts(name)
-    assert isinstance(codec, AffineForm) == (codec.facts.form == "affine")
+    assert isinstance(codec, {"affine": AffineForm, "codebook": CodebookForm}[codec.facts.form])

@@ -8,11 +8,10 @@ import torch
 from kvloom.codecs import LLOYD, Encoded
 from kvloom.codecs import _lloyd as lloyd
 from kvloom.codecs._half import half_near
-from kvloom.codecs._normal_grid import normal_grid
 from kvloom.errors import CacheError
 from kvloom.pages import Format
 from tests.codecs.tensors import GROUPINGS, SAMPLES, decoded, relative, rows
-from tests.codecs.test_normal_grid import WIDTHS, distortion
+from tests.codecs.test_normal_codebooks import WIDTHS, distortion, points_of
 
 GROUPS = [(grouping, size) for grouping in ("per_token", "per_channel") for size in (64, 128)]
 
@@ -31,7 +30,7 @@ def by_root_mean_square(x: torch.Tensor, fmt: Format) -> torch.Tensor:
     """TurboQuant-MSE, slowly: squared error of each group with the norm kept in fp16, fp64."""
     groups = rows(x, fmt).double()
     scale = half_near(groups.square().mean(-1, keepdim=True).sqrt()).double()
-    points = scale * torch.tensor(normal_grid(fmt.bits), dtype=torch.float64)
+    points = scale * torch.tensor(points_of(fmt.bits), dtype=torch.float64)
     return (groups[..., None] - points[:, None]).square().amin(-1).sum(-1)
 
 
@@ -77,8 +76,8 @@ def test_no_group_has_a_larger_error_than_with_its_norm(sample: str, grouping: s
 
 def test_the_other_scale_is_that_of_least_squares() -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
-    points = torch.tensor(normal_grid(2)).float()[torch.randint(4, (64, 32))]
-    scale = lloyd._least_squares(x, points).double()
+    points = torch.tensor(points_of(2)).float()[torch.randint(4, (64, 32))]
+    scale = lloyd.least_squares(x, points).double()
     best = (x.double() - scale[:, None] * points).square().sum(-1)
     for factor in (0.99, 1.01):
         assert bool((best < (x.double() - factor * scale[:, None] * points).square().sum(-1)).all())

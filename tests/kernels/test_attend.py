@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from kvloom.errors import ModelError
 from kvloom.kernels import backend, dense_attention
+from kvloom.kernels._torch import TORCH
 from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, page_layout, page_tokens_of
+from tests.kernels.codebooks import CASES, codebook_formats
 
 CPU = torch.device("cpu")
 
@@ -140,6 +142,20 @@ def test_attend_equals_dense_float64(case: dict) -> None:
     expected = reference(query, kv, mask, case["softcap"], sink)
     assert out.shape == expected.shape
     assert float((out - expected).norm() / expected.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("case", range(CASES))
+def test_codebooks_are_read_in_place(case: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for queries in (1, 3):
+        kv = with_queries(make([((0, 1), *codebook_formats(case, head_dim))], head_dim=head_dim, sinks=2), queries)
+        query = torch.randn(1, 6, queries, head_dim, generator=torch.Generator().manual_seed(case))
+        expected = reference(query, kv, None, None, None)
+        with monkeypatch.context() as patch:
+            patch.delattr("kvloom.kernels._torch.TorchBackend.decode")
+            outputs = [each.attend(query, kv, scaling=0.125) for each in (backend(CPU), TORCH)]
+        for out in outputs:
+            assert float((out - expected).norm() / expected.norm()) < 2e-5
 
 
 def test_heads_of_different_formats() -> None:

@@ -18,6 +18,7 @@ from kvloom.kernels import _cpu, _registry
 from kvloom.kernels._cpu import CpuBackend
 from kvloom.kernels._torch import TORCH
 from kvloom.pages import Format, page_layout
+from tests.kernels.codebooks import CASES, codebook_formats
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, _cpu._compilers())), reason="no C compiler")
@@ -58,6 +59,26 @@ def test_the_c_products_are_the_reference(bits, head_dim, group, symmetric, lead
         expected = getattr(TORCH, name)(x.double(), pages, side, torch.float32)
         got = getattr(c, name)(x, pages, side, torch.float32)
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-3)  # sums of +-400 cancel
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("case", range(CASES))
+def test_the_c_products_look_points_up(case: int, head_dim: int, monkeypatch) -> None:
+    layout = page_layout(*codebook_formats(case, head_dim), head_dim)
+    torch.manual_seed(case)
+    pages = TORCH.encode(*torch.randn(2, 1, 2, 3 * 64, head_dim), layout)[0]
+    q, weights = torch.randn(2, 3, head_dim), torch.rand(2, 3, 3 * 64)
+    c = CpuBackend()
+    for name, x, side in (("packed_scores", q, layout.key), ("packed_values", weights, layout.value)):
+        expected = getattr(TORCH, name)(x.double(), pages, side, torch.float32)
+        with monkeypatch.context() as patch:
+            if _cpu._served(x, side):
+                patch.delattr(f"kvloom.kernels._torch.TorchBackend.{name}")
+            got = getattr(c, name)(x, pages, side, torch.float32)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-4)
+    served = [_cpu._served(q, layout.key), _cpu._served(weights, layout.value)]
+    assert served == [case % 2 == 0 and all(p.is_byte_separable for p in s.planes) for s in (layout.key, layout.value)]
 
 
 @needs_compiler

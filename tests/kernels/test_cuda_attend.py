@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from kvloom.errors import KernelError
-from kvloom.kernels import _cuda, _nvrtc, backend
+from kvloom.kernels import _cuda, _cuda_pages, _nvrtc, backend
 from kvloom.kernels._torch import TORCH, _decode_side
 from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, PageLayout, page_layout, page_tokens_of
+from tests.kernels.codebooks import CASES as CODEBOOK_CASES
+from tests.kernels.codebooks import codebook_formats
 
 LAYOUTS = 24
 # KVLOOM_CASES=2000 draws more, of the same number of kernels.
@@ -158,6 +160,43 @@ def test_attention_is_float64s(seed: int, monkeypatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("number", range(CODEBOOK_CASES))
+def test_codebooks_are_float64s(number: int, head_dim: int, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.delattr("kvloom.kernels._torch.TorchBackend.attend")  # nothing falls back
+    layout = page_layout(*codebook_formats(number, head_dim), head_dim)
+    for magnitude, pages, group in ((1.0, 40, 4), (300.0, 2, 8), (1e-3, 5, 1)):
+        shape = {"group": group, "queries": 1, "heads": 2, "batch": 2, "pages": pages, "sinks": 4, "tail": 33}
+        case = Case(
+            layout, dtype, False, None, magnitude=magnitude, padded=False, sink_logits=False, seed=number, **shape
+        )
+        kv, query, key, value = states(case)
+        out = backend(query.device).attend(query, kv, scaling=head_dim**-0.5)
+        scores = query.double() @ key.repeat_interleave(group, 1).transpose(-1, -2) * head_dim**-0.5
+        expected = (scores.softmax(-1) @ value.repeat_interleave(group, 1)).transpose(1, 2)
+        error = float((out.double() - expected).norm() / expected.norm())
+        assert error < max(2e-3 if dtype == torch.float16 else 1.2e-2, rounding(query, key, case, head_dim**-0.5))
+
+
+@pytest.mark.gpu
+def test_layers_differ_by_their_points_alone() -> None:
+    """One module serves every codebook."""
+    fmt = Format(3, "per_token", 128, codec="nuq", codebook=tuple(i / 3.5 - 1 for i in range(8)))
+    other = replace(fmt, codebook=tuple((i / 3.5 - 1) ** 3 for i in range(8)))
+    before = _nvrtc._module.cache_info().misses
+    for each in (fmt, other):
+        layout = page_layout(each, each, 128)
+        case = Case(layout, torch.float16, False, None, 4, 1, 2, 1, 5, 0, 5, 1.0, False, False, 0)
+        kv, query, key, value = states(case)
+        out = _cuda.attend_pages(query, kv, scaling=0.1)[0]
+        scores = query.double() @ key.repeat_interleave(4, 1).transpose(-1, -2) * 0.1
+        expected = (scores.softmax(-1) @ value.repeat_interleave(4, 1)).transpose(1, 2)
+        assert float((out.double() - expected).norm() / expected.norm()) < 2e-3
+    assert _nvrtc._module.cache_info().misses <= before + 1
+
+
+@pytest.mark.gpu
 def test_heads_of_different_layouts() -> None:
     torch.manual_seed(0)
     dim, pages = 128, 3
@@ -190,6 +229,15 @@ def test_a_graph_replays_attention() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(("number", "head_dim"), [(0, 64), (1, 80), (2, 128)])
+def test_codebook_kernels_compile_without_a_device(number: int, head_dim: int) -> None:
+    pytest.importorskip("cuda.core")
+    layout = page_layout(*codebook_formats(number, head_dim), head_dim)
+    defines = _cuda.attend_defines(layout, 4, number == 1, number, False, number == 2)
+    assert _nvrtc.cubin("attend.cu", defines, "sm_90")[:4] == b"\x7fELF"
+    assert _nvrtc.cubin("decode.cu", _cuda_pages._decode_build(layout, torch.float16)[0], "sm_90")[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize(("arch", "clustered"), [("sm_80", False), ("sm_90", False), ("sm_90", True)])

@@ -11,6 +11,7 @@ from kvloom.errors import CacheError, KernelError
 from kvloom.kernels import _cuda_pages as cuda_pages
 from kvloom.kernels._torch import TORCH
 from kvloom.pages import Format, Grouping, PageLayout, page_layout
+from tests.kernels.codebooks import CASES, codebook_formats
 
 ON_GPU = pytest.mark.gpu
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -66,6 +67,18 @@ def test_every_grouping(dtype: torch.dtype, grouping: Grouping, group: int, symm
     for page_tokens in (0, 256):
         layout = page_layout(fmt, fmt, 256, page_tokens=page_tokens)
         assert_same(layout, *states(layout, dtype, pages=1))
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("case", range(CASES))
+def test_points_of_a_codebook_are_unpacked(case: int, head_dim: int, dtype: torch.dtype) -> None:
+    layout = page_layout(*codebook_formats(case, head_dim), head_dim, dtype.itemsize)
+    key, value = states(layout, dtype)
+    data = TORCH.encode(key, value, layout)
+    for got, want in zip(cuda_pages.decode(data.cuda(), layout, dtype), TORCH.decode(data, layout, dtype), strict=True):
+        assert torch.equal(got.cpu(), want)
 
 
 @ON_GPU
@@ -158,12 +171,12 @@ def test_what_the_kernels_do_not_cover_is_refused() -> None:
 
 def test_of_the_affine_family_the_encoder_knows_one_member() -> None:
     plain = Format(4, "per_channel", 64)
-    for codec, both in (("affine", True), ("clipped", False)):
-        layout = page_layout(plain, Format(4, "per_token", 64, codec=codec), 64)
+    for codec, both in (("affine", True), ("clipped", False), ("lloyd", False)):
+        layout = page_layout(plain, Format(4, "per_token", 64, codec == "lloyd", codec), 64)
         assert cuda_pages.decodes(layout, torch.float16)
         assert cuda_pages.encodes(layout, torch.float16) == both
     x = torch.zeros(1, 1, 64, 64)
-    with pytest.raises(KernelError, match="not that of 'clipped'"):
+    with pytest.raises(KernelError, match="not that of 'lloyd'"):
         cuda_pages.encode(x, x, layout)
 
 

@@ -17,6 +17,7 @@ from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._torch import TORCH
 from kvloom.kernels._triton import TritonBackend
 from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, page_layout
+from tests.kernels.codebooks import codebook_formats
 from tests.kernels.test_attend import make, reference, with_queries
 
 interpreted = pytest.mark.skipif(
@@ -113,6 +114,26 @@ def test_attend_equals_dense_float64(case: dict) -> None:
     assert out.shape == expected.shape
     assert out.dtype == dtype
     tolerance = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}[dtype]
+    assert float((out.double() - expected).norm() / expected.norm()) < tolerance
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("case", range(4))
+def test_codebooks_are_read_in_place(case: int, head_dim: int, dtype: torch.dtype, monkeypatch) -> None:
+    key, value = codebook_formats(case, head_dim)
+    kv = with_queries(make([((0, 1), key, value)], head_dim=head_dim, pages=2, sinks=1, dtype=dtype, seed=case), 1)
+    (pages,) = kv.pages
+    query = torch.randn(1, 6, 1, head_dim, generator=torch.Generator().manual_seed(case)).to(dtype)
+    expected = reference(query, kv, None, None, None)
+    decoded = TORCH.decode(pages.data, pages.layout, dtype)
+    for name in ("decode", "attend"):
+        monkeypatch.delattr(f"kvloom.kernels._torch.TorchBackend.{name}")
+    for got, wanted in zip(TritonBackend().decode(pages.data, pages.layout, dtype), decoded, strict=True):
+        assert torch.equal(got, wanted)
+    out = TritonBackend().attend(query, kv, scaling=0.125)
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-3
     assert float((out.double() - expected).norm() / expected.norm()) < tolerance
 
 

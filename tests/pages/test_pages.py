@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from kvloom.errors import PlanError
 from kvloom.kernels import backend
-from kvloom.pages import Format, Plane, page_layout, page_tokens_of, side_matrix, source_index, unpack_side
+from kvloom.pages import (
+    Format,
+    Plane,
+    codebook_points,
+    layouts_of,
+    page_layout,
+    page_tokens_of,
+    side_matrix,
+    source_index,
+    unpack_side,
+)
+from kvloom.pages._handle import _text_of
+from tests.kernels.codebooks import CASES, codebook_formats
 from tests.pages.reference import encode_side, fragment_bit
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -84,6 +96,43 @@ def test_codes_come_back(data: st.DataObject, seed: int) -> None:
         numbers, columns, weights = side_matrix(pages, side, torch.float32)
         total = torch.zeros(matrix.shape).index_add_(-1, columns, numbers * weights)
         assert torch.equal(total, matrix.float())
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_a_codebooks_matrix_is_the_points_of_its_codes(case: int) -> None:
+    layout = page_layout(*codebook_formats(case, 80), 80)
+    key, value = torch.randn(2, 1, 1, 2 * layout.page_tokens, 80, generator=torch.Generator().manual_seed(case))
+    pages = backend(key.device).encode(key, value, layout)
+    for side in (layout.key, layout.value):
+        codes, (_, zero) = unpack_side(pages, side)
+        expected = torch.tensor(side.fmt.points, dtype=torch.float64)[codes.int()]
+        numbers, columns, weights = side_matrix(pages, side, torch.float64)
+        assert numbers.equal(expected if side.role == "key" else expected.transpose(-1, -2))
+        assert columns.tolist() == list(range(side.cols))
+        assert weights.tolist() == [1.0] * side.cols
+        assert side.fmt.symmetric != bool(zero.any())
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_a_static_caches_layouts_survive_as_text(case: int) -> None:
+    layout = page_layout(*codebook_formats(case, 64), 64)
+    groups = (((0, 2), layout), ((1,), page_layout(layout.value.fmt, layout.key.fmt, 64)))
+    assert layouts_of(_text_of(groups), 64, 2, layout.page_tokens) == groups
+
+
+def test_points_are_fp16_numbers() -> None:
+    fmt = Format(2, "per_token", 64, codec="nuq", codebook=(-1.0, -0.1, 0.1, 0.3))
+    assert fmt.points == tuple(np.array(fmt.codebook, dtype=np.float16).astype(float))
+    assert codebook_points(fmt.points, torch.device("cpu")).tolist() == list(fmt.points)
+    assert (fmt.form, fmt.codebook_nbytes) == ("codebook", 8)
+    own = Format(2, "per_token", 64, True, "lloyd")
+    assert (own.form, own.codebook_nbytes, len(own.points)) == ("codebook", 0, 4)
+    assert Format(2, "per_token", 64).points == ()
+    with pytest.raises(PlanError, match="codebook is missing, which codec 'nuq' needs"):
+        _ = Format(2, "per_token", 64, codec="nuq").points
+    wrong = Format(2, "per_token", 64, codec="nuq", codebook=(-1.0, 1.0))
+    with pytest.raises(PlanError, match="codebook needs 4 rising numbers"):
+        page_layout(wrong, wrong, 64)
 
 
 def test_three_bits_are_three_bits() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kvloom.codecs import Affine, Encoded, wide
+from kvloom.codecs import Affine, Encoded, Lloyd, wide
 from kvloom.codecs._groups import group, ungroup
-from kvloom.pages import CodecFacts, Format
+from kvloom.pages import CodecFacts, Format, codec_facts
 
 BITS = (2, 5)
 
@@ -181,6 +181,16 @@ class FalselyAffine(Rooted):
     facts = CodecFacts(bits=BITS)
 
 
+class FalselyPointed(Lloyd):
+    """Says that kernels may look its points up."""
+
+    name = "wrong"
+    facts = codec_facts("lloyd")
+
+    def decode(self, encoded: Encoded, fmt: Format) -> torch.Tensor:
+        return super().decode(encoded, fmt) * 1.01
+
+
 class Nameless(Wrong):
     name = ""
 
@@ -191,3 +201,11 @@ class Outsized(Wrong):
 
 class Formless(Wrong):
     facts = CodecFacts(symmetric=False, asymmetric=False)
+
+
+class Overfull(Wrong):
+    facts = CodecFacts("codebook", bits=(2, 5))
+
+
+class Pointless(Wrong):
+    facts = CodecFacts("codebook", bits=(1, 2), codebooks=((-1.0, 1.0), (-1.0, 0.0, 1.0)))

@@ -14,6 +14,9 @@ from tests.testing import own
 CHANNEL, TOKEN = (Format(2, grouping, 64, codec="wrong") for grouping in ("per_channel", "per_token"))
 
 
+MISSTATED = (own.Nameless, own.Outsized, own.Formless, own.Overfull, own.Pointless)
+
+
 def test_a_codec_of_another_form_passes() -> None:
     testing.check_codec(own.Rooted())
     assert "rooted" not in codecs.names()
@@ -59,8 +62,8 @@ def test_a_wrong_codec_is_found(codec: Codec, check: suite.Check, says: str) -> 
 
 @pytest.mark.parametrize(
     "codec",
-    [kind() for kind in own.Wrong.__subclasses__() if kind not in (own.Nameless, own.Outsized, own.Formless)]
-    + [own.FalselyAffine()],
+    [kind() for kind in own.Wrong.__subclasses__() if kind not in MISSTATED]
+    + [own.FalselyAffine(), own.FalselyPointed()],
     ids=lambda codec: type(codec).__name__,
 )
 def test_the_whole_suite_finds_it_too(codec: Codec) -> None:
@@ -76,6 +79,16 @@ def test_facts_are_checked() -> None:
         testing.check_codec(own.Outsized())
     with pytest.raises(AssertionError, match="neither symmetric formats nor others"):
         testing.check_codec(own.Formless())
+    with pytest.raises(AssertionError, match="codebooks of more than 4 bits"):
+        testing.check_codec(own.Overfull())
+    with pytest.raises(AssertionError, match="codebooks of other sizes than its bits ask for"):
+        testing.check_codec(own.Pointless())
+
+
+def test_a_codec_that_misstates_its_points_is_found() -> None:
+    fmt = Format(2, "per_channel", 64, True, "wrong")
+    with pytest.raises(AssertionError, match=r"one of codebook form as scale \* point\[code\] \+ zero"):
+        testing.check_attention(own.FalselyPointed(), fmt)
 
 
 def test_every_check_is_in_the_suite() -> None:

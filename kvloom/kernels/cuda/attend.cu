@@ -8,8 +8,9 @@
 #include <cuda_fp16.h>
 
 // Shape of the problem: D channels, P tokens in a page. KB0 + KB1, VB0 + VB1: bits of the planes (KB0 = 16: raw
-// elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored. MASKED: 1 by
-// mask, position and pages, query by query; 2 by the mask of the one query there is.
+// elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored. KPOINTS,
+// VPOINTS: codes stand for the points of a codebook. MASKED: 1 by mask, position and pages, query by query; 2 by the mask of
+// the one query there is.
 #ifndef D
 #define D 128
 #define P 64
@@ -21,6 +22,8 @@
 #define VGROUPS 1
 #define KSYM 0
 #define VSYM 0
+#define KPOINTS 0
+#define VPOINTS 0
 #define KTOK 0
 #define VCH 0
 #define BF16 0
@@ -33,6 +36,7 @@
 typedef unsigned int u32;
 typedef unsigned char u8;
 typedef long long i64;
+typedef unsigned long long u64;
 
 constexpr int STAGES = 2, MT = P / 16, DT = D / 16, PAIRS = D / 8;
 constexpr bool KRAW = KB0 == 16, VRAW = VB0 == 16;
@@ -40,6 +44,10 @@ constexpr int KB = KB0 + KB1, VB = VB0 + VB1;
 constexpr int KCODES = P * D * KB / 8, VCODES = P * D * VB / 8;
 constexpr int KPARAMS = KRAW ? 0 : KGROUPS * (KTOK ? P : D) * (2 - KSYM) * 2;
 constexpr int VPARAMS = VRAW ? 0 : VGROUPS * (VCH ? D : P) * (2 - VSYM) * 2;
+// Products of codes, which are fp16 subnormals, are in units of 2^-24; points are what they are.
+constexpr int KUNIT = KPOINTS ? 0 : 24, VUNIT = VPOINTS ? 0 : 24;
+// Where no zero points are stored: the zero point in units of the scale.
+constexpr float KZERO = KPOINTS ? 0.f : -0.5f * ((1 << KB) - 1), VZERO = VPOINTS ? 0.f : -0.5f * ((1 << VB) - 1);
 constexpr int PAGE = KCODES + KPARAMS + VCODES + VPARAMS;
 // Shared bytes of a warp: pages on their way, the last slot shared with 16 exact values before it is needed.
 constexpr int RING = STAGES * PAGE > (STAGES - 1) * PAGE + 32 * D ? STAGES * PAGE : (STAGES - 1) * PAGE + 32 * D;
@@ -85,6 +93,13 @@ __device__ __forceinline__ u32 element2(u32 x) {
 #endif
 }
 
+// Bytes of a (0 to 3) and b (4 to 7) by the four nibbles of `by`, whose top bits are zero.
+__device__ __forceinline__ u32 permuted(u32 a, u32 b, u32 by) {
+    u32 y;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(by));
+    return y;
+}
+
 // A thread's D / 4 halves.
 __device__ __forceinline__ void load_channels(u32* x, const u8* at) {
     if constexpr (D % 32 == 0) {
@@ -118,6 +133,18 @@ template <int ROWS, int COLS, int BITS> struct Plane {
         const int shift = BITS * base + BITS * JS * (j / JS);
         const u32 mask = ((1u << BITS) - 1) * 0x00010001u << (BITS * (j % JS));
         return (shift ? w[seq / KJ] >> shift : w[seq / KJ]) & mask;
+    }
+    // Four codes of a row, a nibble each: of the pairs 2 * step and 2 * step + 1, first in the low halves, then in the high.
+    // More bits follow above the fourth nibble.
+    static __device__ __forceinline__ u32 nibbles(const u32* w, int row, int step) {
+        const int seq = row * PAIRS + 2 * step, at = seq % KJ * BITS, byte = at / 8;  // both pairs' fields are in one byte
+        u32 x = w[seq / KJ];
+        if constexpr (BITS < 4) {
+            constexpr u32 MASK = ((1u << BITS) - 1) * 0x01010101u;
+            const int first = at % 8, second = first + BITS - 4;
+            x = (x >> first & MASK) | ((second >= 0 ? x >> second : x << -second) & MASK << 4);
+        }
+        return permuted(x, 0, byte + (byte + 2) * 16);
     }
     static __host__ __device__ constexpr bool touches(int chunk, int tile0, int tiles) {
         return chunk * T + T > tile0 && chunk * T < tile0 + tiles;
@@ -203,6 +230,120 @@ __device__ __forceinline__ void code_values(float (*o)[4], const u8* plane, floa
             }
     }
 }
+
+#if KPOINTS || VPOINTS
+// The fp16 points of a codebook, zeros beyond the last: their low bytes, then their high bytes.
+struct Points {
+    u32 low[4], high[4];
+    __device__ __forceinline__ Points(u64 low0, u64 low1, u64 high0, u64 high1)
+        : low{(u32)low0, (u32)(low0 >> 32), (u32)low1, (u32)(low1 >> 32)},
+          high{(u32)high0, (u32)(high0 >> 32), (u32)high1, (u32)(high1 >> 32)} {}
+
+    // Points of the codes in four nibbles: of the first two to a, of the others to b.
+    template <int BITS> __device__ __forceinline__ void of(u32 codes, u32& a, u32& b) const {
+        u32 l, h;
+        if constexpr (BITS < 4) {
+            l = permuted(low[0], low[1], codes);
+            h = permuted(high[0], high[1], codes);
+        } else {  // eight points in two registers: the upper eight where the code's top bit is set
+            const u32 index = codes & 0x7777, upper = permuted(0xff00, 0, codes >> 3 & 0x1111);
+            l = (permuted(low[0], low[1], index) & ~upper) | (permuted(low[2], low[3], index) & upper);
+            h = (permuted(high[0], high[1], index) & ~upper) | (permuted(high[2], high[3], index) & upper);
+        }
+        a = permuted(l, h, 0x5140);
+        b = permuted(l, h, 0x7362);
+    }
+};
+
+// The planes of a side as points, T tiles of 16 rows at a time. A register has the same half of two neighbouring pairs, so
+// that a look-up serves two registers; `by_half` puts the moving operand in that order.
+template <int ROWS, int COLS, int LOW, int HIGH> struct PointTiles {
+    using L = Plane<ROWS, COLS, LOW>;
+    using H = Plane<ROWS, COLS, HIGH ? HIGH : LOW>;
+    static_assert(H::T % L::T == 0, "a chunk of the high plane is whole chunks of the low one");
+    static constexpr int T = H::T, CHUNKS = H::CHUNKS, PARTS = T / L::T, W = PARTS * L::W + (HIGH ? H::W : 0);
+    static constexpr int BLOCK = W >= HELD ? 1 : HELD / W > CHUNKS ? CHUNKS : HELD / W;  // chunks held at a time
+    u32 low[PARTS][L::W], high[H::W];
+
+    __device__ __forceinline__ void load(const u8* planes, int chunk, int lane) {
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) L::load(low[i], planes, chunk * PARTS + i, lane);
+        if constexpr (HIGH > 0) H::load(high, planes + ROWS * COLS * LOW / 8, chunk, lane);
+    }
+    __device__ __forceinline__ void row(int row, int step, const Points& points, u32& a, u32& b) const {
+        u32 codes = L::nibbles(low[row / (2 * L::T)], row % (2 * L::T), step);
+        if constexpr (HIGH > 0) codes |= H::nibbles(high, row, step) << LOW;
+        points.of<LOW + HIGH>(codes, a, b);
+    }
+    __device__ __forceinline__ void product(float* c, int tile, int step, const Points& points, u32 b0, u32 b1) const {
+        u32 a0, a1, a2, a3;
+        row(2 * tile, step, points, a0, a2);
+        row(2 * tile + 1, step, points, a1, a3);
+        mma(c, a0, a1, a2, a3, b0, b1);
+    }
+    static __device__ __forceinline__ void by_half(u32& b0, u32& b1) {
+        const u32 low = permuted(b0, b1, 0x5410);
+        b1 = permuted(b0, b1, 0x7632);
+        b0 = low;
+    }
+};
+
+// `code_scores` with points for codes, over all planes.
+template <int LOW, int HIGH>
+__device__ __forceinline__ void point_scores(float (*s)[4], const u8* planes, const Points& points, const half2* q, int lane, int mtile0,
+                                             int mtiles, int group, int groups) {
+    using K = PointTiles<P, D, LOW, HIGH>;
+    u32 b[PAIRS];
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) b[p] = groups > 1 && ((lane & 3) * (D / 4) + 2 * p) * groups / D != group ? 0 : bits(q[p]);
+#pragma unroll
+    for (int ks = 0; ks < DT; ks++) K::by_half(b[2 * ks], b[2 * ks + 1]);
+#pragma unroll
+    for (int chunk0 = 0; chunk0 < K::CHUNKS; chunk0 += K::BLOCK) {
+        K tiles[K::BLOCK];
+#pragma unroll
+        for (int i = 0; i < K::BLOCK; i++)
+            if (chunk0 + i < K::CHUNKS && K::H::touches(chunk0 + i, mtile0, mtiles)) tiles[i].load(planes, chunk0 + i, lane);
+#pragma unroll
+        for (int ks = 0; ks < DT; ks++)
+#pragma unroll
+            for (int i = 0; i < K::BLOCK * K::T; i++) {
+                const int m = chunk0 * K::T + i;
+                if (m < mtile0 || m >= mtile0 + mtiles) continue;
+                tiles[i / K::T].product(s[m], i % K::T, ks, points, b[2 * ks], b[2 * ks + 1]);
+            }
+    }
+}
+
+// `code_values` with points for codes, over all planes.
+template <int LOW, int HIGH>
+__device__ __forceinline__ void point_values(float (*o)[4], const u8* planes, const Points& points, float (*p)[4], float unit, int lane,
+                                             int mtile0, int mtiles, int dtile0, int dtiles) {
+    using V = PointTiles<D, P, LOW, HIGH>;
+    u32 b[MT][2];
+#pragma unroll
+    for (int m = mtile0; m < mtile0 + mtiles; m++) {
+#pragma unroll
+        for (int a = 0; a < 2; a++) b[m][a] = transposed(bits(__floats2half2_rn(p[m][2 * a] * unit, p[m][2 * a + 1] * unit)));
+        V::by_half(b[m][0], b[m][1]);
+    }
+#pragma unroll
+    for (int chunk0 = 0; chunk0 < V::CHUNKS; chunk0 += V::BLOCK) {
+        V tiles[V::BLOCK];
+#pragma unroll
+        for (int i = 0; i < V::BLOCK; i++)
+            if (chunk0 + i < V::CHUNKS && V::H::touches(chunk0 + i, dtile0, dtiles)) tiles[i].load(planes, chunk0 + i, lane);
+#pragma unroll
+        for (int m = mtile0; m < mtile0 + mtiles; m++)
+#pragma unroll
+            for (int i = 0; i < V::BLOCK * V::T; i++) {
+                const int d = chunk0 * V::T + i;
+                if (d < dtile0 || d >= dtile0 + dtiles) continue;
+                tiles[i / V::T].product(o[d], i % V::T, m, points, b[m][0], b[m][1]);
+            }
+    }
+}
+#endif
 
 // s += elements of 16 tokens . q; lo and hi are rows g and g + 8 at this thread's channels.
 __device__ __forceinline__ void raw_scores(float* s, const u8* lo, const u8* hi, const half2* q) {
@@ -292,7 +433,7 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // sequence, read on the device in place of the four numbers; the tail is then a ring, in which the token of slot s lies at
 // (s - num_sinks) % tail_ring, a multiple of P. mask [batch, query, slot]. visible: pages each query
 // may read. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
-// [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero.
+// [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     const u8* __restrict__ q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
     const u8* __restrict__ pages, i64 page_batch, i64 page_head, i64 page_bytes, const int* __restrict__ table, int table_stride,
@@ -301,7 +442,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     i64 tail_token, int tail_ring, const int* __restrict__ state, int num_pages, int num_tail, int length, const u8* __restrict__ mask,
     i64 mask_batch, i64 mask_query, const i64* __restrict__ visible, float scale_log2, float softcap,
     const float* __restrict__ sink_logits, float* __restrict__ part_o, float* __restrict__ part_ml, int* __restrict__ turn,
-    u8* __restrict__ out, float* __restrict__ lse) {
+    u8* __restrict__ out, float* __restrict__ lse
+#if KPOINTS
+    , u64 key_low0, u64 key_low1, u64 key_high0, u64 key_high1
+#endif
+#if VPOINTS
+    , u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1
+#endif
+) {
+#if KPOINTS
+    const Points key_points(key_low0, key_low1, key_high0, key_high1);
+#endif
+#if VPOINTS
+    const Points value_points(value_low0, value_low1, value_high0, value_high1);
+#endif
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
     const int row_tiles = (group * queries + 7) / 8, own = blockIdx.y / row_tiles, row0 = blockIdx.y % row_tiles * 8;
@@ -471,7 +625,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
         }
     }
 
-    if constexpr (!VRAW && !VCH) scale_all(o, pow2(vexp - 24), pow2(vexp - 24));  // to units of codes and scaled weights
+    if constexpr (!VRAW && !VCH) scale_all(o, pow2(vexp - VUNIT), pow2(vexp - VUNIT));  // to units of codes and scaled weights
     for (int page = first; page < last; page++) {
         __syncwarp();
         if (page > first || !is_free) fetch(page + STAGES - 1);
@@ -495,12 +649,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
                 for (int i = 0; i < 4; i++) s[m][i] *= (i & 1 ? unit1 : unit0) * pow2(-kexp);
             }
         } else if constexpr (KTOK) {
-            const float kunit = pow2(24 - kexp);
+            const float kunit = pow2(KUNIT - kexp);
 #pragma unroll
             for (int grp = 0; grp < KGROUPS; grp++) {
                 float part[MT][4] = {};
+#if KPOINTS
+                point_scores<KB0, KB1>(part, rec, key_points, q2, lane, 0, MT, grp, KGROUPS);
+#else
                 code_scores<KB0, 0>(part, rec, q2, lane, 0, MT, grp, KGROUPS);
                 if constexpr (KB1 > 0) code_scores<KB1 ? KB1 : 1, KB0>(part, rec + P * D * KB0 / 8, q2, lane, 0, MT, grp, KGROUPS);
+#endif
 #pragma unroll
                 for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -509,7 +667,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
                         float scale, zero;
                         if constexpr (KSYM) {
                             scale = __half2float(reinterpret_cast<const __half*>(rec + KCODES)[token]);
-                            zero = -0.5f * ((1 << KB) - 1) * scale;
+                            zero = KZERO * scale;
                         } else {
                             const half2 pair = reinterpret_cast<const half2*>(rec + KCODES)[token];
                             scale = __low2float(pair); zero = __high2float(pair);
@@ -536,17 +694,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
                 load_query(raw);
                 scale_query(raw, down * pow2(kexp));
             }
-            const float kunit = pow2(24 - kexp), zunit = pow2(-kexp);
+            const float kunit = pow2(KUNIT - kexp), zunit = pow2(-kexp);
             float zs[KGROUPS][4] = {};
 #pragma unroll
             for (int grp = 0; grp < KGROUPS; grp++) {
                 half2 qs[PAIRS];
 #pragma unroll
                 for (int p = 0; p < PAIRS; p++) qs[p] = __hmul2(q2[p], as_half2(scales[grp][p]));
-                if constexpr (KSYM) {
+                if constexpr (KSYM && KPOINTS) {  // no zero points at all
+                } else if constexpr (KSYM) {
 #pragma unroll
                     for (int ks = 0; ks < DT; ks++) {
-                        const u32 half_levels = bits(both(-0.5f * ((1 << KB) - 1)));
+                        const u32 half_levels = bits(both(KZERO));
                         mma(zs[grp], half_levels, half_levels, half_levels, half_levels, bits(qs[2 * ks]), bits(qs[2 * ks + 1]));
                     }
                 } else {
@@ -557,8 +716,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
                         mma(zs[grp], z[2 * ks], z[2 * ks], z[2 * ks + 1], z[2 * ks + 1], bits(q2[2 * ks]), bits(q2[2 * ks + 1]));
                 }
                 constexpr int OWN = MT / KGROUPS;
+#if KPOINTS
+                point_scores<KB0, KB1>(s, rec, key_points, qs, lane, grp * OWN, OWN, 0, 1);
+#else
                 code_scores<KB0, 0>(s, rec, qs, lane, grp * OWN, OWN, 0, 1);
                 if constexpr (KB1 > 0) code_scores<KB1 ? KB1 : 1, KB0>(s, rec + P * D * KB0 / 8, qs, lane, grp * OWN, OWN, 0, 1);
+#endif
             }
             const float f0 = unit0 * kunit, f1 = unit1 * kunit, e0 = unit0 * zunit, e1 = unit1 * zunit;
 #pragma unroll
@@ -603,8 +766,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
 #pragma unroll
             for (int grp = 0; grp < VGROUPS; grp++) {
                 float part[DT][4] = {}, sum0 = 0.f, sum1 = 0.f;
+#if VPOINTS
+                point_values<VB0, VB1>(part, vrec, value_points, s, 256.f, lane, grp * OWN, OWN, 0, DT);
+#else
                 code_values<VB0, 0>(part, vrec, s, 256.f, lane, grp * OWN, OWN, 0, DT);
                 if constexpr (VB1 > 0) code_values<VB1 ? VB1 : 1, VB0>(part, vrec + P * D * VB0 / 8, s, 256.f, lane, grp * OWN, OWN, 0, DT);
+#endif
 #pragma unroll
                 for (int m = grp * OWN; m < grp * OWN + OWN; m++) {  // of the rounded weights, as the codes meet them
                     sum0 += rounded(s[m][0]) + rounded(s[m][2]); sum1 += rounded(s[m][1]) + rounded(s[m][3]);
@@ -614,10 +781,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
                 for (int i = 0; i < 2 * DT; i++) {
                     const int channel = grp * D + 16 * (i >> 1) + 8 * (i & 1) + g;
                     const float scale = __half2float(scales[channel]);
-                    const float zero = VSYM ? -0.5f * ((1 << VB) - 1) * scale : __half2float(scales[VGROUPS * D + channel]);
+                    const float zero = VSYM ? VZERO * scale : __half2float(scales[VGROUPS * D + channel]);
                     float* c = o[i >> 1] + 2 * (i & 1);
                     const float* x = part[i >> 1] + 2 * (i & 1);
-                    c[0] += x[0] * (scale * 65536.f) + zero * sum0; c[1] += x[1] * (scale * 65536.f) + zero * sum1;
+                    c[0] += x[0] * (scale * pow2(VUNIT - 8)) + zero * sum0; c[1] += x[1] * (scale * pow2(VUNIT - 8)) + zero * sum1;
                 }
             }
         } else {
@@ -653,17 +820,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
 #pragma unroll
                     for (int a = 0; a < 2; a++) {
                         const half2 pair = pairs[grp * MT + m][a];
-                        const float scale = __low2float(pair), zero = VSYM ? -0.5f * ((1 << VB) - 1) * scale : __high2float(pair);
+                        const float scale = __low2float(pair), zero = VSYM ? VZERO * scale : __high2float(pair);
                         ps[m][2 * a] = s[m][2 * a] * scale; ps[m][2 * a + 1] = s[m][2 * a + 1] * scale;
                         z0[grp] += s[m][2 * a] * zero; z1[grp] += s[m][2 * a + 1] * zero;
                     }
+#if VPOINTS
+                point_values<VB0, VB1>(o, vrec, value_points, ps, pow2(vexp), lane, 0, MT, grp * OWN, OWN);
+#else
                 code_values<VB0, 0>(o, vrec, ps, pow2(vexp), lane, 0, MT, grp * OWN, OWN);
                 if constexpr (VB1 > 0) code_values<VB1 ? VB1 : 1, VB0>(o, vrec + P * D * VB0 / 8, ps, pow2(vexp), lane, 0, MT, grp * OWN, OWN);
+#endif
             }
         }
     }
     if constexpr (!VRAW && !VCH) {  // back to true units, zero points included
-        const float vunit = pow2(24 - vexp);
+        const float vunit = pow2(VUNIT - vexp);
 #pragma unroll
         for (int grp = 0; grp < VGROUPS; grp++) { z0[grp] = over_rows(z0[grp]); z1[grp] = over_rows(z1[grp]); }
 #pragma unroll

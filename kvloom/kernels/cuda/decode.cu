@@ -5,29 +5,33 @@
 //
 // Defines: PAGE_TOKENS, HEAD_DIM, ELEMENT (float, __half, __nv_bfloat16), WARPS, VALUE_OFFSET (first byte of the values), and
 // for KEY and VALUE: _BITS, _LOW_BITS (of the first plane), _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane),
-// _PER_CHANNEL, _GROUP, _SYMMETRIC.
+// _PER_CHANNEL, _GROUP, _SYMMETRIC, _POINTS (codes stand for the points of a codebook).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 constexpr int THREADS = WARPS * 32, P = PAGE_TOKENS, D = HEAD_DIM;
 constexpr int V = 16 / sizeof(ELEMENT);  // elements of a 16-byte vector
 
-template <bool IS_KEY_, int BITS_, int LOW_BITS_, int LOW_TILES_, int HIGH_TILES_, bool PER_CHANNEL_, int GROUP_, bool SYMMETRIC_>
+template <bool IS_KEY_, int BITS_, int LOW_BITS_, int LOW_TILES_, int HIGH_TILES_, bool PER_CHANNEL_, int GROUP_, bool SYMMETRIC_,
+          bool POINTS_>
 struct Side {
-    static constexpr bool IS_KEY = IS_KEY_, PER_CHANNEL = PER_CHANNEL_, SYMMETRIC = SYMMETRIC_;
+    static constexpr bool IS_KEY = IS_KEY_, PER_CHANNEL = PER_CHANNEL_, SYMMETRIC = SYMMETRIC_, POINTS = POINTS_;
     static constexpr int BITS = BITS_, LOW_BITS = LOW_BITS_, HIGH_BITS = BITS_ - LOW_BITS_, GROUP = GROUP_;
     static constexpr int LOW_TILES = LOW_TILES_, HIGH_TILES = HIGH_TILES_;
-    static constexpr int LEVELS = (1 << BITS) - 1;
+    static constexpr float SYMMETRIC_ZERO = POINTS ? 0.f : -0.5f * ((1 << BITS) - 1);  // in units of the scale
     static constexpr int ROWS = IS_KEY ? P : D, COLS = IS_KEY ? D : P;
     static constexpr int PITCH = COLS + 4;  // bytes of a row of codes in shared memory; odd in words, against bank conflicts
     static constexpr int PARAMS = P * D * BITS / 8;
 };
-typedef Side<true, KEY_BITS, KEY_LOW_BITS, KEY_LOW_TILES, KEY_HIGH_TILES, KEY_PER_CHANNEL, KEY_GROUP, KEY_SYMMETRIC> Keys;
-typedef Side<false, VALUE_BITS, VALUE_LOW_BITS, VALUE_LOW_TILES, VALUE_HIGH_TILES, VALUE_PER_CHANNEL, VALUE_GROUP, VALUE_SYMMETRIC>
+typedef Side<true, KEY_BITS, KEY_LOW_BITS, KEY_LOW_TILES, KEY_HIGH_TILES, KEY_PER_CHANNEL, KEY_GROUP, KEY_SYMMETRIC, KEY_POINTS>
+    Keys;
+typedef Side<false, VALUE_BITS, VALUE_LOW_BITS, VALUE_LOW_TILES, VALUE_HIGH_TILES, VALUE_PER_CHANNEL, VALUE_GROUP, VALUE_SYMMETRIC,
+             VALUE_POINTS>
     Values;
 
 __device__ __forceinline__ float low_half(u32 w) { return __low2float(*reinterpret_cast<const __half2*>(&w)); }
@@ -95,6 +99,15 @@ __device__ __forceinline__ float byte(u32 word, int i) {
     return __fsub_rn(__uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i)), 8388608.f);
 }
 
+// The fp16 points of a codebook, zeros beyond the last: their low bytes, then their high bytes.
+struct Points {
+    u64 low[2], high[2];
+    __device__ __forceinline__ float operator[](int i) const {
+        const u32 l = (i < 8 ? low[0] : low[1]) >> 8 * (i % 8), h = (i < 8 ? high[0] : high[1]) >> 8 * (i % 8);
+        return __half2float(__ushort_as_half((l & 0xff) | (h & 0xff) << 8));
+    }
+};
+
 struct Params {
     float scale, zero;
 };
@@ -116,7 +129,7 @@ template <class S> __device__ __forceinline__ void params_by_channel(Params (&ou
     for (int i = 0; i < V; i++) {
         const float s = i % 2 ? high_half(scale[i / 2]) : low_half(scale[i / 2]);
         const float z = i % 2 ? high_half(zero[i / 2]) : low_half(zero[i / 2]);
-        out[i] = {s, S::SYMMETRIC ? __fmul_rn(s, -0.5f * S::LEVELS) : z};
+        out[i] = {s, S::SYMMETRIC ? __fmul_rn(s, S::SYMMETRIC_ZERO) : z};
     }
 }
 
@@ -128,7 +141,7 @@ template <class S> __device__ __forceinline__ void params_by_token(Params (&out)
         const int slot = group * P + quad_token(quad, i);
         if (S::SYMMETRIC) {
             const float s = __half2float(__ldg(reinterpret_cast<const __half*>(record + S::PARAMS) + slot));
-            out[i] = {s, __fmul_rn(s, -0.5f * S::LEVELS)};
+            out[i] = {s, __fmul_rn(s, S::SYMMETRIC_ZERO)};
         } else {
             const u32 pair = __ldg(reinterpret_cast<const u32*>(record + S::PARAMS) + slot);
             out[i] = {low_half(pair), high_half(pair)};
@@ -151,8 +164,10 @@ template <class T> __device__ __forceinline__ uint4 vector_of(const float (&x)[V
     return make_uint4(two_of(x[0], x[1], t), two_of(x[2], x[3], t), two_of(x[4], x[5], t), two_of(x[6], x[7], t));
 }
 
-// `scale * code` is exact in fp32 (11 bits times 8), so that fusing the sum changes nothing.
-template <class S> __device__ __forceinline__ void scale_codes(const u8* record, const u8* codes, ELEMENT* out) {
+// `scale * code` is exact in fp32 (11 bits times 8, or 11 of a point), so that fusing the sum changes nothing.
+template <class S>
+__device__ __forceinline__ void scale_codes(const u8* record, const u8* codes, const float* points, ELEMENT* out) {
+    auto number = [&](u32 word, int i) { return S::POINTS ? points[word >> 8 * i & 15] : byte(word, i); };
     constexpr int COLUMNS = D / V;
     for (int item = threadIdx.x; item < P / 4 * COLUMNS; item += THREADS) {
         const int channel = item % COLUMNS * V, quad = item / COLUMNS;
@@ -171,32 +186,36 @@ template <class S> __device__ __forceinline__ void scale_codes(const u8* record,
 #pragma unroll
             for (int k = 0; k < V; k++) {
                 const Params& own = params[S::PER_CHANNEL ? k : i];
-                x[k] = __fmaf_rn(S::IS_KEY ? byte(word[i * (V / 4) + k / 4], k % 4) : byte(word[k], i), own.scale, own.zero);
+                x[k] = __fmaf_rn(S::IS_KEY ? number(word[i * (V / 4) + k / 4], k % 4) : number(word[k], i), own.scale, own.zero);
             }
             *reinterpret_cast<uint4*>(out + quad_token(quad, i) * D + channel) = vector_of(x, ELEMENT());
         }
     }
 }
 
-template <class S> __device__ __forceinline__ void decode_side(const u8* record, u8* codes, ELEMENT* out) {
+template <class S> __device__ __forceinline__ void decode_side(const u8* record, const Points& codebook, u8* codes, ELEMENT* out) {
+    __shared__ float points[16];  // side by side in the banks, so that lanes look up at the same time
+    if constexpr (S::POINTS)
+        if (threadIdx.x < 16) points[threadIdx.x] = codebook[threadIdx.x];
     if constexpr (S::BITS == 16) {
         for (int v = threadIdx.x; v < P * D / V; v += THREADS)
             reinterpret_cast<uint4*>(out)[v] = __ldg(reinterpret_cast<const uint4*>(record) + v);
     } else {
         spread_codes<S>(record, codes);
-        scale_codes<S>(record, codes, out);
+        scale_codes<S>(record, codes, points, out);
     }
 }
 
 // Grid (2 * pages, heads, batch): even blocks take keys, odd ones values. Strides of records in bytes.
-// records [batch, heads, pages, bytes]; key, value [batch, heads, pages * P, D], contiguous.
+// records [batch, heads, pages, bytes]; key, value [batch, heads, pages * P, D], contiguous. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode_pages(const u8* __restrict__ records, i64 record_batch, i64 record_head, i64 record_page, ELEMENT* __restrict__ key,
-                 ELEMENT* __restrict__ value) {
+                 ELEMENT* __restrict__ value, u64 key_low0, u64 key_low1, u64 key_high0, u64 key_high1, u64 value_low0,
+                 u64 value_low1, u64 value_high0, u64 value_high1) {
     extern __shared__ __align__(16) u8 shared[];
     const i64 page = blockIdx.x / 2, head = blockIdx.y, batch = blockIdx.z;
     const u8* record = records + batch * record_batch + head * record_head + page * record_page;
     const i64 first = ((batch * gridDim.y + head) * (gridDim.x / 2) + page) * (P * D);
-    if (blockIdx.x % 2 == 0) decode_side<Keys>(record, shared, key + first);
-    else decode_side<Values>(record + VALUE_OFFSET, shared, value + first);
+    if (blockIdx.x % 2 == 0) decode_side<Keys>(record, {{key_low0, key_low1}, {key_high0, key_high1}}, shared, key + first);
+    else decode_side<Values>(record + VALUE_OFFSET, {{value_low0, value_low1}, {value_high0, value_high1}}, shared, value + first);
 }

@@ -1,4 +1,4 @@
-"""The computed Lloyd-Max grids against the published ones, and against Lloyd's own iteration."""
+"""The Lloyd-Max grids against the published ones, and against Lloyd's own iteration, as far as fp16 holds them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 from itertools import pairwise
 
 import pytest
-import torch
 
-from kvloom.codecs._normal_grid import grid_edges, grid_points, normal_grid
+from kvloom.pages import Format
 
-WIDTHS = [1, 2, 3, 4, 5, 6, 8]
+WIDTHS = [1, 2, 3, 4]
 
 # Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6 (1960), table I. The last digits are a little off.
 MAX_1960 = {
@@ -20,6 +19,11 @@ MAX_1960 = {
     4: [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733],
 }
 DISTORTION = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
+IN_FP16 = 2**-11
+
+
+def points_of(bits: int) -> tuple[float, ...]:
+    return Format(bits, "per_token", 64, True, "lloyd").points
 
 
 def integral(x: float) -> float:
@@ -40,51 +44,34 @@ def cells(points: tuple[float, ...]) -> list[tuple[float, float]]:
 
 
 def distortion(bits: int) -> float:
-    """Mean squared error; the mean square of what is kept and of what is lost add up to 1."""
-    points = normal_grid(bits)
-    return 1 - sum(mass * point**2 for (mass, _), point in zip(cells(points), points, strict=True))
+    """Mean squared error over all standard normal numbers."""
+    points = points_of(bits)
+    parts = zip(cells(points), points, strict=True)
+    return 1 - sum(mass * (2 * mean * point - point**2) for (mass, mean), point in parts)
 
 
-@pytest.mark.parametrize("bits", MAX_1960)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_points_are_the_published_ones(bits: int) -> None:
-    points = normal_grid(bits)
-    assert list(points[2 ** (bits - 1) :]) == pytest.approx(MAX_1960[bits], abs=1e-4, rel=3e-4)
+    assert list(points_of(bits)[2 ** (bits - 1) :]) == pytest.approx(MAX_1960[bits], abs=1e-4, rel=3e-4 + IN_FP16)
 
 
-@pytest.mark.parametrize("bits", DISTORTION)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_the_distortion_is_the_published_one(bits: int) -> None:
     assert distortion(bits) == pytest.approx(DISTORTION[bits], rel=5e-4)
 
 
-@pytest.mark.parametrize(("bits", "share"), [(5, 0.94), (6, 0.96), (8, 0.99)])
-def test_many_points_approach_the_panter_dite_limit(bits: int, share: float) -> None:
-    """Distortion tends to ``sqrt(3) pi / 2 / 4**bits`` from below."""
-    limit = math.sqrt(3) * math.pi / 2 / 4**bits
-    assert share * limit < distortion(bits) < limit
-
-
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_point_is_the_mean_of_its_cell(bits: int) -> None:
-    points = normal_grid(bits)
+    points = points_of(bits)
     assert len(points) == 2**bits
     assert list(points) == sorted(points)
     assert [-point for point in reversed(points)] == list(points)
-    assert [mean for _, mean in cells(points)] == pytest.approx(list(points), abs=1e-9)
+    assert [mean for _, mean in cells(points)] == pytest.approx(list(points), rel=2 * IN_FP16)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_lloyds_iteration_ends_there(bits: int) -> None:
     points = tuple(-2 + 4 * i / (2**bits - 1) for i in range(2**bits))
-    for _ in range(300):
+    for _ in range(2000):
         points = tuple(mean for _, mean in cells(points))
-    assert points == pytest.approx(normal_grid(bits), abs=1e-9)
-
-
-def test_tensors_hold_what_decoding_uses() -> None:
-    cpu = torch.device("cpu")
-    for dtype in (torch.float32, torch.float64):
-        points, edges = (make(3, dtype, cpu) for make in (grid_points, grid_edges))
-        assert points.dtype == edges.dtype == dtype
-        assert points.equal(points.float().to(dtype))
-        assert edges.equal(-edges.flip(0))
-        assert torch.bucketize(points, edges).tolist() == list(range(8))
+    assert points == pytest.approx(points_of(bits), rel=IN_FP16)
