@@ -8,6 +8,7 @@ from kvloom.codecs._base import Codec, Encoded, get, names, register, registered
 from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._hqq import HQQ, Hqq
 from kvloom.codecs._lloyd import LLOYD, Lloyd
+from kvloom.codecs._outliers import Outliers, joined, split
 from kvloom.codecs._quanto import QUANTO, Quanto
 from kvloom.codecs._range import OUT_OF_RANGE
 from kvloom.codecs._rotation import dual, rotated, signs
@@ -28,14 +29,17 @@ __all__ = [
     "Grid",
     "Hqq",
     "Lloyd",
+    "Outliers",
     "Quanto",
     "as_stored",
     "dual",
     "get",
+    "joined",
     "names",
     "register",
     "registered",
     "rotated",
     "signs",
+    "split",
     "wide",
 ]

@@ -289,8 +289,8 @@ def _check_side(side: SideLayout, dtype: torch.dtype) -> None:
             raise KernelError(f"the page layout keeps {side.role}s in another compute dtype than {dtype}")
     elif side.fmt.form != "affine" or side.fmt.group_size % 16:
         raise KernelError(
-            f"the CUDA page kernels take codecs of affine form in groups of whole 16 elements, not {side.fmt.codec!r} "
-            f"in groups of {side.fmt.group_size}"
+            f"the CUDA page kernels take pages of affine form in groups of whole 16 elements, not {side.fmt.form} "
+            f"pages of codec {side.fmt.codec!r} in groups of {side.fmt.group_size}"
         )
 
 

@@ -43,6 +43,7 @@ class Format:
         symmetric: The grid is centred on zero and no zero point is stored.
         codec: Name of the number format in the codecs room.
         rotation: How the elements were turned before they were quantised; no business of those who read pages.
+        outliers: Share of the elements of a page that are kept in fp16 beside the codes.
     """
 
     bits: int
@@ -51,6 +52,7 @@ class Format:
     symmetric: bool = False
     codec: str = "affine"
     rotation: Rotation | None = None
+    outliers: float = 0.0
 
     @property
     def is_passthrough(self) -> bool:
@@ -59,8 +61,10 @@ class Format:
 
     @property
     def form(self) -> Form:
-        """How codes become values; see `CodecFacts`. A passthrough has no codes and hinders no kernel."""
-        return "affine" if self.is_passthrough else codec_facts(self.codec).form
+        """How a page becomes values; see `CodecFacts`. A passthrough has no codes and hinders no kernel."""
+        if self.is_passthrough:
+            return "affine"
+        return "opaque" if self.outliers else codec_facts(self.codec).form
 
     @property
     def levels(self) -> int:

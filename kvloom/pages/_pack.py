@@ -1,7 +1,8 @@
 """Codes and parameters to page bytes and back, in torch.
 
-`pack_side` and `unpack_side` move whole sides; `side_matrix` is what attention reads: the codes as floats, in an order
-that costs a byte permutation and a few whole-word operations, together with the order and weight of its columns.
+`pack_side` and `unpack_side` move whole sides, but for outliers; `side_matrix` is what attention reads: the codes as
+floats, in an order that costs a byte permutation and a few whole-word operations, together with the order and weight of
+its columns.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def pack_side(codes: torch.Tensor, params: tuple[torch.Tensor, ...], side: SideL
         side: Layout.
 
     Returns:
-        uint8 ``[..., side.nbytes]``.
+        uint8 ``[..., side.nbytes]``, less what `pack_outliers` adds.
     """
     if side.fmt.is_passthrough:
         return codes.contiguous().flatten(-2).view(torch.uint8)
@@ -198,7 +199,7 @@ def unpack_params(pages: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, 
         fp32 scale and zero, ``[..., groups, head_dim]`` (``per_channel``) or ``[..., page_tokens, groups]``
         (``per_token``): an element is ``scale * code + zero``, with ``zero = -scale * levels / 2`` if symmetric.
     """
-    raw = pages[..., side.params_offset : side.offset + side.nbytes].view(torch.float16).float()
+    raw = pages[..., side.params_offset : side.outliers_offset].view(torch.float16).float()
     count = side.fmt.num_params
     if side.fmt.grouping == "per_channel":
         params = raw.unflatten(-1, (count, side.groups, side.head_dim)).unbind(-3)

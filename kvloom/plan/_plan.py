@@ -206,8 +206,20 @@ class Plan(PlanModel):
     @cached_property
     def codecs(self) -> tuple[str, ...]:
         """Names of the number formats that pages are packed in, sorted."""
-        specs = (spec for entry in self.layers for h in range(self.model.num_kv_heads) for spec in entry.head(h))
-        return tuple(sorted({spec.codec for spec in specs if spec.bits != PASSTHROUGH_BITS}))
+        return tuple(sorted({spec.codec for spec in self._packed_specs}))
+
+    @cached_property
+    def _packed_specs(self) -> tuple[TensorSpec, ...]:
+        """Specs of keys and of values of every layer and KV head, but for those of 16 bits."""
+        heads = range(self.model.num_kv_heads)
+        specs = (spec for entry in self.layers for head in heads for spec in entry.head(head))
+        return tuple(spec for spec in specs if spec.bits != PASSTHROUGH_BITS)
+
+    @cached_property
+    def _decoded_first(self) -> list[str]:
+        """What keeps attention from reading pages as they are."""
+        reasons = [name for name in self.codecs if codec_facts(name).form == "opaque"]
+        return reasons + ["specs with outliers"] * any(spec.outliers for spec in self._packed_specs)
 
     def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
@@ -249,7 +261,7 @@ class Plan(PlanModel):
             )
         if self.provenance:
             lines += [f"  {self.provenance.source}: {note}" for note in self.provenance.notes]
-        if opaque := [name for name in self.codecs if codec_facts(name).form == "opaque"]:
+        if opaque := self._decoded_first:
             lines.append(f"  attention decodes the pages of {', '.join(opaque)} first: memory is saved, speed is not")
         lines.append(
             f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "

@@ -32,6 +32,8 @@ class TensorSpec(PlanModel):
         symmetric: Centre the grid on zero and store no zero point.
         rotation: ``hadamard`` turns each head's channels by a randomised Hadamard transform first, which spreads
             outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`).
+        outliers: Share of the elements that are kept in fp16, with an index, in 4 bytes each: those farthest outside
+            their groups, whose scales are computed without them (`kvloom.codecs.split`). Whole 16 bytes of them a page.
     """
 
     codec: str = "affine"
@@ -40,6 +42,7 @@ class TensorSpec(PlanModel):
     group_size: GroupSize = 64
     symmetric: bool = Field(default=False, validate_default=True)
     rotation: Rotation | None = None
+    outliers: float = Field(default=0.0, ge=0.0, le=0.125)
 
     @field_validator("codec")
     @classmethod
@@ -70,16 +73,20 @@ class TensorSpec(PlanModel):
             )
         if self.rotation and self.bits == PASSTHROUGH_BITS:
             raise ValueError("rotation has no meaning for 16 bits, which round nothing: leave it out")
+        if self.outliers and self.bits == PASSTHROUGH_BITS:
+            raise ValueError("outliers have no meaning for 16 bits, which keep every element: leave them out")
         return self
 
     def format(self, head_dim: int) -> Format:
         """The spec with its group size resolved for ``head_dim``."""
         size = head_dim if self.group_size == "head_dim" else self.group_size
-        return Format(self.bits, self.grouping, size, self.symmetric, self.codec, self.rotation)
+        return Format(self.bits, self.grouping, size, self.symmetric, self.codec, self.rotation, outliers=self.outliers)
 
     @property
     def label(self) -> str:
         """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, with more to say, ``2b/tok32/hqq/hadamard``.
+
+        ``/out1%`` says how many outliers are kept.
 
         An ``s`` after the group size says symmetric, unless the codec takes no other format.
         """
@@ -88,7 +95,8 @@ class TensorSpec(PlanModel):
         size = "-head" if self.group_size == "head_dim" else str(self.group_size)
         symmetric = "s" if self.symmetric and codec_facts(self.codec).asymmetric else ""
         more = "".join(f"/{name}" for name in (self.codec, self.rotation) if name not in ("affine", None))
-        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{symmetric}{more}"
+        kept = f"/out{100 * self.outliers:g}%" if self.outliers else ""
+        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{symmetric}{more}{kept}"
 
 
 class Window(PlanModel):

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvloom import codecs
-from kvloom.pages import Format
+from kvloom.pages import Format, page_tokens_of
 from kvloom.signals._base import Evidence, Signal, register
 from kvloom.signals._replay import key_changes, value_gradient
 
@@ -47,8 +47,8 @@ class ErrorGradient(Signal):
 
 
 def storage_error(packed: Tensor, fmt: Format) -> Tensor:
-    """Decoded minus original: float32 `[batch, kv_heads, tokens, head_dim]`, whole groups of tokens."""
-    return codecs.as_stored(packed, fmt) - packed.float()
+    """Decoded minus original: float32 `[batch, kv_heads, tokens, head_dim]`, whole pages."""
+    return codecs.as_stored(packed, fmt, page_tokens_of(fmt)) - packed.float()
 
 
 def _value_parts(evidence: Evidence) -> Tensor:

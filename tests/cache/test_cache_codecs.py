@@ -76,6 +76,29 @@ def test_attention_stays_near_the_exact_one(name):
     assert 0 < float(ours.norm()) < 1.2 * float(plain.norm())
 
 
+@pytest.mark.parametrize("name", codecs.names())
+def test_outliers_are_kept_whatever_the_codec(name, tmp_path):
+    needs(name)
+    model = tiny.enabled(tiny.build("llama"))
+    fingerprint, symmetric = Fingerprint.of(model), not codec_facts(name).asymmetric
+    inputs, options = tiny.prompt(200), {"codec": name, "bits": 2, "symmetric": symmetric, "group_size": 16}
+    exact = tiny.run(model, LoomCache(tiny.passthrough(model), model), inputs, tiny.steps(200, 150))
+    errors = []
+    for share in (0.0, 0.1):
+        key, value = (
+            TensorSpec(grouping=grouping, outliers=share, **options) for grouping in ("per_channel", "per_token")
+        )
+        plan = Plan.from_specs(fingerprint, dict.fromkeys(fingerprint.packed_layers, (key, value)))
+        cache = LoomCache(plan, model)
+        errors.append(float((tiny.run(model, cache, inputs, tiny.steps(200, 150)) - exact).norm()))
+        assert cache.nbytes() == plan.nbytes(1, 200, torch.float32)
+    assert 0 < errors[1] < 0.9 * errors[0]
+    cache.save(tmp_path / "cache.safetensors")
+    again = LoomCache.load(tmp_path / "cache.safetensors", plan, model)
+    assert all(a.equal(b) for a, b in zip(tiny.codes(cache), tiny.codes(again), strict=True))
+    assert "with outliers first" in plan.describe()
+
+
 def test_codecs_may_differ_by_side():
     model = tiny.build("llama")
     plan = Plan.uniform(model, 4, 2, value_codec="clipped", value_group_size=16)

@@ -92,6 +92,14 @@ def edited(**change: object) -> dict:
             edited(value={"bits": 4, "grouping": "per_token", "codec": "lloyd"}),
             r"layers\.0\.value\.symmetric: symmetric is false where codec 'lloyd' never stores a zero point: set it",
         ),
+        (
+            edited(key={"bits": 4, "grouping": "per_channel", "outliers": 0.2}),
+            r"layers\.0\.key\.outliers: Input should be less than or equal to 0\.125",
+        ),
+        (
+            edited(value={"bits": 16, "grouping": "per_token", "outliers": 0.01}),
+            r"layers\.0\.value: outliers have no meaning for 16 bits",
+        ),
         (edited(layers="0-2"), "leaves out layer 3"),
         (edited(layers="0-4"), "names layer 4"),
         (edited(layers="3-0"), r"layers\.0\.layers"),
@@ -156,7 +164,19 @@ def test_describe_and_labels() -> None:
     assert spec.label == "3b/tok32s"
     assert spec.model_copy(update={"codec": "clipped"}).label == "3b/tok32s/clipped"
     assert spec.model_copy(update={"codec": "lloyd", "group_size": "head_dim"}).label == "3b/tok-head/lloyd"
+    assert spec.model_copy(update={"rotation": "hadamard", "outliers": 0.01}).label == "3b/tok32s/hadamard/out1%"
     assert LayerPlan(layers=0, key=spec, value=spec).head(5) == (spec, spec)
+
+
+def test_outliers_count_and_are_said() -> None:
+    plain = TensorSpec(bits=2, grouping="per_channel")
+    kept = plain.model_copy(update={"outliers": 0.01})
+    plans = [Plan.from_specs(MODEL, dict.fromkeys(range(4), (key, plain))) for key in (plain, kept)]
+    assert plans[1].nbytes(1, 640) - plans[0].nbytes(1, 640) == 4 * 2 * 10 * 80 * 4
+    assert plans[1].true_bits(6400) - plans[0].true_bits(6400) == pytest.approx(32 * 80 / 8192 / 2)
+    said = "attention decodes the pages of specs with outliers first: memory is saved, speed is not"
+    assert [said in plan.describe() for plan in plans] == [False, True]
+    assert Plan.model_validate_json(plans[1].to_json()) == plans[1]
 
 
 def test_the_published_schema_is_the_schema() -> None:
