@@ -5,5 +5,6 @@ from __future__ import annotations
 from kvloom.cache._attention import ATTENTION, disable, enable, loom_attention
 from kvloom.cache._cache import LoomCache
 from kvloom.cache._layer import LoomLayer
+from kvloom.cache._rope import Rope, rope_of
 
-__all__ = ["ATTENTION", "LoomCache", "LoomLayer", "disable", "enable", "loom_attention"]
+__all__ = ["ATTENTION", "LoomCache", "LoomLayer", "Rope", "disable", "enable", "loom_attention", "rope_of"]

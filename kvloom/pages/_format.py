@@ -44,6 +44,7 @@ class Format:
         codec: Name of the number format in the codecs room.
         rotation: How the elements were turned before they were quantised; no business of those who read pages.
         outliers: Share of the elements of a page that are kept in fp16 beside the codes.
+        pre_rope: Keys are packed as they were before their rotary embedding; who decodes pages applies it again.
     """
 
     bits: int
@@ -53,6 +54,7 @@ class Format:
     codec: str = "affine"
     rotation: Rotation | None = None
     outliers: float = 0.0
+    pre_rope: bool = False
 
     @property
     def is_passthrough(self) -> bool:
@@ -64,7 +66,7 @@ class Format:
         """How a page becomes values; see `CodecFacts`. A passthrough has no codes and hinders no kernel."""
         if self.is_passthrough:
             return "affine"
-        return "opaque" if self.outliers else codec_facts(self.codec).form
+        return "opaque" if self.outliers or self.pre_rope else codec_facts(self.codec).form
 
     @property
     def levels(self) -> int:
@@ -93,8 +95,8 @@ def page_tokens_of(*formats: Format) -> int:
     return max([PAGE_TOKENS, *spans])
 
 
-def check_format(fmt: Format, head_dim: int) -> None:
-    """Raise PlanError if ``fmt`` cannot be laid out for ``head_dim``, or its codec does not take it."""
+def check_format(fmt: Format, head_dim: int, role: Role) -> None:
+    """Raise PlanError if ``fmt`` cannot be laid out for ``head_dim``, or is not for its codec or its side."""
     if head_dim % HEAD_DIM_STEP or head_dim <= 0:
         raise PlanError(
             f"head_dim {head_dim} is not a positive multiple of {HEAD_DIM_STEP}, the width of a tensor-core tile; "
@@ -103,6 +105,8 @@ def check_format(fmt: Format, head_dim: int) -> None:
     if fmt.is_passthrough:
         return
     codec_facts(fmt.codec).check(fmt.codec, fmt.bits, fmt.symmetric)
+    if fmt.pre_rope and role == "value":
+        raise PlanError("value.pre_rope is true and values have no rotary embedding: set it for keys alone.")
     if fmt.grouping == "per_token" and head_dim % fmt.group_size:
         raise PlanError(
             f"group_size {fmt.group_size} does not divide head_dim {head_dim}; "

@@ -106,8 +106,9 @@ def page_layout(key: Format, value: Format, head_dim: int, itemsize: int = 2, pa
         PlanError: A format does not fit ``head_dim``.
     """
     tokens = page_tokens or page_tokens_of(key, value)
-    for fmt in (key, value):
-        check_format(fmt, head_dim)
+    sides: tuple[tuple[Format, Role], ...] = ((key, "key"), (value, "value"))
+    for fmt, role in sides:
+        check_format(fmt, head_dim, role)
         _check_indices(fmt, head_dim, tokens)
     key_side = _side("key", key, tokens, head_dim, 0, itemsize)
     value_side = _side("value", value, tokens, head_dim, key_side.nbytes, itemsize)

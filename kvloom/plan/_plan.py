@@ -209,6 +209,12 @@ class Plan(PlanModel):
         return tuple(sorted({spec.codec for spec in self._packed_specs}))
 
     @cached_property
+    def pre_rope_layers(self) -> tuple[int, ...]:
+        """Layers that pack keys of some head before their rotary embedding."""
+        heads = range(self.model.num_kv_heads)
+        return tuple(i for i in self.model.packed_layers if any(self.spec(i).head(h)[0].pre_rope for h in heads))
+
+    @cached_property
     def _packed_specs(self) -> tuple[TensorSpec, ...]:
         """Specs of keys and of values of every layer and KV head, but for those of 16 bits."""
         heads = range(self.model.num_kv_heads)
@@ -219,7 +225,8 @@ class Plan(PlanModel):
     def _decoded_first(self) -> list[str]:
         """What keeps attention from reading pages as they are."""
         reasons = [name for name in self.codecs if codec_facts(name).form == "opaque"]
-        return reasons + ["specs with outliers"] * any(spec.outliers for spec in self._packed_specs)
+        reasons += ["specs with outliers"] * any(spec.outliers for spec in self._packed_specs)
+        return reasons + ["keys before RoPE"] * bool(self.pre_rope_layers)
 
     def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.

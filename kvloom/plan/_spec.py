@@ -34,6 +34,7 @@ class TensorSpec(PlanModel):
             outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`).
         outliers: Share of the elements that are kept in fp16, with an index, in 4 bytes each: those farthest outside
             their groups, whose scales are computed without them (`kvloom.codecs.split`). Whole 16 bytes of them a page.
+        pre_rope: Pack keys as they were before their rotary embedding (`kvloom.cache.Rope`); not for values.
     """
 
     codec: str = "affine"
@@ -43,6 +44,7 @@ class TensorSpec(PlanModel):
     symmetric: bool = Field(default=False, validate_default=True)
     rotation: Rotation | None = None
     outliers: float = Field(default=0.0, ge=0.0, le=0.125)
+    pre_rope: bool = False
 
     @field_validator("codec")
     @classmethod
@@ -75,18 +77,34 @@ class TensorSpec(PlanModel):
             raise ValueError("rotation has no meaning for 16 bits, which round nothing: leave it out")
         if self.outliers and self.bits == PASSTHROUGH_BITS:
             raise ValueError("outliers have no meaning for 16 bits, which keep every element: leave them out")
+        if self.pre_rope and self.bits == PASSTHROUGH_BITS:
+            raise ValueError("pre_rope has no meaning for 16 bits, which round nothing: leave it out")
+        if self.pre_rope and self.rotation:
+            raise ValueError(
+                "pre_rope and rotation cannot both be set, since queries are turned by one matrix and keys before RoPE "
+                "by one a token: choose one of them"
+            )
         return self
 
     def format(self, head_dim: int) -> Format:
         """The spec with its group size resolved for ``head_dim``."""
         size = head_dim if self.group_size == "head_dim" else self.group_size
-        return Format(self.bits, self.grouping, size, self.symmetric, self.codec, self.rotation, outliers=self.outliers)
+        return Format(
+            self.bits,
+            self.grouping,
+            size,
+            self.symmetric,
+            self.codec,
+            self.rotation,
+            outliers=self.outliers,
+            pre_rope=self.pre_rope,
+        )
 
     @property
     def label(self) -> str:
         """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, with more to say, ``2b/tok32/hqq/hadamard``.
 
-        ``/out1%`` says how many outliers are kept.
+        ``/out1%`` says how many outliers are kept, ``/pre-rope`` that keys are packed before their rotary embedding.
 
         An ``s`` after the group size says symmetric, unless the codec takes no other format.
         """
@@ -96,7 +114,8 @@ class TensorSpec(PlanModel):
         symmetric = "s" if self.symmetric and codec_facts(self.codec).asymmetric else ""
         more = "".join(f"/{name}" for name in (self.codec, self.rotation) if name not in ("affine", None))
         kept = f"/out{100 * self.outliers:g}%" if self.outliers else ""
-        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{symmetric}{more}{kept}"
+        before = "/pre-rope" if self.pre_rope else ""
+        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{symmetric}{more}{kept}{before}"
 
 
 class Window(PlanModel):

@@ -100,6 +100,19 @@ def edited(**change: object) -> dict:
             edited(value={"bits": 16, "grouping": "per_token", "outliers": 0.01}),
             r"layers\.0\.value: outliers have no meaning for 16 bits",
         ),
+        (
+            edited(value={"bits": 4, "grouping": "per_token", "pre_rope": True}),
+            r"layers\[0\]: value\.pre_rope is true and values have no rotary embedding",
+        ),
+        (
+            edited(key={"bits": 16, "grouping": "per_token", "pre_rope": True}),
+            r"layers\.0\.key: pre_rope has no meaning for 16 bits",
+        ),
+        (
+            edited(key={"bits": 4, "grouping": "per_token", "pre_rope": True, "rotation": "hadamard"}),
+            r"layers\.0\.key: pre_rope and rotation cannot both be set",
+        ),
+        (edited(heads={"1": {"value": {"bits": 4, "grouping": "per_token", "pre_rope": True}}}), r"value\.pre_rope is"),
         (edited(layers="0-2"), "leaves out layer 3"),
         (edited(layers="0-4"), "names layer 4"),
         (edited(layers="3-0"), r"layers\.0\.layers"),
@@ -166,6 +179,17 @@ def test_describe_and_labels() -> None:
     assert spec.model_copy(update={"codec": "lloyd", "group_size": "head_dim"}).label == "3b/tok-head/lloyd"
     assert spec.model_copy(update={"rotation": "hadamard", "outliers": 0.01}).label == "3b/tok32s/hadamard/out1%"
     assert LayerPlan(layers=0, key=spec, value=spec).head(5) == (spec, spec)
+
+
+def test_keys_before_rope_are_said() -> None:
+    plain = TensorSpec(bits=2, grouping="per_channel")
+    before = plain.model_copy(update={"pre_rope": True})
+    assert before.label == "2b/ch64/pre-rope"
+    plan = Plan.from_specs(MODEL, {layer: (before if layer == 2 else plain, plain) for layer in range(4)})
+    assert plan.pre_rope_layers == (2,)
+    assert "attention decodes the pages of keys before RoPE first" in plan.describe()
+    assert plan.nbytes(1, 640) == Plan.from_specs(MODEL, dict.fromkeys(range(4), (plain, plain))).nbytes(1, 640)
+    assert Plan.model_validate_json(plan.to_json()) == plan
 
 
 def test_outliers_count_and_are_said() -> None:
