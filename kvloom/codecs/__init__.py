@@ -7,6 +7,7 @@ from kvloom.codecs._affine_form import AffineForm, Grid
 from kvloom.codecs._base import Codec, Encoded, get, names, register, registered, wide
 from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._hqq import HQQ, Hqq
+from kvloom.codecs._kvmix3 import KVMIX3, Kvmix3
 from kvloom.codecs._lloyd import LLOYD, Lloyd
 from kvloom.codecs._outliers import Outliers, joined, split
 from kvloom.codecs._quanto import QUANTO, Quanto
@@ -18,6 +19,7 @@ __all__ = [
     "AFFINE",
     "CLIPPED",
     "HQQ",
+    "KVMIX3",
     "LLOYD",
     "OUT_OF_RANGE",
     "QUANTO",
@@ -28,6 +30,7 @@ __all__ = [
     "Encoded",
     "Grid",
     "Hqq",
+    "Kvmix3",
     "Lloyd",
     "Outliers",
     "Quanto",

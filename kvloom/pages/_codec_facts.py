@@ -25,12 +25,15 @@ class CodecFacts:
         bits: Code widths it takes.
         symmetric: Whether it takes symmetric formats, without zero points.
         asymmetric: Whether it takes the others.
+        group_size: Tokens of its groups, which are ``per_channel``, where it has a size of its own: the last group of a
+            page holds what is left. None for any that a page is a multiple of.
     """
 
     form: Form = "affine"
     bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     symmetric: bool = True
     asymmetric: bool = True
+    group_size: int | None = None
 
     @property
     def symmetries(self) -> tuple[bool, ...]:
@@ -54,11 +57,25 @@ class CodecFacts:
         if not symmetric and not self.asymmetric:
             raise PlanError(f"symmetric is false where codec {name!r} never stores a zero point: set it to true.")
 
+    def check_group(self, name: str, grouping: str, group_size: int | str) -> None:
+        """Raise PlanError, in the name of the codec, if its groups have one size and this is another."""
+        if self.group_size is not None and (grouping, group_size) != ("per_channel", self.group_size):
+            raise PlanError(
+                f"group_size {group_size} {grouping} is not for codec {name!r}, whose groups are {self.group_size} "
+                f'tokens of a channel: set group_size to {self.group_size} and grouping to "per_channel".'
+            )
+
+    def check_outliers(self, name: str, outliers: float) -> None:
+        """Raise PlanError, in the name of the codec, if outliers are asked of groups that a page is no multiple of."""
+        if outliers and self.group_size is not None:
+            raise PlanError(f"outliers are not for codec {name!r}, whose groups do not fill a page: leave them out.")
+
 
 _FACTS: dict[str, CodecFacts] = {
     "affine": CodecFacts(),
     "clipped": CodecFacts(),
     "hqq": CodecFacts(symmetric=False),
+    "kvmix3": CodecFacts(form="opaque", bits=(3,), symmetric=False, group_size=11),
     "lloyd": CodecFacts(form="opaque", asymmetric=False),
     "quanto": CodecFacts(bits=(2, 4), symmetric=False),
 }

@@ -104,7 +104,10 @@ def check_format(fmt: Format, head_dim: int, role: Role) -> None:
         )
     if fmt.is_passthrough:
         return
-    codec_facts(fmt.codec).check(fmt.codec, fmt.bits, fmt.symmetric)
+    facts = codec_facts(fmt.codec)
+    facts.check(fmt.codec, fmt.bits, fmt.symmetric)
+    facts.check_group(fmt.codec, fmt.grouping, fmt.group_size)
+    facts.check_outliers(fmt.codec, fmt.outliers)
     if fmt.pre_rope and role == "value":
         raise PlanError("value.pre_rope is true and values have no rotary embedding: set it for keys alone.")
     if fmt.grouping == "per_token" and head_dim % fmt.group_size:
@@ -112,7 +115,7 @@ def check_format(fmt: Format, head_dim: int, role: Role) -> None:
             f"group_size {fmt.group_size} does not divide head_dim {head_dim}; "
             'per_token groups are consecutive channels of one token: choose a divisor or "head_dim".'
         )
-    if fmt.grouping == "per_channel" and fmt.group_size not in GROUP_SIZES:
+    if fmt.grouping == "per_channel" and fmt.group_size not in (*GROUP_SIZES, facts.group_size):
         raise PlanError(
             f"group_size {fmt.group_size} is not one of {GROUP_SIZES}, the token counts a per_channel group may span."
         )

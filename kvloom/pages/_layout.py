@@ -50,7 +50,7 @@ class SideLayout:
     def groups(self) -> int:
         """Groups along the grouped axis: tokens for ``per_channel``, channels for ``per_token``."""
         span = self.page_tokens if self.fmt.grouping == "per_channel" else self.head_dim
-        return span // self.fmt.group_size
+        return -(-span // self.fmt.group_size)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def side_nbytes(fmt: Format, head_dim: int, page_tokens: int, itemsize: int = 2)
     elements = page_tokens * head_dim
     if fmt.is_passthrough:
         return elements * itemsize
-    params = elements // fmt.group_size * fmt.num_params * PARAM_BYTES
+    along, across = (page_tokens, head_dim) if fmt.grouping == "per_channel" else (head_dim, page_tokens)
+    params = -(-along // fmt.group_size) * across * fmt.num_params * PARAM_BYTES
     return elements * fmt.bits // 8 + params + num_outliers(fmt, head_dim, page_tokens) * OUTLIER_BYTES
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Format, Grouping, Rotation, codec_facts
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
-GroupSize = Literal[16, 32, 64, 128, 256, "head_dim"]
+GroupSize = Literal[11, 16, 32, 64, 128, 256, "head_dim"]
 
 _GROUPING_LABEL = {"per_channel": "ch", "per_token": "tok"}
 
@@ -28,7 +28,8 @@ class TensorSpec(PlanModel):
         bits: Code width; 16 keeps the elements as they come, in the compute dtype.
         grouping: ``per_channel``: a group is ``group_size`` consecutive tokens of one channel; ``per_token``:
             ``group_size`` consecutive channels of one token.
-        group_size: Elements that share a scale; ``"head_dim"`` (``per_token`` only) is a token's whole head.
+        group_size: Elements that share a scale; ``"head_dim"`` (``per_token`` only) is a token's whole head, and 11 is
+            for codec ``kvmix3`` alone.
         symmetric: Centre the grid on zero and store no zero point.
         rotation: ``hadamard`` turns each head's channels by a randomised Hadamard transform first, which spreads
             outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`).
@@ -73,6 +74,8 @@ class TensorSpec(PlanModel):
                 "group_size 'head_dim' has no meaning for per_channel groups, which span tokens: use one of "
                 f"{GROUP_SIZES}"
             )
+        if self.bits != PASSTHROUGH_BITS:
+            self._check_codec()
         if self.rotation and self.bits == PASSTHROUGH_BITS:
             raise ValueError("rotation has no meaning for 16 bits, which round nothing: leave it out")
         if self.outliers and self.bits == PASSTHROUGH_BITS:
@@ -85,6 +88,13 @@ class TensorSpec(PlanModel):
                 "by one a token: choose one of them"
             )
         return self
+
+    def _check_codec(self) -> None:
+        facts = codec_facts(self.codec)
+        facts.check_group(self.codec, self.grouping, self.group_size)
+        facts.check_outliers(self.codec, self.outliers)
+        if self.group_size not in (*GROUP_SIZES, "head_dim", facts.group_size):
+            raise ValueError(f"group_size {self.group_size} is not for codec {self.codec!r}: use one of {GROUP_SIZES}")
 
     def format(self, head_dim: int) -> Format:
         """The spec with its group size resolved for ``head_dim``."""

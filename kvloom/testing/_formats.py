@@ -20,7 +20,7 @@ def codec_formats(codec: Codec) -> list[Format]:
     return [
         Format(bits, grouping, size, symmetric, codec.name)
         for bits in codec.facts.bits
-        for grouping, size in _GROUPS
+        for grouping, size in _taken(codec, _GROUPS)
         for symmetric in codec.facts.symmetries
     ]
 
@@ -31,5 +31,13 @@ def cache_formats(codec: Codec) -> list[Format]:
     return [
         Format(bits, grouping, size, symmetric, codec.name)
         for bits in codec.facts.bits
-        for (grouping, size), symmetric in zip(_CACHED_GROUPS, (symmetries[0], symmetries[-1]), strict=True)
+        for (grouping, size), symmetric in zip(
+            _taken(codec, _CACHED_GROUPS), (symmetries[0], symmetries[-1]), strict=False
+        )
     ]
+
+
+def _taken(codec: Codec, groups: tuple[Groups, ...]) -> tuple[Groups, ...]:
+    """The groups, or the only ones that the codec has."""
+    size = codec.facts.group_size
+    return groups if size is None else (("per_channel", size),)

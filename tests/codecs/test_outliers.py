@@ -22,8 +22,9 @@ GROUPINGS = [("per_channel", 64), ("per_channel", 16), ("per_channel", 128), ("p
 
 
 def names() -> list[str]:
-    """Codecs that can run here."""
-    return [name for name in codecs.names() if name not in _extras.EXTRAS or not _extras.missing(name)]
+    """Codecs that take outliers and can run here."""
+    takers = [name for name in codecs.names() if codec_facts(name).group_size is None]
+    return [name for name in takers if name not in _extras.EXTRAS or not _extras.missing(name)]
 
 
 def formats(name: str) -> list[Format]:

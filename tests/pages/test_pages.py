@@ -153,6 +153,9 @@ def test_a_page_is_as_long_as_the_largest_per_channel_group() -> None:
         (Format(4, "per_token", 64), 80, "group_size 64 does not divide head_dim 80"),
         (Format(4, "per_channel", 64), 72, "head_dim 72"),
         (Format(4, "per_channel", 48), 64, "group_size 48"),
+        (Format(4, "per_channel", 11), 64, "group_size 11 is not one of"),
+        (Format(3, "per_channel", 32, codec="kvmix3"), 64, "group_size 32 per_channel is not for codec 'kvmix3'"),
+        (Format(3, "per_channel", 11, codec="kvmix3", outliers=0.1), 64, "outliers are not for codec 'kvmix3'"),
         (Format(4, "per_channel", 256, outliers=0.01), 512, "outliers are found by 16-bit indices, and a page of 256"),
     ],
 )

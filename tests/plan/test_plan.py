@@ -113,6 +113,22 @@ def edited(**change: object) -> dict:
             r"layers\.0\.key: pre_rope and rotation cannot both be set",
         ),
         (edited(heads={"1": {"value": {"bits": 4, "grouping": "per_token", "pre_rope": True}}}), r"value\.pre_rope is"),
+        (
+            edited(key={"bits": 3, "grouping": "per_channel", "codec": "kvmix3"}),
+            r"layers\.0\.key: group_size 64 per_channel is not for codec 'kvmix3', whose groups are 11 tokens",
+        ),
+        (
+            edited(value={"bits": 3, "grouping": "per_token", "codec": "kvmix3", "group_size": 11}),
+            r"layers\.0\.value: group_size 11 per_token is not for codec 'kvmix3'",
+        ),
+        (
+            edited(key={"bits": 3, "grouping": "per_channel", "codec": "kvmix3", "group_size": 11, "outliers": 0.01}),
+            r"layers\.0\.key: outliers are not for codec 'kvmix3', whose groups do not fill a page",
+        ),
+        (
+            edited(key={"bits": 3, "grouping": "per_channel", "group_size": 11}),
+            r"layers\.0\.key: group_size 11 is not for codec 'affine': use one of",
+        ),
         (edited(layers="0-2"), "leaves out layer 3"),
         (edited(layers="0-4"), "names layer 4"),
         (edited(layers="3-0"), r"layers\.0\.layers"),
