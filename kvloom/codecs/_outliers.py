@@ -8,8 +8,8 @@ and the quantiles leave a sixteenth of it at either end. Pages have one size, so
 elements of a page those that lie farthest outside, in the units of the elements, the first of equals. A group may have
 none, another several: the largest ranges lose most.
 
-Of SmolLM2's keys (2 bits, 64 tokens a group) 1 % chosen so take 11 % off the relative error; chosen by the distance
-from the median in units of the group's median absolute or standard deviation they take 7 or 8 % (``benchmarks/LOG.md``).
+Of SmolLM2's keys (2 bits, 64 tokens a group) 1 % chosen so take 11 % off the relative error; distances from the median
+in units of the group's standard or median absolute deviation take 8 or 7 % (``benchmarks/LOG.md``).
 """
 
 from __future__ import annotations
