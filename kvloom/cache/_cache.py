@@ -17,9 +17,10 @@ from kvloom.cache import _file
 from kvloom.cache._attention import reads_pages
 from kvloom.cache._flags import Flags
 from kvloom.cache._layer import LoomLayer, NonFinite
+from kvloom.cache._rope import rope_of
 from kvloom.cache._static import StaticLoomLayer
 from kvloom.errors import CacheError, PlanError
-from kvloom.plan import Fingerprint, Plan
+from kvloom.plan import Fingerprint, Plan, format_layers
 
 
 class LoomCache(DynamicCache):
@@ -37,9 +38,10 @@ class LoomCache(DynamicCache):
             replays it as CUDA graphs.
 
     Raises:
-        ModelError: The model is not the plan's, or cannot be packed.
+        ModelError: The model is not the plan's, cannot be packed, or has no rotary embedding that keys could be packed
+            before (pre_rope).
         PlanError: The plan asks for what no code does yet (an evict entry), or lacks a codebook.
-        CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite``.
+        CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite`` or with the plan.
         MissingExtraError: A codec of the plan needs a package that is not installed.
     """
 
@@ -57,8 +59,14 @@ class LoomCache(DynamicCache):
                 f"max_tokens is {max_tokens}: give the number of tokens to make room for, or leave it out."
             )
         plan.check_codebooks()
+        if max_tokens is not None and plan.pre_rope_layers:
+            raise CacheError(
+                "a cache of fixed size cannot pack keys before RoPE: leave out max_tokens, or pre_rope in the plan's "
+                f"layers {format_layers(list(plan.pre_rope_layers))}."
+            )
         for name in plan.codecs:
             codecs.get(name).prepare()
+        self.rope = rope_of(model, plan.pre_rope_layers) if plan.pre_rope_layers else None
         super().__init__(config=config)
         self.plan = plan
         self.max_tokens = max_tokens
@@ -66,7 +74,12 @@ class LoomCache(DynamicCache):
         if max_tokens is not None:
             make = partial(StaticLoomLayer, max_tokens=max_tokens, expected=_expected(model))
         self._flags = Flags()
-        options: dict[str, Any] = {"prefill": plan.prefill, "nonfinite": nonfinite, "flags": self._flags}
+        options: dict[str, Any] = {
+            "prefill": plan.prefill,
+            "nonfinite": nonfinite,
+            "flags": self._flags,
+            "rope": self.rope,
+        }
         is_enabled = _AttentionName(config).is_loom
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:

@@ -28,6 +28,8 @@ def save(cache: LoomCache, path: Path) -> None:
     for i, layer in enumerate(cache.layers):
         tensors |= {f"layers.{i}.{name}": t.contiguous() for name, t in _layer_tensors(layer, i)}
     header = {"format": _FORMAT, "plan": _plan_text(cache), "tokens": str(int(cache.get_seq_length()))}
+    if cache.rope:
+        header["inv_freq"] = str(cache.rope.inv_freq.tolist())
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata=header)
@@ -69,6 +71,11 @@ def _check_header(cache: LoomCache, header: dict[str, str], path: Path) -> None:
         raise CacheError(f"{path} is a safetensors file but not a kvloom cache (no {_FORMAT} header).")
     if header.get("plan") != _plan_text(cache):
         raise CacheError(f"{path} was written under another plan; load it with the plan it was made with.")
+    if cache.rope and header.get("inv_freq") != str(cache.rope.inv_freq.tolist()):
+        raise CacheError(
+            f"{path} holds keys before another rotary embedding than this model's; load it with the model it was made "
+            "with, in the same dtype."
+        )
     if not header.get("tokens", "").isdigit():
         raise CacheError(f"{path} does not say how many tokens it holds; it is damaged.")
 

@@ -11,10 +11,20 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvloom import kernels
 from kvloom.cache._flags import Flags
+from kvloom.cache._rope import Rope
 from kvloom.cache._rotation import side_rotation
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError, ModelError
-from kvloom.pages import ExactKV, HeadPages, PagedKV, codebook_points
+from kvloom.pages import (
+    PASSTHROUGH_BITS,
+    ExactKV,
+    Format,
+    HeadPages,
+    PagedKV,
+    codebook_points,
+    pack_side,
+    page_layout,
+)
 from kvloom.plan import (
     Fingerprint,
     LayerPlan,
@@ -28,6 +38,7 @@ from kvloom.plan import (
 
 NonFinite = Literal["error", "clamp"]
 _CLAMP = 65280.0  # a number of every dtype; the grid's rounding still fits in fp16's 65504
+_EXACT = Format(PASSTHROUGH_BITS, "per_token", 1)
 _NOT_THIS_PLANS = "the cache file's tensors do not have the sizes this plan gives them; it is damaged, make it again."
 
 
@@ -54,6 +65,7 @@ class LoomLayer(CacheLayerMixin):
         nonfinite: What packing does with NaN, infinities and magnitudes above 65504: ``error``, or ``clamp``
             (NaN becomes 0, everything else at most 65280).
         flags: Where a device notes what it packed out of range; whoever calls `update` checks them.
+        rope: The model's rotary embedding, for keys that are packed before it; None if the plan has none.
         is_enabled: Whether the model's attention reads packed pages now; otherwise dense tensors are returned.
     """
 
@@ -69,6 +81,7 @@ class LoomLayer(CacheLayerMixin):
         prefill: Prefill,
         nonfinite: NonFinite,
         flags: Flags,
+        rope: Rope | None,
         is_enabled: Callable[[], bool],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,6 +90,7 @@ class LoomLayer(CacheLayerMixin):
         self.prefill = prefill
         self.nonfinite = nonfinite
         self.flags = flags
+        self.rope = rope
         self.is_enabled = is_enabled
         self.record_past = False
         self._clear()
@@ -209,9 +223,12 @@ class LoomLayer(CacheLayerMixin):
 
     def _encoded(self, key: torch.Tensor, value: torch.Tensor, group: HeadPages) -> torch.Tensor:
         layout = group.layout
+        key, value = _of(key, group), _of(value, group)
+        if self.rope and layout.key.fmt.pre_rope:
+            key = self.rope.before(key, self._first_slot(self.num_pages))
         key, value = (
             x if self.nonfinite == "error" or side.fmt.is_passthrough else _clamped(x)
-            for x, side in ((_of(key, group), layout.key), (_of(value, group), layout.value))
+            for x, side in ((key, layout.key), (value, layout.value))
         )
         return kernels.backend(self.device).encode(key, value, layout, self.flags.pending(self.device))
 
@@ -239,7 +256,7 @@ class LoomLayer(CacheLayerMixin):
 
     def _handle(self, tail: ExactKV, visible: torch.Tensor) -> PagedKV:
         return PagedKV(
-            self.pages,
+            self._readable(),
             self.sinks,
             tail,
             self.length,
@@ -250,6 +267,17 @@ class LoomLayer(CacheLayerMixin):
             self._output_turn(),
         )
 
+    def _readable(self) -> tuple[HeadPages, ...]:
+        """The pages as attention is to read them: with keys before RoPE they are decoded first, and have it again."""
+        if not any(g.layout.key.fmt.pre_rope for g in self.pages):
+            return self.pages
+        heads = tuple(range(self.model.num_kv_heads))
+        layout = page_layout(_EXACT, _EXACT, self.model.head_dim, itemsize(self.dtype), self.page_tokens)
+        shape = (self.num_pages, self.page_tokens)
+        sides = zip(self._unpacked(self.pages), (layout.key, layout.value), strict=True)
+        records = torch.cat([pack_side(x.unflatten(2, shape), (), side) for x, side in sides], dim=-1)
+        return (HeadPages(heads, layout, records),)
+
     # -- the dense way ------------------------------------------------------------------------------------------------
 
     def _dense(self, handle: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,15 +286,21 @@ class LoomLayer(CacheLayerMixin):
         value = torch.cat([handle.sinks.value, value, handle.tail.value], dim=-2)
         return self._restored(key, value)
 
-    def _unpacked(self, pages: tuple[HeadPages, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of pages, ``[batch, kv_heads, tokens, head_dim]``."""
+    def _unpacked(self, pages: tuple[HeadPages, ...], first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of pages, page ``first`` and what follows it, ``[batch, kv_heads, tokens, head_dim]``."""
         count = pages[0].data.shape[2] * self.page_tokens
         shape = (self.batch_size, self.model.num_kv_heads, count, self.model.head_dim)
         key, value = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for g in pages:
             heads = list(g.heads)
-            key[:, heads], value[:, heads] = kernels.backend(self.device).decode(g.data, g.layout, self.dtype)
+            decoded, value[:, heads] = kernels.backend(self.device).decode(g.data, g.layout, self.dtype)
+            if self.rope and g.layout.key.fmt.pre_rope:
+                decoded = self.rope.after(decoded, self._first_slot(first))
+            key[:, heads] = decoded
         return key, value
+
+    def _first_slot(self, page: int) -> int:
+        return self.entry.window.sinks + page * self.page_tokens
 
     # -- going back ---------------------------------------------------------------------------------------------------
 
@@ -344,7 +378,7 @@ class LoomLayer(CacheLayerMixin):
             return
         keep = self.num_pages - count
         last = tuple(HeadPages(g.heads, g.layout, g.data[:, :, keep:]) for g in self.pages)
-        key, value = self._unpacked(last)
+        key, value = self._unpacked(last, keep)
         self.tail = ExactKV(torch.cat([key, self.tail.key], -2), torch.cat([value, self.tail.value], -2))
         self._keep_pages(keep)
 

@@ -9,8 +9,10 @@ from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._codebook_form import CodebookForm
 from kvloom.codecs._groups import group
 from kvloom.codecs._hqq import HQQ, Hqq
+from kvloom.codecs._kvmix3 import KVMIX3, Kvmix3
 from kvloom.codecs._lloyd import LLOYD, Lloyd
 from kvloom.codecs._nuq import NUQ, Nuq
+from kvloom.codecs._outliers import Outliers, joined, split
 from kvloom.codecs._quanto import QUANTO, Quanto
 from kvloom.codecs._range import OUT_OF_RANGE
 from kvloom.codecs._rotation import dual, rotated, signs
@@ -20,6 +22,7 @@ __all__ = [
     "AFFINE",
     "CLIPPED",
     "HQQ",
+    "KVMIX3",
     "LLOYD",
     "NUQ",
     "OUT_OF_RANGE",
@@ -32,17 +35,21 @@ __all__ = [
     "Encoded",
     "Grid",
     "Hqq",
+    "Kvmix3",
     "Lloyd",
     "Nuq",
+    "Outliers",
     "Quanto",
     "as_stored",
     "dual",
     "get",
     "group",
+    "joined",
     "names",
     "register",
     "registered",
     "rotated",
     "signs",
+    "split",
     "wide",
 ]

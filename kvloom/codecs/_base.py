@@ -44,7 +44,9 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, x: torch.Tensor, fmt: Format) -> Encoded:
-        """Codes of ``x`` ``[..., tokens, head_dim]``, any floating dtype; ``tokens`` is whole groups.
+        """Codes of ``x`` ``[..., tokens, head_dim]``, any floating dtype.
+
+        ``tokens`` is whole groups, or a page where the codec has a group size of its own.
 
         Raises:
             CacheError: An element is NaN, infinite, or beyond fp16's range.

@@ -8,10 +8,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvloom import codecs
-from kvloom.codecs import Encoded, wide
+from kvloom.codecs import Encoded, Outliers, wide
 from kvloom.kernels._base import Backend, rows_of_a_head
 from kvloom.kernels._folded import packed_scores, packed_values
-from kvloom.pages import PagedKV, PageLayout, Role, SideLayout, pack_side, unpack_raw, unpack_side
+from kvloom.pages import (
+    PagedKV,
+    PageLayout,
+    Role,
+    SideLayout,
+    pack_outliers,
+    pack_side,
+    unpack_outliers,
+    unpack_raw,
+    unpack_side,
+)
 
 # Queries are taken this many scores at a time, so that a long prompt needs no [tokens, tokens] matrix.
 SCORE_BLOCK = 1 << 24
@@ -232,6 +242,13 @@ def _encode_side(x: torch.Tensor, side: SideLayout) -> torch.Tensor:
     x = x.unflatten(-2, (-1, side.page_tokens))  # [batch, heads, pages, page_tokens, head_dim]
     if side.fmt.is_passthrough:
         return pack_side(x, (), side)
+    if not side.num_outliers:
+        return _encode_dense(x, side)
+    dense, outliers = codecs.split(x, side.fmt, side.num_outliers)
+    return torch.cat([_encode_dense(dense, side), pack_outliers(outliers.index, outliers.values)], dim=-1)
+
+
+def _encode_dense(x: torch.Tensor, side: SideLayout) -> torch.Tensor:
     encoded = codecs.get(side.fmt.codec).encode(x, side.fmt)
     return pack_side(encoded.codes, encoded.params, side)
 
@@ -240,7 +257,10 @@ def _decode_side(data: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> to
     if side.fmt.is_passthrough:
         return unpack_raw(data, side, dtype).flatten(2, 3)
     codes, (scale, zero) = unpack_side(data, side)
-    values = codecs.get(side.fmt.codec).decode(Encoded(codes, (scale, zero)), side.fmt).flatten(2, 3)
+    values = codecs.get(side.fmt.codec).decode(Encoded(codes, (scale, zero)), side.fmt)
+    if side.num_outliers:
+        values = codecs.joined(values, Outliers(*unpack_outliers(data, side)))
+    values = values.flatten(2, 3)
     if dtype == torch.float16:  # a scale rounded up can lift an extreme of fp16 over its end
         values.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return values.to(dtype)

@@ -205,7 +205,8 @@ def _kernels(module: str) -> ModuleType:
 
 def _is_covering(layout: PageLayout) -> bool:
     """Whether the encoders, which know one way to choose a grid, serve both sides."""
-    return all(fmt.is_passthrough or fmt.codec == AFFINE.name for fmt in (layout.key.fmt, layout.value.fmt))
+    formats = (layout.key.fmt, layout.value.fmt)
+    return layout.is_readable and all(fmt.is_passthrough or fmt.codec == AFFINE.name for fmt in formats)
 
 
 def _serves(query: torch.Tensor, kv: PagedKV) -> bool:

@@ -21,10 +21,11 @@ from kvloom.pages._format import (
     page_tokens_of,
 )
 from kvloom.pages._fragment import Plane, source_index
-from kvloom.pages._layout import PageLayout, SideLayout, page_layout, page_nbytes, side_nbytes
+from kvloom.pages._layout import PageLayout, SideLayout, num_outliers, page_layout, page_nbytes, side_nbytes
 
 if TYPE_CHECKING:
     from kvloom.pages._handle import ExactKV, HeadPages, PagedKV, StaticKV, layouts_of
+    from kvloom.pages._outliers import pack_outliers, unpack_outliers
     from kvloom.pages._pack import (
         RowRuns,
         codebook_points,
@@ -44,10 +45,12 @@ _TENSOR_HOMES = {
     "StaticKV": "kvloom.pages._handle",
     "codebook_points": "kvloom.pages._pack",
     "layouts_of": "kvloom.pages._handle",
+    "pack_outliers": "kvloom.pages._outliers",
     "pack_side": "kvloom.pages._pack",
     "RowRuns": "kvloom.pages._pack",
     "row_runs": "kvloom.pages._pack",
     "side_matrix": "kvloom.pages._pack",
+    "unpack_outliers": "kvloom.pages._outliers",
     "unpack_params": "kvloom.pages._pack",
     "unpack_raw": "kvloom.pages._pack",
     "unpack_side": "kvloom.pages._pack",
@@ -80,6 +83,8 @@ __all__ = [
     "codec_facts",
     "declare_codec",
     "layouts_of",
+    "num_outliers",
+    "pack_outliers",
     "pack_side",
     "page_layout",
     "page_nbytes",
@@ -88,6 +93,7 @@ __all__ = [
     "side_matrix",
     "side_nbytes",
     "source_index",
+    "unpack_outliers",
     "unpack_params",
     "unpack_raw",
     "unpack_side",

@@ -29,6 +29,8 @@ class CodecFacts:
         asymmetric: Whether it takes the others.
         codebooks: The points of a codec of ``codebook`` form, for each of ``bits``; none if plans bring their own,
             calibrated ones.
+        group_size: Tokens of its groups, which are ``per_channel``, where it has a size of its own: the last group of a
+            page holds what is left. None for any that a page is a multiple of.
     """
 
     form: Form = "affine"
@@ -36,6 +38,7 @@ class CodecFacts:
     symmetric: bool = True
     asymmetric: bool = True
     codebooks: tuple[Codebook, ...] = ()
+    group_size: int | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -89,11 +92,25 @@ class CodecFacts:
             raise PlanError(f"codebook is missing, which codec {name!r} needs: run `kvloom calibrate` on the plan.")
         return in_fp16(codebook)
 
+    def check_group(self, name: str, grouping: str, group_size: int | str) -> None:
+        """Raise PlanError, in the name of the codec, if its groups have one size and this is another."""
+        if self.group_size is not None and (grouping, group_size) != ("per_channel", self.group_size):
+            raise PlanError(
+                f"group_size {group_size} {grouping} is not for codec {name!r}, whose groups are {self.group_size} "
+                f'tokens of a channel: set group_size to {self.group_size} and grouping to "per_channel".'
+            )
+
+    def check_outliers(self, name: str, outliers: float) -> None:
+        """Raise PlanError, in the name of the codec, if outliers are asked of groups that a page is no multiple of."""
+        if outliers and self.group_size is not None:
+            raise PlanError(f"outliers are not for codec {name!r}, whose groups do not fill a page: leave them out.")
+
 
 _FACTS: dict[str, CodecFacts] = {
     "affine": CodecFacts(),
     "clipped": CodecFacts(),
     "hqq": CodecFacts(symmetric=False),
+    "kvmix3": CodecFacts(form="opaque", bits=(3,), symmetric=False, group_size=11),
     "lloyd": CodecFacts("codebook", bits=(1, 2, 3, 4), asymmetric=False, codebooks=NORMAL_CODEBOOKS),
     "nuq": CodecFacts("codebook", bits=(2, 3, 4), symmetric=False),
     "quanto": CodecFacts(bits=(2, 4), symmetric=False),

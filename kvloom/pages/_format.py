@@ -45,6 +45,8 @@ class Format:
         codec: Name of the number format in the codecs room.
         rotation: How the elements were turned before they were quantised; no business of those who read pages.
         codebook: The calibrated points of a codec that has none of its own; `points` is what codes stand for.
+        outliers: Share of the elements of a page that are kept in fp16 beside the codes.
+        pre_rope: Keys are packed as they were before their rotary embedding; who decodes pages applies it again.
     """
 
     bits: int
@@ -54,6 +56,8 @@ class Format:
     codec: str = "affine"
     rotation: Rotation | None = None
     codebook: Codebook | None = None
+    outliers: float = 0.0
+    pre_rope: bool = False
 
     @property
     def is_passthrough(self) -> bool:
@@ -62,8 +66,10 @@ class Format:
 
     @property
     def form(self) -> Form:
-        """How codes become values; see `CodecFacts`. A passthrough has no codes and hinders no kernel."""
-        return "affine" if self.is_passthrough else codec_facts(self.codec).form
+        """How a page becomes values; see `CodecFacts`. A passthrough has no codes and hinders no kernel."""
+        if self.is_passthrough:
+            return "affine"
+        return "opaque" if self.outliers or self.pre_rope else codec_facts(self.codec).form
 
     @property
     def is_calibrated(self) -> bool:
@@ -77,19 +83,23 @@ class Format:
 
     @property
     def points(self) -> Codebook:
-        """What codes of ``codebook`` form stand for, in units of the scale; empty for other forms.
+        """What codes of a codec of ``codebook`` form stand for, in units of the scale; empty for other codecs.
 
         Raises:
             PlanError: The codec needs a calibrated codebook and the plan brought none.
         """
-        if self.form != "codebook":
+        if not self._has_points:
             return ()
         return codec_facts(self.codec).points(self.codec, self.bits, self.codebook)
 
     @property
     def symmetric_zero(self) -> float:
         """What code 0 stands for besides its point, in units of the scale, where no zero point is stored."""
-        return 0.0 if self.form == "codebook" else -0.5 * self.levels
+        return 0.0 if self._has_points else -0.5 * self.levels
+
+    @property
+    def _has_points(self) -> bool:
+        return not self.is_passthrough and codec_facts(self.codec).form == "codebook"
 
     @property
     def levels(self) -> int:
@@ -118,8 +128,8 @@ def page_tokens_of(*formats: Format) -> int:
     return max([PAGE_TOKENS, *spans])
 
 
-def check_format(fmt: Format, head_dim: int) -> None:
-    """Raise PlanError if ``fmt`` cannot be laid out for ``head_dim``, or its codec does not take it."""
+def check_format(fmt: Format, head_dim: int, role: Role) -> None:
+    """Raise PlanError if ``fmt`` cannot be laid out for ``head_dim``, or is not for its codec or its side."""
     if head_dim % HEAD_DIM_STEP or head_dim <= 0:
         raise PlanError(
             f"head_dim {head_dim} is not a positive multiple of {HEAD_DIM_STEP}, the width of a tensor-core tile; "
@@ -127,14 +137,19 @@ def check_format(fmt: Format, head_dim: int) -> None:
         )
     if fmt.is_passthrough:
         return
-    codec_facts(fmt.codec).check(fmt.codec, fmt.bits, fmt.symmetric)
-    codec_facts(fmt.codec).check_codebook(fmt.codec, fmt.bits, fmt.codebook)
+    facts = codec_facts(fmt.codec)
+    facts.check(fmt.codec, fmt.bits, fmt.symmetric)
+    facts.check_codebook(fmt.codec, fmt.bits, fmt.codebook)
+    facts.check_group(fmt.codec, fmt.grouping, fmt.group_size)
+    facts.check_outliers(fmt.codec, fmt.outliers)
+    if fmt.pre_rope and role == "value":
+        raise PlanError("value.pre_rope is true and values have no rotary embedding: set it for keys alone.")
     if fmt.grouping == "per_token" and head_dim % fmt.group_size:
         raise PlanError(
             f"group_size {fmt.group_size} does not divide head_dim {head_dim}; "
             'per_token groups are consecutive channels of one token: choose a divisor or "head_dim".'
         )
-    if fmt.grouping == "per_channel" and fmt.group_size not in GROUP_SIZES:
+    if fmt.grouping == "per_channel" and fmt.group_size not in (*GROUP_SIZES, facts.group_size):
         raise PlanError(
             f"group_size {fmt.group_size} is not one of {GROUP_SIZES}, the token counts a per_channel group may span."
         )

@@ -1,8 +1,8 @@
 """Codes and parameters to page bytes and back, in torch.
 
-`pack_side` and `unpack_side` move whole sides; `side_matrix` is what attention reads: the codes as floats, in an order
-that costs a byte permutation and a few whole-word operations, together with the order and weight of its columns; or,
-in natural order, the points that the codes of a codebook stand for.
+`pack_side` and `unpack_side` move whole sides, but for outliers; `side_matrix` is what attention reads: the codes as
+floats, in an order that costs a byte permutation and a few whole-word operations, together with the order and weight of
+its columns; or, in natural order, the points that the codes of a codebook stand for.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def pack_side(codes: torch.Tensor, params: tuple[torch.Tensor, ...], side: SideL
         side: Layout.
 
     Returns:
-        uint8 ``[..., side.nbytes]``.
+        uint8 ``[..., side.nbytes]``, less what `pack_outliers` adds.
     """
     if side.fmt.is_passthrough:
         return codes.contiguous().flatten(-2).view(torch.uint8)
@@ -212,7 +212,7 @@ def unpack_params(pages: torch.Tensor, side: SideLayout) -> tuple[torch.Tensor, 
         (``per_token``): an element is ``scale * code + zero``, or ``scale * point + zero`` with a codebook; if
         symmetric, with ``zero = -scale * levels / 2``, or 0 with a codebook.
     """
-    raw = pages[..., side.params_offset : side.offset + side.nbytes].view(torch.float16).float()
+    raw = pages[..., side.params_offset : side.outliers_offset].view(torch.float16).float()
     count = side.fmt.num_params
     if side.fmt.grouping == "per_channel":
         params = raw.unflatten(-1, (count, side.groups, side.head_dim)).unbind(-3)

@@ -206,8 +206,27 @@ class Plan(PlanModel):
     @cached_property
     def codecs(self) -> tuple[str, ...]:
         """Names of the number formats that pages are packed in, sorted."""
-        specs = (spec for entry in self.layers for h in range(self.model.num_kv_heads) for spec in entry.head(h))
-        return tuple(sorted({spec.codec for spec in specs if spec.bits != PASSTHROUGH_BITS}))
+        return tuple(sorted({spec.codec for spec in self._packed_specs}))
+
+    @cached_property
+    def pre_rope_layers(self) -> tuple[int, ...]:
+        """Layers that pack keys of some head before their rotary embedding."""
+        heads = range(self.model.num_kv_heads)
+        return tuple(i for i in self.model.packed_layers if any(self.spec(i).head(h)[0].pre_rope for h in heads))
+
+    @cached_property
+    def _packed_specs(self) -> tuple[TensorSpec, ...]:
+        """Specs of keys and of values of every layer and KV head, but for those of 16 bits."""
+        heads = range(self.model.num_kv_heads)
+        specs = (spec for entry in self.layers for head in heads for spec in entry.head(head))
+        return tuple(spec for spec in specs if spec.bits != PASSTHROUGH_BITS)
+
+    @cached_property
+    def _decoded_first(self) -> list[str]:
+        """What keeps attention from reading pages as they are."""
+        reasons = [name for name in self.codecs if codec_facts(name).form == "opaque"]
+        reasons += ["specs with outliers"] * any(spec.outliers for spec in self._packed_specs)
+        return reasons + ["keys before RoPE"] * bool(self.pre_rope_layers)
 
     def check_codebooks(self) -> None:
         """Raise PlanError, naming the field, if a codec's codebook has not been calibrated."""
@@ -253,7 +272,7 @@ class Plan(PlanModel):
     @property
     def _reading(self) -> str:
         """How attention reads the pages, in words."""
-        if opaque := [name for name in self.codecs if codec_facts(name).form == "opaque"]:
+        if opaque := self._decoded_first:
             return f"attention decodes the pages of {', '.join(opaque)} first: memory is saved, speed is not"
         return "attention reads the pages in place"
 

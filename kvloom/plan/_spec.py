@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Codebook, Format, Grouping, Rotation, codec_facts
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
-GroupSize = Literal[16, 32, 64, 128, 256, "head_dim"]
+GroupSize = Literal[11, 16, 32, 64, 128, 256, "head_dim"]
 
 _GROUPING_LABEL = {"per_channel": "ch", "per_token": "tok"}
 
@@ -28,12 +28,16 @@ class TensorSpec(PlanModel):
         bits: Code width; 16 keeps the elements as they come, in the compute dtype.
         grouping: ``per_channel``: a group is ``group_size`` consecutive tokens of one channel; ``per_token``:
             ``group_size`` consecutive channels of one token.
-        group_size: Elements that share a scale; ``"head_dim"`` (``per_token`` only) is a token's whole head.
+        group_size: Elements that share a scale; ``"head_dim"`` (``per_token`` only) is a token's whole head, and 11 is
+            for codec ``kvmix3`` alone.
         symmetric: Centre the grid on zero and store no zero point.
         rotation: ``hadamard`` turns each head's channels by a randomised Hadamard transform first, which spreads
             outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`).
         codebook: The calibrated points of codec ``nuq``, ``2**bits`` rising numbers in [-1, 1]; stored and used in
             fp16. ``kvloom calibrate`` fills them in; a cache refuses a plan that lacks them.
+        outliers: Share of the elements that are kept in fp16, with an index, in 4 bytes each: those farthest outside
+            their groups, whose scales are computed without them (`kvloom.codecs.split`). Whole 16 bytes of them a page.
+        pre_rope: Pack keys as they were before their rotary embedding (`kvloom.cache.Rope`); not for values.
     """
 
     codec: str = "affine"
@@ -43,6 +47,8 @@ class TensorSpec(PlanModel):
     symmetric: bool = Field(default=False, validate_default=True)
     rotation: Rotation | None = None
     codebook: Codebook | None = None
+    outliers: float = Field(default=0.0, ge=0.0, le=0.125)
+    pre_rope: bool = False
 
     @field_validator("codec")
     @classmethod
@@ -80,14 +86,42 @@ class TensorSpec(PlanModel):
                 "group_size 'head_dim' has no meaning for per_channel groups, which span tokens: use one of "
                 f"{GROUP_SIZES}"
             )
+        if self.bits != PASSTHROUGH_BITS:
+            self._check_codec()
         if self.rotation and self.bits == PASSTHROUGH_BITS:
             raise ValueError("rotation has no meaning for 16 bits, which round nothing: leave it out")
+        if self.outliers and self.bits == PASSTHROUGH_BITS:
+            raise ValueError("outliers have no meaning for 16 bits, which keep every element: leave them out")
+        if self.pre_rope and self.bits == PASSTHROUGH_BITS:
+            raise ValueError("pre_rope has no meaning for 16 bits, which round nothing: leave it out")
+        if self.pre_rope and self.rotation:
+            raise ValueError(
+                "pre_rope and rotation cannot both be set, since queries are turned by one matrix and keys before RoPE "
+                "by one a token: choose one of them"
+            )
         return self
+
+    def _check_codec(self) -> None:
+        facts = codec_facts(self.codec)
+        facts.check_group(self.codec, self.grouping, self.group_size)
+        facts.check_outliers(self.codec, self.outliers)
+        if self.group_size not in (*GROUP_SIZES, "head_dim", facts.group_size):
+            raise ValueError(f"group_size {self.group_size} is not for codec {self.codec!r}: use one of {GROUP_SIZES}")
 
     def format(self, head_dim: int) -> Format:
         """The spec with its group size resolved for ``head_dim``."""
         size = head_dim if self.group_size == "head_dim" else self.group_size
-        return Format(self.bits, self.grouping, size, self.symmetric, self.codec, self.rotation, self.codebook)
+        return Format(
+            self.bits,
+            self.grouping,
+            size,
+            self.symmetric,
+            self.codec,
+            self.rotation,
+            self.codebook,
+            outliers=self.outliers,
+            pre_rope=self.pre_rope,
+        )
 
     @property
     def is_calibrated(self) -> bool:
@@ -98,6 +132,8 @@ class TensorSpec(PlanModel):
     def label(self) -> str:
         """Short name for tables, e.g. ``4b/ch64``, ``2b/tok-head`` or, with more to say, ``2b/tok32/hqq/hadamard``.
 
+        ``/out1%`` says how many outliers are kept, ``/pre-rope`` that keys are packed before their rotary embedding.
+
         An ``s`` after the group size says symmetric, unless the codec takes no other format.
         """
         if self.bits == PASSTHROUGH_BITS:
@@ -105,7 +141,9 @@ class TensorSpec(PlanModel):
         size = "-head" if self.group_size == "head_dim" else str(self.group_size)
         symmetric = "s" if self.symmetric and codec_facts(self.codec).asymmetric else ""
         more = "".join(f"/{name}" for name in (self.codec, self.rotation) if name not in ("affine", None))
-        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{symmetric}{more}"
+        kept = f"/out{100 * self.outliers:g}%" if self.outliers else ""
+        before = "/pre-rope" if self.pre_rope else ""
+        return f"{self.bits}b/{_GROUPING_LABEL[self.grouping]}{size}{symmetric}{more}{kept}{before}"
 
 
 class Window(PlanModel):

@@ -13,6 +13,7 @@ from kvloom.pages import Format
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvloom.cache import Rope
     from kvloom.signals._tap import Tapped
 
 Labels = Literal["true", "sampled"]
@@ -35,6 +36,7 @@ class Evidence:
         inputs: What the projection reads, `[batch, tokens, hidden]`.
         output_gradient: Gradient by what the projection writes, `[batch, tokens, kv_heads * head_dim]`.
         formats: Candidate formats.
+        rope: The model's rotary embedding, if a format is for keys before it.
     """
 
     side: Side
@@ -44,6 +46,7 @@ class Evidence:
     inputs: Tensor
     output_gradient: Tensor
     formats: Sequence[Format]
+    rope: Rope | None
 
 
 class Signal(ABC):

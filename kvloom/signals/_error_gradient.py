@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvloom import codecs
-from kvloom.pages import Format
+from kvloom.pages import Format, page_tokens_of
 from kvloom.signals._base import Evidence, Signal, register
 from kvloom.signals._replay import key_changes, value_gradient
 
@@ -47,8 +47,8 @@ class ErrorGradient(Signal):
 
 
 def storage_error(packed: Tensor, fmt: Format) -> Tensor:
-    """Decoded minus original: float32 `[batch, kv_heads, tokens, head_dim]`, whole groups of tokens."""
-    return codecs.as_stored(packed, fmt) - packed.float()
+    """Decoded minus original: float32 `[batch, kv_heads, tokens, head_dim]`, whole pages."""
+    return codecs.as_stored(packed, fmt, page_tokens_of(fmt)) - packed.float()
 
 
 def _value_parts(evidence: Evidence) -> Tensor:
@@ -65,16 +65,20 @@ def _value_parts(evidence: Evidence) -> Tensor:
 def _key_parts(evidence: Evidence) -> Tensor:
     """Sum of squared changes of blocks of queries, `[batch, formats]`."""
     key = evidence.attention.key.float()
-    stored = [_stored(key, evidence.packed, fmt) for fmt in evidence.formats]
+    stored = [_stored(key, evidence, fmt) for fmt in evidence.formats]
     changes = key_changes(evidence.attention, stored)
     whole = pad(changes, (0, -changes.shape[-1] % QUERY_BLOCK))
     blocks: Tensor = whole.unflatten(-1, (-1, QUERY_BLOCK)).sum(dim=-1)
     return blocks.square().sum(dim=-1).T
 
 
-def _stored(key: Tensor, packed: slice, fmt: Format) -> Tensor:
-    stored = key.clone()
-    stored[:, :, packed] += storage_error(key[:, :, packed], fmt)
+def _stored(key: Tensor, evidence: Evidence, fmt: Format) -> Tensor:
+    stored, packed = key.clone(), evidence.packed
+    if evidence.rope and fmt.pre_rope:
+        before = evidence.rope.before(key[:, :, packed], packed.start)
+        stored[:, :, packed] += evidence.rope.after(storage_error(before, fmt), packed.start)
+    else:
+        stored[:, :, packed] += storage_error(key[:, :, packed], fmt)
     return stored
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kvloom.cache import rope_of
 from kvloom.errors import DataError, ModelError
 from kvloom.pages import check_format, page_tokens_of
 from kvloom.plan import Fingerprint, TensorSpec, Window
@@ -34,7 +35,8 @@ class Meter:
 
     Raises:
         DataError: Prompts of this length never fill a page.
-        ModelError: The key and value projections cannot be told.
+        ModelError: The key and value projections cannot be told, or a format is for keys before a rotary embedding that
+            the model does not have.
         PlanError: A format does not fit the model's head_dim.
     """
 
@@ -51,13 +53,15 @@ class Meter:
         specs: dict[Side, Sequence[TensorSpec]] = {"key": key_specs, "value": value_specs}
         self._formats = {side: [spec.format(head_dim) for spec in specs[side]] for side in specs}
         every = [fmt for formats in self._formats.values() for fmt in formats]
-        for fmt in every:
-            check_format(fmt, head_dim)
+        for side, formats in self._formats.items():
+            for fmt in formats:
+                check_format(fmt, head_dim, side)
         self._page_tokens = page_tokens_of(*every)
         self._packed = packed_slice(tokens, window, self._page_tokens)
         self._model = model
         self._window = window
         self._layers = fingerprint.packed_layers
+        self._rope = rope_of(model, self._layers) if any(fmt.pre_rope for fmt in every) else None
         width = fingerprint.num_kv_heads * head_dim
         self._projections = find_projections(model.get_decoder(), self._layers, width)
 
@@ -116,6 +120,7 @@ class Meter:
                 inputs=kept.inputs[module],
                 output_gradient=gradients[module][..., columns],
                 formats=self._formats[side],
+                rope=self._rope,
             )
             rows.append(signal.score(evidence).cpu())
         return torch.stack(rows, dim=1)

@@ -42,7 +42,9 @@ def check_codes(codec: Codec, fmt: Format) -> None:
 def _check_params(encoded: Encoded, fmt: Format, shape: torch.Size) -> None:
     *lead, tokens, channels = shape
     groups = (
-        [tokens // fmt.group_size, channels] if fmt.grouping == "per_channel" else [tokens, channels // fmt.group_size]
+        [-(-tokens // fmt.group_size), channels]
+        if fmt.grouping == "per_channel"
+        else [tokens, channels // fmt.group_size]
     )
     if len(encoded.params) != fmt.num_params:
         raise AssertionError(f"{fmt}: {len(encoded.params)} parameters a group where pages hold {fmt.num_params}.")
@@ -75,7 +77,7 @@ def check_pages_apart(codec: Codec, fmt: Format) -> None:
         alone = codec.encode(x[index].clone(), fmt)
         if not same(alone, Encoded(together.codes[index], tuple(p[index] for p in together.params))):
             raise AssertionError(f"{fmt}: a page gets other codes alone than among {x.shape[:3].numel()}.")
-    span = fmt.group_size if fmt.grouping == "per_channel" else 1
+    span = x.shape[-2] % fmt.group_size or fmt.group_size if fmt.grouping == "per_channel" else 1
     part = codec.encode(x[..., -span:, :].clone(), fmt)
     if not same(part, Encoded(together.codes[..., -span:, :], tuple(p[..., -1:, :] for p in together.params))):
         raise AssertionError(f"{fmt}: the last groups of a page get other codes alone than with the page's others.")

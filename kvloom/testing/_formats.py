@@ -20,7 +20,7 @@ def codec_formats(codec: Codec) -> list[Format]:
     return [
         Format(bits, grouping, size, symmetric, codec.name, codebook=_codebook(codec, bits))
         for bits in codec.facts.bits
-        for grouping, size in _GROUPS
+        for grouping, size in _taken(codec, _GROUPS)
         for symmetric in codec.facts.symmetries
     ]
 
@@ -31,7 +31,9 @@ def cache_formats(codec: Codec) -> list[Format]:
     return [
         Format(bits, grouping, size, symmetric, codec.name, codebook=_codebook(codec, bits))
         for bits in codec.facts.bits
-        for (grouping, size), symmetric in zip(_CACHED_GROUPS, (symmetries[0], symmetries[-1]), strict=True)
+        for (grouping, size), symmetric in zip(
+            _taken(codec, _CACHED_GROUPS), (symmetries[0], symmetries[-1]), strict=False
+        )
     ]
 
 
@@ -41,3 +43,9 @@ def _codebook(codec: Codec, bits: int) -> Codebook | None:
         return None
     even = [(2 * i + 1) / 2**bits - 1 for i in range(2**bits)]
     return tuple(0.9 * x * abs(x) + 0.05 for x in even)
+
+
+def _taken(codec: Codec, groups: tuple[Groups, ...]) -> tuple[Groups, ...]:
+    """The groups, or the only ones that the codec has."""
+    size = codec.facts.group_size
+    return groups if size is None else (("per_channel", size),)

@@ -41,6 +41,7 @@ def tensor_specs(draw, head_dim):
         group_size=draw(st.sampled_from(fitting)),
         symmetric=draw(st.booleans()),
         rotation=draw(st.sampled_from([None, None, "hadamard"])) if bits < 16 else None,
+        outliers=draw(st.sampled_from([0.0, 0.0, 0.01, 0.1])) if bits < 16 else 0.0,
     )
 
 

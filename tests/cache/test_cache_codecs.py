@@ -12,8 +12,10 @@ from kvloom.codecs import _quanto
 from kvloom.errors import CacheError, MissingExtraError, PlanError
 from kvloom.kernels import backend
 from kvloom.pages import codec_facts, page_layout
-from kvloom.plan import Fingerprint, Plan, TensorSpec
+from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
 from kvloom.plan._validate import validated
+
+FREE = [name for name in codecs.names() if codec_facts(name).group_size is None]
 
 
 def needs(name):
@@ -34,7 +36,7 @@ def plan_of(model, name, grid_of=None):
     return Plan.from_specs(fingerprint, dict.fromkeys(fingerprint.packed_layers, (key, value)))
 
 
-@pytest.mark.parametrize("name", codecs.names())
+@pytest.mark.parametrize("name", FREE)
 def test_a_model_generates_through_it(name, tmp_path):
     needs(name)
     model = tiny.enabled(tiny.build("llama"))
@@ -71,6 +73,28 @@ def test_lloyd_takes_keys_and_values_alike(bits, grouping, size):
     assert "attention reads the pages in place" in plan.describe()
 
 
+@pytest.mark.parametrize("fields", [{}, {"rotation": "hadamard"}, {"pre_rope": True}])
+def test_keys_in_kvmix_words(fields, tmp_path):
+    model = tiny.enabled(tiny.build("llama"))
+    fingerprint, inputs = Fingerprint.of(model), tiny.prompt(200)
+    key = TensorSpec(codec="kvmix3", bits=3, grouping="per_channel", group_size=11, **fields)
+    value = TensorSpec(bits=8, grouping="per_token", group_size="head_dim")
+    plan = Plan.from_specs(fingerprint, dict.fromkeys(fingerprint.packed_layers, (key, value)), window=Window(sinks=4))
+    exact = tiny.run(model, LoomCache(tiny.passthrough(model), model), inputs, tiny.steps(200, 150))
+    cache, again = LoomCache(plan, model), LoomCache(plan, model)
+    error = tiny.run(model, cache, inputs, tiny.steps(200, 150)) - exact
+    assert 0 < float(error.norm()) < 0.5 * float(exact.norm())
+    tiny.run(model, again, inputs, [61, 100, 39])
+    assert all(a.equal(b) for a, b in zip(tiny.codes(cache)[:1], tiny.codes(again)[:1], strict=True))
+    assert cache.nbytes() == plan.nbytes(1, 200, torch.float32)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = LoomCache.load(tmp_path / "cache.safetensors", plan, model)
+    assert all(a.equal(b) for a, b in zip(tiny.codes(cache), tiny.codes(loaded), strict=True))
+    cache.crop(-100)
+    tiny.run(model, cache, inputs[:, 100:], [100])
+    assert cache.get_seq_length() == 200
+
+
 @pytest.mark.parametrize("name", ["clipped", "hqq", "lloyd", "nuq", "quanto"])
 def test_attention_stays_near_the_exact_one(name):
     needs(name)
@@ -82,6 +106,31 @@ def test_attention_stays_near_the_exact_one(name):
         for codec in ("affine", name)
     )
     assert 0 < float(ours.norm()) < 1.2 * float(plain.norm())
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_outliers_are_kept_whatever_the_codec(name, tmp_path):
+    needs(name)
+    model = tiny.enabled(tiny.build("llama"))
+    fingerprint, symmetric = Fingerprint.of(model), not codec_facts(name).asymmetric
+    inputs, options = tiny.prompt(200), {"codec": name, "bits": 2, "symmetric": symmetric, "group_size": 16}
+    if codec_facts(name).is_calibrated:
+        options["codebook"] = (-0.9, -0.3, 0.3, 0.9)
+    exact = tiny.run(model, LoomCache(tiny.passthrough(model), model), inputs, tiny.steps(200, 150))
+    errors = []
+    for share in (0.0, 0.1):
+        key, value = (
+            TensorSpec(grouping=grouping, outliers=share, **options) for grouping in ("per_channel", "per_token")
+        )
+        plan = Plan.from_specs(fingerprint, dict.fromkeys(fingerprint.packed_layers, (key, value)))
+        cache = LoomCache(plan, model)
+        errors.append(float((tiny.run(model, cache, inputs, tiny.steps(200, 150)) - exact).norm()))
+        assert cache.nbytes() == plan.nbytes(1, 200, torch.float32)
+    assert 0 < errors[1] < 0.9 * errors[0]
+    cache.save(tmp_path / "cache.safetensors")
+    again = LoomCache.load(tmp_path / "cache.safetensors", plan, model)
+    assert all(a.equal(b) for a, b in zip(tiny.codes(cache), tiny.codes(again), strict=True))
+    assert "with outliers first" in plan.describe()
 
 
 def test_codecs_may_differ_by_side():

@@ -48,7 +48,7 @@ def pages_after(plan, tokens):
 
 def rounded(x, spec, head_dim):
     """Pages ``[batch, pages, tokens, head_dim]`` through the number format."""
-    return codecs.as_stored(x, spec.format(head_dim))
+    return codecs.as_stored(x, spec.format(head_dim), x.shape[-2])
 
 
 def as_stored(plan, key, value, pages):

@@ -52,7 +52,7 @@ def test_rotation_helps_where_one_channel_is_an_outlier_of_every_token() -> None
     x = torch.randn(2, 128, 64)
     x[..., 7] *= 20
     plain, turned = (Format(4, "per_token", 64, rotation=name) for name in (None, "hadamard"))
-    error = [float((as_stored(x, fmt) - x).square().mean()) for fmt in (plain, turned)]
+    error = [float((as_stored(x, fmt, 64) - x).square().mean()) for fmt in (plain, turned)]
     assert error[1] < error[0] / 4
 
 

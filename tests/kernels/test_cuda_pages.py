@@ -180,6 +180,13 @@ def test_of_the_affine_family_the_encoder_knows_one_member() -> None:
         cuda_pages.encode(x, x, layout)
 
 
+def test_outliers_are_not_left_out() -> None:
+    plain, kept = (Format(4, "per_channel", 64, outliers=n) for n in (0.0, 0.01))
+    layout = page_layout(plain, kept, 64)
+    assert not cuda_pages.encodes(layout, torch.float16)
+    assert not cuda_pages.decodes(layout, torch.float16)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     fmt = Format(4, "per_channel", 64)
     layout = page_layout(fmt, fmt, 64)

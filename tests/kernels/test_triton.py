@@ -257,6 +257,18 @@ def test_all_of_the_affine_family_is_read(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @interpreted
+def test_outliers_are_served_by_the_reference() -> None:
+    kept = Format(2, "per_channel", 64, outliers=0.02)
+    kv = make([((0,), kept, Format(2, "per_token", 64))], tail=5)
+    (pages,) = kv.pages
+    x, query = torch.randn(1, 1, 64, 64), torch.randn(1, 2, 1, 64)
+    assert torch.equal(TritonBackend().encode(x, x, pages.layout), TORCH.encode(x, x, pages.layout))
+    ours, theirs = (way.decode(pages.data, pages.layout, torch.float32) for way in (TritonBackend(), TORCH))
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(TritonBackend().attend(query, kv, scaling=0.125), TORCH.attend(query, kv, scaling=0.125))
+
+
+@interpreted
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -7e4])
 def test_what_fp16_cannot_express_is_refused(bad: float) -> None:
     layout = page_layout(Format(4, "per_channel", 64), Format(4, "per_token", 64), 64, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvloom.pages import Format
@@ -56,10 +58,38 @@ def fragment_bit(role: str, rows: int, cols: int, bits: int, row: int, col: int)
     return 32 * word + bits * (sequence % per_word) + 16 * half
 
 
+def split_outliers(x: np.ndarray, fmt: Format, count: int) -> tuple[dict[int, float], np.ndarray]:
+    """Outliers of ``x`` [tokens, channels] by index, and the page with medians in their places."""
+    tokens, channels = x.shape
+    size, outside = fmt.group_size, max(1, fmt.group_size // 16)
+    dense, distance, median = x.copy(), {}, {}
+    for t in range(tokens):
+        for c in range(channels):
+            if fmt.grouping == "per_channel":
+                group = sorted(x[t // size * size : (t // size + 1) * size, c])
+            else:
+                group = sorted(x[t, c // size * size : (c // size + 1) * size])
+            distance[t * channels + c] = max(group[outside] - x[t, c], x[t, c] - group[-1 - outside])
+            median[t * channels + c] = group[(size - 1) // 2]
+    chosen = sorted(distance, key=lambda at: (-distance[at], at))[:count]
+    for at in chosen:
+        dense[divmod(at, channels)] = median[at]
+    return {at: float(x[divmod(at, channels)]) for at in sorted(chosen)}, dense
+
+
+def encode_outliers(outliers: dict[int, float]) -> bytes:
+    return np.array(list(outliers), dtype=np.uint16).tobytes() + np.array(list(outliers.values()), dtype=f16).tobytes()
+
+
 def encode_side(x: np.ndarray, role: str, fmt: Format) -> bytes:
     """Bytes of one side of a page from ``x`` [tokens, channels] float32."""
     tokens, channels = x.shape
     size = fmt.group_size
+    if fmt.outliers:
+        asked = fmt.outliers * tokens * channels
+        count = min(range(4, tokens * channels, 4), key=lambda n: abs(n - asked))
+        kept, x = split_outliers(x, fmt, count)
+        return encode_side(x, role, replace(fmt, outliers=0.0)) + encode_outliers(kept)
     codes = np.zeros((tokens, channels), dtype=int)
     if fmt.grouping == "per_channel":
         params = np.zeros((fmt.num_params, tokens // size, channels), dtype=f16)

@@ -15,10 +15,13 @@ from kvloom.pages import (
     Plane,
     codebook_points,
     layouts_of,
+    pack_outliers,
     page_layout,
     page_tokens_of,
     side_matrix,
     source_index,
+    unpack_outliers,
+    unpack_params,
     unpack_side,
 )
 from kvloom.pages._handle import _text_of
@@ -34,7 +37,8 @@ def formats(draw: st.DrawFn, head_dim: int) -> Format:
     grouping = draw(st.sampled_from(["per_channel", "per_token"]))
     divisors = [s for s in (16, 32, 64, 128, head_dim) if head_dim % s == 0]
     sizes = [16, 32, 64, 128, 256] if grouping == "per_channel" else divisors
-    return Format(draw(st.sampled_from(BITS)), grouping, draw(st.sampled_from(sizes)), draw(st.booleans()))
+    bits, size, symmetric = draw(st.sampled_from(BITS)), draw(st.sampled_from(sizes)), draw(st.booleans())
+    return Format(bits, grouping, size, symmetric, outliers=draw(st.sampled_from([0.0, 0.0, 0.0, 0.001, 0.01])))
 
 
 @given(data=st.data(), seed=st.integers(0, 2**31))
@@ -89,8 +93,12 @@ def test_codes_come_back(data: st.DataObject, seed: int) -> None:
     pages = backend(key.device).encode(key, value, layout)
     again = backend(key.device).encode(key.clone(), value.clone(), layout)
     assert torch.equal(pages, again)
-    for side in (layout.key, layout.value):
+    for x, side in ((key, layout.key), (value, layout.value)):
         codes, _ = unpack_side(pages, side)
+        index, kept = unpack_outliers(pages, side)
+        whole = x.unflatten(-2, (2, -1)).flatten(-2).half()
+        assert torch.equal(kept, whole.gather(-1, index))
+        assert index.shape[-1] == side.num_outliers
         assert int(codes.max()) <= fmt.levels
         matrix = codes if side.role == "key" else codes.transpose(-1, -2)
         numbers, columns, weights = side_matrix(pages, side, torch.float32)
@@ -141,6 +149,39 @@ def test_three_bits_are_three_bits() -> None:
     assert layout.key.nbytes == 64 * 128 * 3 // 8 + 128 * 2
 
 
+@pytest.mark.parametrize(
+    ("share", "count"), [(0.0, 0), (1e-9, 4), (0.01, 80), (0.01024, 84), (0.0102, 84), (0.0101, 84), (0.125, 1024)]
+)
+def test_outliers_are_four_bytes_each_in_whole_sixteens(share: float, count: int) -> None:
+    plain, kept = (Format(2, "per_channel", 64, outliers=n) for n in (0.0, share))
+    layout = page_layout(kept, plain, 128)
+    assert layout.key.num_outliers == count
+    assert layout.nbytes == page_layout(plain, plain, 128).nbytes + 4 * count
+    assert layout.value.offset == layout.key.outliers_offset + 4 * count
+    assert layout.is_readable == (count == 0)
+
+
+def test_the_last_element_of_the_largest_page_has_an_index() -> None:
+    fmt = Format(2, "per_channel", 256, outliers=1e-9)
+    side = page_layout(fmt, fmt, 256).key
+    index = torch.tensor([0, 32767, 32768, 65535])
+    record = torch.cat([torch.zeros(side.outliers_offset, dtype=torch.uint8), pack_outliers(index, index.half())])
+    assert unpack_outliers(record, side)[0].equal(index)
+
+
+def test_outliers_do_not_read_as_parameters() -> None:
+    plain, kept = (Format(2, "per_token", 64, outliers=n) for n in (0.0, 0.01))
+    x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 0, ::7, 3] = 50.0
+    shares = []
+    for fmt in (plain, kept):
+        layout = page_layout(fmt, fmt, 64)
+        pages = backend(x.device).encode(x, x, layout)
+        shares.append(unpack_params(pages, layout.key)[0])
+    assert shares[0].shape == shares[1].shape == (1, 1, 1, 64, 1)
+    assert float(shares[1].amax()) < 0.2 * float(shares[0].amax())
+
+
 def test_a_page_is_as_long_as_the_largest_per_channel_group() -> None:
     assert page_tokens_of(Format(2, "per_channel", 32), Format(2, "per_token", 128)) == 64
     assert page_tokens_of(Format(2, "per_channel", 128), Format(2, "per_token", 64)) == 128
@@ -153,6 +194,10 @@ def test_a_page_is_as_long_as_the_largest_per_channel_group() -> None:
         (Format(4, "per_token", 64), 80, "group_size 64 does not divide head_dim 80"),
         (Format(4, "per_channel", 64), 72, "head_dim 72"),
         (Format(4, "per_channel", 48), 64, "group_size 48"),
+        (Format(4, "per_channel", 11), 64, "group_size 11 is not one of"),
+        (Format(3, "per_channel", 32, codec="kvmix3"), 64, "group_size 32 per_channel is not for codec 'kvmix3'"),
+        (Format(3, "per_channel", 11, codec="kvmix3", outliers=0.1), 64, "outliers are not for codec 'kvmix3'"),
+        (Format(4, "per_channel", 256, outliers=0.01), 512, "outliers are found by 16-bit indices, and a page of 256"),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(fmt: Format, head_dim: int, names: str) -> None:

@@ -73,14 +73,26 @@ def test_the_ratios_of_paper_and_repository(ratios: str, recent: int) -> None:
     assert plan.spec(0).window == Window(recent=recent)
 
 
-def test_three_bits_and_windows_apart_are_substituted_only_when_asked() -> None:
+def test_three_bit_keys_are_those_of_its_words() -> None:
+    plan = read({"quant_bits": [row(3, 2), row(), row(3, 2), row()], "rpc": "context"})
+    assert [plan.spec(layer).key.label for layer in (0, 1, 2)] == ["3b/ch11/kvmix3", "2b/ch32", "3b/ch11/kvmix3"]
+    assert plan.spec(0).value.label == "2b/tok32"
+    assert "3-bit keys in layers 0,2 are groups of eleven tokens" in notes_of(plan)
+
+
+def test_three_bit_values_and_windows_apart_are_substituted_only_when_asked() -> None:
+    rows = [row(2, 3), row(), row(), row()]
+    with pytest.raises(PlanError, match=r"3-bit values in layers 0 .*KVmix cannot run.*substitute=True"):
+        read(rows)
+    plan = read(rows, substitute=True)
+    assert plan.spec(0).value.label == "3b/tok32"
+    assert "3-bit groups of 32 instead" in notes_of(plan)
     rows = [row(3, 4, 0.2, 0.3), row(), row(), row()]
-    with pytest.raises(PlanError, match=r"3 bits in layers 0 .*eleven codes.*substitute=True"):
+    with pytest.raises(PlanError, match="share one window"):
         read(rows)
     plan = read(rows, substitute=True)
     assert bits_of(plan)[0] == (3, 4)
     assert plan.spec(0).window == Window(recent=13)
-    assert "3-bit groups of 32 instead" in notes_of(plan)
     assert "2 for keys and 13 for values" in notes_of(plan)
     context = read({"quant_bits": rows, "rpc": "context"}, substitute=True)
     assert context.spec(0).window == Window(recent_ratio=0.3)

@@ -237,6 +237,8 @@ KEY, VALUE = (
         ({"key": KEY.model_copy(update={"bits": 16})}, "bits 16"),
         ({"key": KEY.model_copy(update={"codec": "clipped"})}, "codec 'clipped'"),
         ({"key": KEY.model_copy(update={"rotation": "hadamard"})}, "rotation is set"),
+        ({"key": KEY.model_copy(update={"outliers": 0.01})}, "outliers are set"),
+        ({"key": KEY.model_copy(update={"pre_rope": True})}, "pre_rope is set"),
         ({"key": KEY.model_copy(update={"group_size": 64})}, "group_size of keys and values differs"),
         ({"key": KEY.model_copy(update={"symmetric": True})}, "symmetric differs"),
     ],

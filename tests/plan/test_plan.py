@@ -92,6 +92,43 @@ def edited(**change: object) -> dict:
             edited(value={"bits": 4, "grouping": "per_token", "codec": "lloyd"}),
             r"layers\.0\.value\.symmetric: symmetric is false where codec 'lloyd' never stores a zero point: set it",
         ),
+        (
+            edited(key={"bits": 4, "grouping": "per_channel", "outliers": 0.2}),
+            r"layers\.0\.key\.outliers: Input should be less than or equal to 0\.125",
+        ),
+        (
+            edited(value={"bits": 16, "grouping": "per_token", "outliers": 0.01}),
+            r"layers\.0\.value: outliers have no meaning for 16 bits",
+        ),
+        (
+            edited(value={"bits": 4, "grouping": "per_token", "pre_rope": True}),
+            r"layers\[0\]: value\.pre_rope is true and values have no rotary embedding",
+        ),
+        (
+            edited(key={"bits": 16, "grouping": "per_token", "pre_rope": True}),
+            r"layers\.0\.key: pre_rope has no meaning for 16 bits",
+        ),
+        (
+            edited(key={"bits": 4, "grouping": "per_token", "pre_rope": True, "rotation": "hadamard"}),
+            r"layers\.0\.key: pre_rope and rotation cannot both be set",
+        ),
+        (edited(heads={"1": {"value": {"bits": 4, "grouping": "per_token", "pre_rope": True}}}), r"value\.pre_rope is"),
+        (
+            edited(key={"bits": 3, "grouping": "per_channel", "codec": "kvmix3"}),
+            r"layers\.0\.key: group_size 64 per_channel is not for codec 'kvmix3', whose groups are 11 tokens",
+        ),
+        (
+            edited(value={"bits": 3, "grouping": "per_token", "codec": "kvmix3", "group_size": 11}),
+            r"layers\.0\.value: group_size 11 per_token is not for codec 'kvmix3'",
+        ),
+        (
+            edited(key={"bits": 3, "grouping": "per_channel", "codec": "kvmix3", "group_size": 11, "outliers": 0.01}),
+            r"layers\.0\.key: outliers are not for codec 'kvmix3', whose groups do not fill a page",
+        ),
+        (
+            edited(key={"bits": 3, "grouping": "per_channel", "group_size": 11}),
+            r"layers\.0\.key: group_size 11 is not for codec 'affine': use one of",
+        ),
         (edited(layers="0-2"), "leaves out layer 3"),
         (edited(layers="0-4"), "names layer 4"),
         (edited(layers="3-0"), r"layers\.0\.layers"),
@@ -156,7 +193,30 @@ def test_describe_and_labels() -> None:
     assert spec.label == "3b/tok32s"
     assert spec.model_copy(update={"codec": "clipped"}).label == "3b/tok32s/clipped"
     assert spec.model_copy(update={"codec": "lloyd", "group_size": "head_dim"}).label == "3b/tok-head/lloyd"
+    assert spec.model_copy(update={"rotation": "hadamard", "outliers": 0.01}).label == "3b/tok32s/hadamard/out1%"
     assert LayerPlan(layers=0, key=spec, value=spec).head(5) == (spec, spec)
+
+
+def test_keys_before_rope_are_said() -> None:
+    plain = TensorSpec(bits=2, grouping="per_channel")
+    before = plain.model_copy(update={"pre_rope": True})
+    assert before.label == "2b/ch64/pre-rope"
+    plan = Plan.from_specs(MODEL, {layer: (before if layer == 2 else plain, plain) for layer in range(4)})
+    assert plan.pre_rope_layers == (2,)
+    assert "attention decodes the pages of keys before RoPE first" in plan.describe()
+    assert plan.nbytes(1, 640) == Plan.from_specs(MODEL, dict.fromkeys(range(4), (plain, plain))).nbytes(1, 640)
+    assert Plan.model_validate_json(plan.to_json()) == plan
+
+
+def test_outliers_count_and_are_said() -> None:
+    plain = TensorSpec(bits=2, grouping="per_channel")
+    kept = plain.model_copy(update={"outliers": 0.01})
+    plans = [Plan.from_specs(MODEL, dict.fromkeys(range(4), (key, plain))) for key in (plain, kept)]
+    assert plans[1].nbytes(1, 640) - plans[0].nbytes(1, 640) == 4 * 2 * 10 * 80 * 4
+    assert plans[1].true_bits(6400) - plans[0].true_bits(6400) == pytest.approx(32 * 80 / 8192 / 2)
+    said = "attention decodes the pages of specs with outliers first: memory is saved, speed is not"
+    assert [said in plan.describe() for plan in plans] == [False, True]
+    assert Plan.model_validate_json(plans[1].to_json()) == plans[1]
 
 
 def test_the_published_schema_is_the_schema() -> None:

@@ -38,7 +38,7 @@ def weighted_errors(model, plan, tokens) -> dict[tuple[int, int], float]:
         specs = plan.spec(layer).key, plan.spec(layer).value
         states = (caught.key, caught.value)
         for side, (spec, x, slope) in enumerate(zip(specs, states, caught.state_gradients(), strict=True)):
-            error = as_stored(x[:, :, packed], spec.format(plan.model.head_dim)) - x[:, :, packed]
+            error = as_stored(x[:, :, packed], spec.format(plan.model.head_dim), 64) - x[:, :, packed]
             found[layer, side] = float((slope[:, :, packed] * error).double().square().sum())
     return found
 

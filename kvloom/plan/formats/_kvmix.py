@@ -31,7 +31,7 @@ RATIOS: dict[str, dict[int, Ratio]] = {
 }
 """Share of exact tokens by bits: the paper's, and that of `set_quant_bits` in the repository."""
 
-_KEY_WORD_CODES = 11
+_WORD_CODES: Literal[11] = 11
 """Codes in a 32-bit word of KVmix's 3 bits, which is also their group (`quantization_cuda.cu`)."""
 
 
@@ -88,11 +88,7 @@ def _entry(layer: int, row: Layer, config: Config, model: Fingerprint, window: W
     size = config.group_size
     return LayerPlan(
         layers=layer,
-        key=TensorSpec(
-            bits=row.k_bits,
-            grouping="per_channel",
-            group_size=group_size_of(size, "per_channel", model, "group_size"),
-        ),
+        key=_key(row.k_bits, size, model),
         value=TensorSpec(
             bits=row.v_bits,
             grouping="per_token",
@@ -102,11 +98,24 @@ def _entry(layer: int, row: Layer, config: Config, model: Fingerprint, window: W
     )
 
 
+def _key(bits: Bits, size: int, model: Fingerprint) -> TensorSpec:
+    if bits == 3:
+        return TensorSpec(codec="kvmix3", bits=3, grouping="per_channel", group_size=_WORD_CODES)
+    return TensorSpec(
+        bits=bits, grouping="per_channel", group_size=group_size_of(size, "per_channel", model, "group_size")
+    )
+
+
 def _three_bits(rows: dict[int, Layer], config: Config, deviations: Deviations) -> None:
-    if layers := [layer for layer, row in rows.items() if 3 in (row.k_bits, row.v_bits)]:
+    if keys := [layer for layer, row in rows.items() if row.k_bits == 3]:
+        deviations.note(
+            f"3-bit keys in layers {format_layers(keys)} are groups of eleven tokens that start anew on every page: "
+            "6.0 true bits, where KVmix's words take 5.8"
+        )
+    if values := [layer for layer, row in rows.items() if row.v_bits == 3]:
         deviations.instead(
-            f"3 bits in layers {format_layers(layers)} are groups of eleven codes in a 32-bit word, the last of two "
-            "bits (5.8 true bits)",
+            f"3-bit values in layers {format_layers(values)} are groups of eleven channels, which KVmix cannot run "
+            "unless head_dim is a multiple of eleven",
             f"3-bit groups of {config.group_size}",
         )
 
@@ -139,7 +148,7 @@ def _kept(layer: int, side: str, bits: int, ratio: Ratio | None, config: Config)
     ratio = _default_ratio(layer, side, bits, config) if ratio is None else ratio
     if config.rpc == "context":
         return ratio
-    group = _KEY_WORD_CODES if (side, bits) == ("k", 3) else config.group_size
+    group = _WORD_CODES if (side, bits) == ("k", 3) else config.group_size
     return steady_recent(ratio, group)
 
 

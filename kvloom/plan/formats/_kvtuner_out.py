@@ -68,6 +68,10 @@ def _check(spec: TensorSpec) -> None:
         raise PlanError(f"codec {spec.codec!r} is none of KVTuner's: choose 'affine', or keep kvloom's own file.")
     if spec.rotation:
         raise PlanError("rotation is set and KVTuner turns nothing: remove it, or keep kvloom's own file.")
+    if spec.outliers:
+        raise PlanError("outliers are set and KVTuner keeps none: leave them out, or keep kvloom's own file.")
+    if spec.pre_rope:
+        raise PlanError("pre_rope is set and KVTuner packs keys after RoPE: leave it out, or keep kvloom's own file.")
     if spec.bits > _MAX_BITS:
         raise PlanError(
             f"bits {spec.bits} is above the 8 that KVTuner stores: give such layers 8, or keep kvloom's own file."
