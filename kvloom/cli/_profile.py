@@ -17,6 +17,9 @@ def profile(
     tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 512,
     sinks: Annotated[int, typer.Option(min=0, help="First tokens the cache will keep exactly.")] = 4,
     recent: Annotated[int, typer.Option(min=0, help="Newest tokens the cache will keep exactly.")] = 0,
+    rotated: Annotated[
+        bool, typer.Option(help="Measure rotated formats with searched clip ranges too; better at 3 bits and below.")
+    ] = False,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,
@@ -24,16 +27,21 @@ def profile(
 ) -> None:
     """Measure how much each layer's keys and values matter."""
     from kvloom.assets import CALIBRATION, texts, token_windows
-    from kvloom.plan import Window
-    from kvloom.signals import compute_profile
+    from kvloom.plan import Fingerprint, Window
+    from kvloom.signals import compute_profile, default_specs, rotated_specs
 
     sources = texts(text or CALIBRATION)
     loaded, tokenizer = load(model, device, dtype)
     windows = token_windows(tokenizer, sources, tokens, prompts, seed)
+    keys, values = default_specs(Fingerprint.of(loaded).head_dim)
+    if rotated:
+        keys, values = (plain + more for plain, more in zip((keys, values), rotated_specs(), strict=True))
     with progress() as update:
         made = compute_profile(
             loaded,
             windows,
+            key_specs=keys,
+            value_specs=values,
             texts=[source.name for source in sources],
             window=Window(sinks=sinks, recent=recent),
             seed=seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvloom.signals._base import Evidence, Labels, Side, Signal, get, register
     from kvloom.signals._codebooks import calibrate_codebooks
-    from kvloom.signals._compute import compute_profile, default_specs
+    from kvloom.signals._compute import compute_profile, default_specs, rotated_specs
     from kvloom.signals._profile import Calibration, GradientNorms, Profile
     from kvloom.signals._table import LossTable
 
@@ -26,6 +26,7 @@ _HOMES = {
     "default_specs": "kvloom.signals._compute",
     "get": "kvloom.signals._base",
     "register": "kvloom.signals._base",
+    "rotated_specs": "kvloom.signals._compute",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "default_specs",
     "get",
     "register",
+    "rotated_specs",
 ]
 
 

@@ -31,7 +31,7 @@ FOUR_SINKS = Window(sinks=4)
 
 
 def default_specs(head_dim: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Candidate formats of keys and of values for a model with this head_dim."""
+    """Candidate formats of keys and of values for a model with this head_dim; one kernel launch packs them."""
     bits = (1, 2, 3, 4, 5, 6, 8)
     fine = (2, 3, 4)
     keys = [TensorSpec(bits=b, grouping="per_channel", group_size=64) for b in bits]
@@ -39,6 +39,15 @@ def default_specs(head_dim: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
     values = [TensorSpec(bits=b, grouping="per_token", group_size="head_dim") for b in bits]
     if head_dim > 32 and head_dim % 32 == 0:
         values += [TensorSpec(bits=b, grouping="per_token", group_size=32) for b in fine]
+    return keys, values
+
+
+def rotated_specs() -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """More candidates: rotated, with clip ranges by search; better at 3 bits and below, packed by many operations."""
+    bits = (1, 2, 3, 4, 5, 6)
+    kind = {"rotation": "hadamard", "codec": "clipped"}
+    keys = [TensorSpec(bits=b, grouping="per_channel", group_size=64, **kind) for b in bits]
+    values = [TensorSpec(bits=b, grouping="per_token", group_size="head_dim", **kind) for b in bits]
     return keys, values
 
 

@@ -21,11 +21,13 @@ def plan(smollm2, tmp_path: Path) -> Path:
 
 def test_profile_then_plan(kvloom, fetched, tmp_path: Path):
     profile, plan = tmp_path / "profile.json", tmp_path / "kv_plan.json"
-    words = ["--prompts", "2", "--tokens", "128", "--device", "cpu", "-o", profile]
+    words = ["--prompts", "2", "--tokens", "128", "--device", "cpu", "--rotated", "-o", profile]
     done = kvloom("profile", MODEL, *words)
     assert done.exit_code == 0, done.output
     assert "30 layers measured" in done.stdout
-    calibration = Profile.load(profile).calibration
+    made = Profile.load(profile)
+    assert {spec.rotation for spec in made.table.key_specs} == {None, "hadamard"}
+    calibration = made.calibration
     assert (calibration.prompts, calibration.tokens) == (2, 128)
     assert calibration.texts == list(CALIBRATION)
     assert kvloom("plan", profile, "--bits", "3.5", "-o", plan).exit_code == 0

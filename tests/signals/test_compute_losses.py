@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvloom import codecs
 from kvloom.plan import Fingerprint, TensorSpec, Window
-from kvloom.signals import compute_profile, default_specs
+from kvloom.signals import compute_profile, default_specs, rotated_specs
 from kvloom.signals._error_gradient import QUERY_BLOCK
 from kvloom.signals._prompts import Prompts
 from kvloom.signals._tap import packed_end
@@ -141,7 +141,7 @@ def test_losses_depend_on_the_seed_and_on_nothing_else() -> None:
 
 def test_default_candidates_fit_the_head_dim() -> None:
     for head_dim in (16, 32, 64, 80, 128):
-        for spec in [spec for side in default_specs(head_dim) for spec in side]:
+        for spec in [spec for side in (*default_specs(head_dim), *rotated_specs()) for spec in side]:
             fmt = spec.format(head_dim)
             assert fmt.grouping == "per_channel" or head_dim % fmt.group_size == 0
     assert [len(side) for side in default_specs(64)] == [10, 10]
