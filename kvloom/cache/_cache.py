@@ -38,7 +38,7 @@ class LoomCache(DynamicCache):
 
     Raises:
         ModelError: The model is not the plan's, or cannot be packed.
-        PlanError: The plan asks for what no code does yet (an evict entry).
+        PlanError: The plan asks for what no code does yet (an evict entry), or its tensors cannot be read.
         CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite``.
         MissingExtraError: A codec of the plan needs a package that is not installed.
     """
@@ -66,10 +66,12 @@ class LoomCache(DynamicCache):
             make = partial(StaticLoomLayer, max_tokens=max_tokens, expected=_expected(model))
         self._flags = Flags()
         options: dict[str, Any] = {"prefill": plan.prefill, "nonfinite": nonfinite, "flags": self._flags}
-        is_enabled = _AttentionName(config).is_loom
+        is_enabled, matrices = _AttentionName(config).is_loom, plan.rotations()
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[i] = make(plan.spec(i), plan.model, is_enabled=is_enabled, **options)
+                self.layers[i] = make(
+                    plan.spec(i), plan.model, is_enabled=is_enabled, matrices=matrices.get(i, {}), **options
+                )
             elif type(layer) is DynamicSlidingWindowLayer and max_tokens is not None:
                 self.layers[i] = StaticSlidingWindowLayer(max_tokens, layer.sliding_window)
         self._last_packed = max(self.packed_layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -14,10 +14,11 @@ from kvloom.cache._flags import Flags
 from kvloom.cache._rotation import side_rotation
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError, ModelError
-from kvloom.pages import ExactKV, HeadPages, PagedKV
+from kvloom.pages import ExactKV, HeadPages, PagedKV, Role
 from kvloom.plan import Fingerprint, LayerPlan, Prefill, Window, full_pages, head_layouts, itemsize
 
 NonFinite = Literal["error", "clamp"]
+_SIDES: tuple[Role, Role] = ("key", "value")
 _CLAMP = 65280.0  # a number of every dtype; the grid's rounding still fits in fp16's 65504
 _NOT_THIS_PLANS = "the cache file's tensors do not have the sizes this plan gives them; it is damaged, make it again."
 
@@ -46,6 +47,7 @@ class LoomLayer(CacheLayerMixin):
             (NaN becomes 0, everything else at most 65280).
         flags: Where a device notes what it packed out of range; whoever calls `update` checks them.
         is_enabled: Whether the model's attention reads packed pages now; otherwise dense tensors are returned.
+        matrices: The plan's calibrated rotations of the layer, by side: float16 ``[kv_heads, head_dim, head_dim]``.
     """
 
     is_compileable = False
@@ -61,6 +63,7 @@ class LoomLayer(CacheLayerMixin):
         nonfinite: NonFinite,
         flags: Flags,
         is_enabled: Callable[[], bool],
+        matrices: Mapping[Role, torch.Tensor],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.entry = entry
@@ -69,6 +72,7 @@ class LoomLayer(CacheLayerMixin):
         self.nonfinite = nonfinite
         self.flags = flags
         self.is_enabled = is_enabled
+        self.matrices = matrices
         self.record_past = False
         self._clear()
 
@@ -95,8 +99,10 @@ class LoomLayer(CacheLayerMixin):
             )
             for heads in _heads_by_layout(layouts)
         )
-        self.key_rotation = side_rotation(layouts, "key", self.dtype, self.device)
-        self.value_rotation = side_rotation(layouts, "value", self.dtype, self.device)
+        self.key_rotation, self.value_rotation = (
+            side_rotation([getattr(x, side) for x in layouts], self.matrices.get(side), self.dtype, self.device)
+            for side in _SIDES
+        )
         self.sinks = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.tail = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.is_initialized = True
@@ -378,6 +384,12 @@ class LoomLayer(CacheLayerMixin):
             yield f"pages.{n}", g.data
         yield from (("sinks.key", self.sinks.key), ("sinks.value", self.sinks.value))
         yield from (("tail.key", self.tail.key), ("tail.value", self.tail.value))
+        yield from self._rotations()
+
+    def _rotations(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for side, rotation in zip(_SIDES, (self.key_rotation, self.value_rotation), strict=True):
+            if rotation:
+                yield from ((f"rotation.{side}.{name}", tensor) for name, tensor in rotation.tensors())
 
     def nbytes(self) -> int:
         """Live bytes: the storage of every tensor held."""
@@ -403,6 +415,7 @@ class LoomLayer(CacheLayerMixin):
         }
         for n, g in enumerate(self.pages):
             expected[f"pages.{n}"] = ((tail.shape[0], len(g.heads), pages, g.layout.nbytes), torch.uint8)
+        expected |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._rotations()}
         if rest or expected != {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}:
             raise CacheError(_NOT_THIS_PLANS)
         self.length, self.num_pages = length, pages

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvloom.codecs._affine import AFFINE, Affine
 from kvloom.codecs._affine_form import AffineForm, Grid
 from kvloom.codecs._base import Codec, Encoded, get, names, register, registered, wide
+from kvloom.codecs._calibrated import dual_of, fitted
 from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._hqq import HQQ, Hqq
 from kvloom.codecs._lloyd import LLOYD, Lloyd
@@ -31,6 +32,8 @@ __all__ = [
     "Quanto",
     "as_stored",
     "dual",
+    "dual_of",
+    "fitted",
     "get",
     "names",
     "register",

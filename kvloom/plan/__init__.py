@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvloom.plan._bytes import full_pages, head_layouts, itemsize
+from kvloom.plan._bytes import full_pages, head_layouts, is_calibrated, itemsize
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
 from kvloom.plan._spec import (
@@ -15,6 +15,7 @@ from kvloom.plan._spec import (
     format_layers,
     parse_layers,
 )
+from kvloom.plan._tensors import PlanTensors, rotation_name
 from kvloom.plan.formats import (
     Exported,
     convert,
@@ -34,6 +35,7 @@ __all__ = [
     "HeadPlan",
     "LayerPlan",
     "Plan",
+    "PlanTensors",
     "Prefill",
     "Provenance",
     "TensorSpec",
@@ -44,11 +46,13 @@ __all__ = [
     "full_pages",
     "head_layouts",
     "import_plan",
+    "is_calibrated",
     "itemsize",
     "parse_layers",
     "plan_schema",
     "preset",
     "presets",
     "readable_formats",
+    "rotation_name",
     "writable_formats",
 ]

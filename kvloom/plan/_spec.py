@@ -31,7 +31,8 @@ class TensorSpec(PlanModel):
         group_size: Elements that share a scale; ``"head_dim"`` (``per_token`` only) is a token's whole head.
         symmetric: Centre the grid on zero and store no zero point.
         rotation: ``hadamard`` turns each head's channels by a randomised Hadamard transform first, which spreads
-            outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`).
+            outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`). ``calibrated`` takes a
+            matrix of each KV head from the plan's tensors (`kvloom.signals.calibrate_rotations`).
     """
 
     codec: str = "affine"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kvloom.signals._base import Evidence, Labels, Side, Signal, get, register
     from kvloom.signals._compute import compute_profile, default_specs
     from kvloom.signals._profile import Calibration, GradientNorms, Profile
+    from kvloom.signals._rotations import calibrate_rotations
     from kvloom.signals._table import LossTable
 
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "Profile": "kvloom.signals._profile",
     "Side": "kvloom.signals._base",
     "Signal": "kvloom.signals._base",
+    "calibrate_rotations": "kvloom.signals._rotations",
     "compute_profile": "kvloom.signals._compute",
     "default_specs": "kvloom.signals._compute",
     "get": "kvloom.signals._base",
@@ -35,6 +37,7 @@ __all__ = [
     "Profile",
     "Side",
     "Signal",
+    "calibrate_rotations",
     "compute_profile",
     "default_specs",
     "get",

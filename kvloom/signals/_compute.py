@@ -123,7 +123,7 @@ def _read(
     progress: Progress | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Scores of keys and of values by signal, float64 `[prompts, layers, columns]`."""
-    report = progress or _silent
+    report = progress or silent
     report(0, len(prompts), _LABEL)
     batches = []
     for start in range(0, len(prompts), batch):
@@ -138,7 +138,7 @@ def _read(
     }
 
 
-def _silent(done: int, total: int, label: str) -> None:
+def silent(done: int, total: int, label: str) -> None:
     """Reports nothing."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class Meter:
         for fmt in every:
             check_format(fmt, head_dim)
         self._page_tokens = page_tokens_of(*every)
-        self._packed = _packed(tokens, window, self._page_tokens)
+        self._packed = packed_tokens(tokens, window, self._page_tokens)
         self._model = model
         self._window = window
         self._layers = fingerprint.packed_layers
@@ -76,12 +76,12 @@ class Meter:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            _at_rest(self._model),
+            at_rest(self._model),
             tapped(self._model, tap),
             projected(self._projections.values()) as kept,
         ):
             logits = _logits(self._model, prompts)
-            self._check_seen(tap)
+            check_seen(self._model, self._layers, tap)
             probabilities = _probabilities(logits, prompts)
             for i, (labels, wanted) in enumerate(signals.items(), start=1):
                 start = _logit_gradient(prompts, labels, probabilities).to(logits.dtype)
@@ -93,14 +93,6 @@ class Meter:
                     values = self._scores(signal, "value", prompts, tap, kept, by_module)
                     found[signal.name] = (keys, values)
         return found
-
-    def _check_seen(self, tap: Tap) -> None:
-        missing = [layer for layer in self._layers if layer not in tap.caught]
-        if missing:
-            raise ModelError(
-                f"layer {missing[0]} of {type(self._model).__name__} attends without transformers' attention "
-                "interface, so it cannot be measured; choose another model."
-            )
 
     def _scores(
         self,
@@ -129,8 +121,22 @@ class Meter:
         return torch.stack(rows, dim=1)
 
 
-def _packed(tokens: int, window: Window, page_tokens: int) -> slice:
-    """Tokens that the last query sees packed."""
+def check_seen(model: PreTrainedModel, layers: Iterable[int], tap: Tap) -> None:
+    """Raise ModelError unless the tap has seen every layer."""
+    missing = [layer for layer in layers if layer not in tap.caught]
+    if missing:
+        raise ModelError(
+            f"layer {missing[0]} of {type(model).__name__} attends without transformers' attention interface, so it "
+            "cannot be measured; choose another model."
+        )
+
+
+def packed_tokens(tokens: int, window: Window, page_tokens: int) -> slice:
+    """Tokens that the last query sees packed.
+
+    Raises:
+        DataError: There are none.
+    """
     end = packed_end(tokens - 1, window, page_tokens)
     if end == window.sinks:
         raise DataError(
@@ -141,7 +147,7 @@ def _packed(tokens: int, window: Window, page_tokens: int) -> slice:
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients by parameters, for the time of the context."""
     training = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
