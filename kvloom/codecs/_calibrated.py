@@ -50,7 +50,8 @@ def fitted(states: torch.Tensor, readers: torch.Tensor) -> torch.Tensor:
 
 def dual_of(forward: torch.Tensor) -> torch.Tensor:
     """``G = F^-T`` of matrices ``[..., head_dim, head_dim]``, float64."""
-    return torch.linalg.inv(forward.double()).mT.contiguous()
+    inverse: torch.Tensor = torch.linalg.inv(forward.double())
+    return inverse.mT.contiguous()
 
 
 def _ridged(moment: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,8 @@ def _ridged(moment: torch.Tensor) -> torch.Tensor:
 def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     """Of symmetric positive definite matrices."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return vectors * values.pow(exponent)[..., None, :] @ vectors.mT
+    power: torch.Tensor = (vectors * values.pow(exponent)[..., None, :]) @ vectors.mT
+    return power
 
 
 def _interleaved(vectors: torch.Tensor) -> torch.Tensor:

@@ -277,7 +277,7 @@ class Plan(PlanModel):
         return sum(layer_nbytes(self.spec(i), heads, dim, batch, tokens, size) for i in self.model.packed_layers)
 
     def true_bits(self, tokens: int, dtype: Any = None) -> float:
-        """8 x bytes / cached elements at ``tokens``: everything resident counts."""
+        """8 x bytes / cached elements of one sequence of ``tokens``: everything resident counts."""
         if tokens <= 0:
             raise PlanError(f"true_bits needs at least one token, not {tokens}.")
         elements = 2 * len(self.model.packed_layers) * self.model.num_kv_heads * tokens * self.model.head_dim

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kvloom.errors import DataError, ModelError
+from kvloom.errors import DataError, ModelError, PlanError
 from kvloom.pages import check_format, page_tokens_of
 from kvloom.plan import Fingerprint, TensorSpec, Window
 from kvloom.signals._base import Evidence, Labels, Side, Signal
@@ -35,7 +35,7 @@ class Meter:
     Raises:
         DataError: Prompts of this length never fill a page.
         ModelError: The key and value projections cannot be told.
-        PlanError: A format does not fit the model's head_dim.
+        PlanError: A format does not fit the model's head_dim, or its rotation is calibrated.
     """
 
     def __init__(
@@ -53,6 +53,11 @@ class Meter:
         every = [fmt for formats in self._formats.values() for fmt in formats]
         for fmt in every:
             check_format(fmt, head_dim)
+            if fmt.rotation == "calibrated":
+                raise PlanError(
+                    "rotation 'calibrated' is fitted to a plan, so a profile cannot predict it: use 'hadamard' here, "
+                    "and kvloom rotate on the plan."
+                )
         self._page_tokens = page_tokens_of(*every)
         self._packed = packed_tokens(tokens, window, self._page_tokens)
         self._model = model

@@ -7,7 +7,6 @@ moments.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -32,13 +31,14 @@ from kvloom.plan import (
 from kvloom.signals._compute import Progress, silent
 from kvloom.signals._measure import at_rest, check_seen, packed_tokens
 from kvloom.signals._prompts import Prompts
-from kvloom.signals._tap import Tap, tapped
+from kvloom.signals._tap import Tap, Tapped, tapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LABEL = "reading prompts"
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
+_QUERY_BLOCK = 256
 _MEAN_SHARE = 1e-3
 """Of a group's mean in a covariance: zero points carry the mean, but in fp16, and exact tokens in the compute dtype."""
 
@@ -120,8 +120,8 @@ def _read(
 ) -> tuple[dict[tuple[int, Role], Tensor], dict[int, Tensor]]:
     """Covariances of the states by layer and side, second moments of the queries by layer; one pass a prompt."""
     packed = {layer: _packed(entry, shape, prompts.tokens.shape[1]) for layer, entry in entries.items()}
-    states: defaultdict[tuple[int, Role], Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-    queries: defaultdict[int, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    states: dict[tuple[int, Role], Tensor] = {}
+    queries: dict[int, Tensor] = {}
     for done, prompt in enumerate(prompts.tokens):
         report(done, len(prompts), _LABEL)
         tap = Tap(entries, Window(), PAGE_TOKENS)
@@ -129,11 +129,14 @@ def _read(
             model.get_decoder()(input_ids=prompt[None].to(model.device), use_cache=False)
         check_seen(model, entries, tap)
         for layer, caught in tap.caught.items():
-            queries[layer] = queries[layer] + moment(caught.query[0].flatten(1, 2)).cpu()
-            for n, (side, cached) in enumerate((("key", caught.key), ("value", caught.value))):
+            zeros = torch.zeros((), dtype=torch.float64)
+            queries[layer] = queries.get(layer, zeros) + moment(caught.query[0].flatten(1, 2)).cpu()
+            weights = token_weights(attention_received(caught)[:, packed[layer]])
+            each: tuple[tuple[Role, Tensor], ...] = (("key", caught.key), ("value", caught.value))
+            for n, (side, cached) in enumerate(each):
                 specs = [entries[layer].head(head)[n] for head in range(shape.num_kv_heads)]
-                covariance = state_covariance(cached[0, :, packed[layer]], specs).cpu()
-                states[layer, side] = states[layer, side] + covariance
+                covariance = state_covariance(cached[0, :, packed[layer]], weights, specs).cpu()
+                states[layer, side] = states.get((layer, side), zeros) + covariance
     report(len(prompts), len(prompts), _LABEL)
     return states, queries
 
@@ -144,16 +147,38 @@ def _packed(entry: LayerPlan, shape: Fingerprint, tokens: int) -> slice:
 
 
 def moment(x: Tensor) -> Tensor:
-    """Sum of outer products, float64 ``[heads, head_dim, head_dim]``, of ``x [heads, n, head_dim]``."""
+    """Sum of outer products, float64 ``[..., head_dim, head_dim]``, of ``x [..., n, head_dim]``."""
     wide = x.double()
     return wide.mT @ wide
 
 
-def state_covariance(states: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
+def attention_received(tapped: Tapped) -> Tensor:
+    """Sum over a group's query heads and all queries of the attention each token gets, ``[kv_heads, tokens]``."""
+    tokens = tapped.key.shape[2]
+    received = tapped.key.new_zeros((tapped.key.shape[1], tokens), dtype=torch.float64)
+    for start in range(0, tokens, _QUERY_BLOCK):
+        rows = slice(start, min(start + _QUERY_BLOCK, tokens))
+        weights = tapped.scoring.probabilities(tapped.query[:, :, :, rows], tapped.key[:, :, : rows.stop], start)
+        received[:, : rows.stop] += weights[0].double().sum(dim=(1, 2))
+    return received
+
+
+def token_weights(received: Tensor) -> Tensor:
+    """One for being a token, and one more, on average, for the attention it gets: ``[kv_heads, tokens]``.
+
+    Rounding is as large for every token of a group, but a clip range that spares the others cuts off the rare token
+    that everybody looks at. OSCAR weights values alone by their scores.
+    """
+    weights: Tensor = 1.0 + received / received.mean(dim=-1, keepdim=True)
+    return weights
+
+
+def state_covariance(states: Tensor, weights: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
     """What of the states is rounded: their variation within the groups that share a zero point.
 
     Args:
         states: Keys or values ``[kv_heads, tokens, head_dim]``, whole pages.
+        weights: Of the tokens, ``[kv_heads, tokens]``.
         specs: Format of each head. ``per_channel`` groups carry their channel's mean in the zero point; of it a
             thousandth counts. In ``per_token`` groups everything counts.
 
@@ -161,11 +186,12 @@ def state_covariance(states: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
         float64 ``[kv_heads, head_dim, head_dim]``.
     """
     sums = []
-    for head, spec in zip(states, specs, strict=True):
-        whole = moment(head[None])[0]
+    for head, weight, spec in zip(states.double(), weights.sqrt()[..., None], specs, strict=True):
+        whole = moment(head * weight)
         if spec.grouping == "per_channel":
-            groups = head.double().unflatten(0, (-1, int(spec.group_size)))
-            whole = _MEAN_SHARE * whole + moment((groups - groups.mean(1, keepdim=True)).flatten(0, 1)[None])[0]
+            groups = head.unflatten(0, (-1, int(spec.group_size)))
+            varied = (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
+            whole = _MEAN_SHARE * whole + moment(varied * weight)
         sums.append(whole)
     return torch.stack(sums)
 
