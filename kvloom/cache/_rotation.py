@@ -114,10 +114,11 @@ def _calibrated(
     names: Sequence[Rotation | None], matrices: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> CalibratedRotation:
     """Calibrated heads by their matrices, the others by those of their own rotations."""
-    head_dim = matrices.shape[-1]
-    eye = torch.eye(head_dim, dtype=matrices.dtype)
-    own = {None: eye, "hadamard": rotated(eye, signs("hadamard", head_dim))}
-    forward = torch.stack([own.get(name, matrix) for name, matrix in zip(names, matrices, strict=True)])
+    forward, head_dim = matrices, matrices.shape[-1]
+    if set(names) != {"calibrated"}:  # else a cache on the CPU holds the plan's own tensor, not a copy
+        eye = torch.eye(head_dim, dtype=matrices.dtype)
+        own = {None: eye, "hadamard": rotated(eye, signs("hadamard", head_dim))}
+        forward = torch.stack([own.get(name, matrix) for name, matrix in zip(names, matrices, strict=True)])
     wide = torch.promote_types(dtype, torch.float32)
     return CalibratedRotation(dual_of(forward).to(device, wide), forward.to(device))
 
