@@ -40,7 +40,8 @@ class LoomCache(DynamicCache):
     Raises:
         ModelError: The model is not the plan's, cannot be packed, or has no rotary embedding that keys could be packed
             before (pre_rope).
-        PlanError: The plan asks for what no code does yet (an evict entry), or lacks a codebook.
+        PlanError: The plan asks for what no code does yet (an evict entry), lacks a codebook, or its tensors
+            cannot be read.
         CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite`` or with the plan.
         MissingExtraError: A codec of the plan needs a package that is not installed.
     """
@@ -80,10 +81,12 @@ class LoomCache(DynamicCache):
             "flags": self._flags,
             "rope": self.rope,
         }
-        is_enabled = _AttentionName(config).is_loom
+        is_enabled, matrices = _AttentionName(config).is_loom, plan.rotations()
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[i] = make(plan.spec(i), plan.model, is_enabled=is_enabled, **options)
+                self.layers[i] = make(
+                    plan.spec(i), plan.model, is_enabled=is_enabled, matrices=matrices.get(i, {}), **options
+                )
             elif type(layer) is DynamicSlidingWindowLayer and max_tokens is not None:
                 self.layers[i] = StaticSlidingWindowLayer(max_tokens, layer.sliding_window)
         self._last_packed = max(self.packed_layers)

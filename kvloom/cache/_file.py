@@ -63,7 +63,8 @@ def _plan_text(cache: LoomCache) -> str:
     plan = cache.plan
     layers = {i: plan.spec(i).model_dump(mode="json", exclude={"layers"}) for i in plan.model.packed_layers}
     model = plan.model.model_dump(mode="json", exclude={"dtype"})
-    return json.dumps({"model": model, "layers": layers, "prefill": plan.prefill}, sort_keys=True)
+    tensors = {"tensors": plan.tensors.sha256} if plan.tensors else {}
+    return json.dumps({"model": model, "layers": layers, "prefill": plan.prefill, **tensors}, sort_keys=True)
 
 
 def _check_header(cache: LoomCache, header: dict[str, str], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from kvloom.pages import (
     Format,
     HeadPages,
     PagedKV,
+    Role,
     codebook_points,
     pack_side,
     page_layout,
@@ -37,6 +38,7 @@ from kvloom.plan import (
 )
 
 NonFinite = Literal["error", "clamp"]
+_SIDES: tuple[Role, Role] = ("key", "value")
 _CLAMP = 65280.0  # a number of every dtype; the grid's rounding still fits in fp16's 65504
 _EXACT = Format(PASSTHROUGH_BITS, "per_token", 1)
 _NOT_THIS_PLANS = "the cache file's tensors do not have the sizes this plan gives them; it is damaged, make it again."
@@ -67,6 +69,7 @@ class LoomLayer(CacheLayerMixin):
         flags: Where a device notes what it packed out of range; whoever calls `update` checks them.
         rope: The model's rotary embedding, for keys that are packed before it; None if the plan has none.
         is_enabled: Whether the model's attention reads packed pages now; otherwise dense tensors are returned.
+        matrices: The plan's calibrated rotations of the layer, by side: float16 ``[kv_heads, head_dim, head_dim]``.
     """
 
     is_compileable = False
@@ -83,6 +86,7 @@ class LoomLayer(CacheLayerMixin):
         flags: Flags,
         rope: Rope | None,
         is_enabled: Callable[[], bool],
+        matrices: Mapping[Role, torch.Tensor],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.entry = entry
@@ -92,6 +96,7 @@ class LoomLayer(CacheLayerMixin):
         self.flags = flags
         self.rope = rope
         self.is_enabled = is_enabled
+        self.matrices = matrices
         self.record_past = False
         self._clear()
 
@@ -121,8 +126,10 @@ class LoomLayer(CacheLayerMixin):
         )
         formats = calibrated_formats(layouts)
         self.codebooks = tuple(codebook_points(fmt.points, self.device).clone() for _, fmt in formats)
-        self.key_rotation = side_rotation(layouts, "key", self.dtype, self.device)
-        self.value_rotation = side_rotation(layouts, "value", self.dtype, self.device)
+        self.key_rotation, self.value_rotation = (
+            side_rotation([getattr(x, side) for x in layouts], self.matrices.get(side), self.dtype, self.device)
+            for side in _SIDES
+        )
         self.sinks = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.tail = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.is_initialized = True
@@ -426,6 +433,12 @@ class LoomLayer(CacheLayerMixin):
             yield f"codebooks.{n}", points
         yield from (("sinks.key", self.sinks.key), ("sinks.value", self.sinks.value))
         yield from (("tail.key", self.tail.key), ("tail.value", self.tail.value))
+        yield from self._rotations()
+
+    def _rotations(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for side, rotation in zip(_SIDES, (self.key_rotation, self.value_rotation), strict=True):
+            if rotation:
+                yield from ((f"rotation.{side}.{name}", tensor) for name, tensor in rotation.tensors())
 
     def nbytes(self) -> int:
         """Live bytes: the storage of every tensor held."""
@@ -453,6 +466,7 @@ class LoomLayer(CacheLayerMixin):
             expected[f"pages.{n}"] = ((tail.shape[0], len(g.heads), pages, g.layout.nbytes), torch.uint8)
         for n, points in enumerate(self.codebooks):
             expected[f"codebooks.{n}"] = (tuple(points.shape), points.dtype)
+        expected |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._rotations()}
         if rest or expected != {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}:
             raise CacheError(_NOT_THIS_PLANS)
         self.length, self.num_pages = length, pages

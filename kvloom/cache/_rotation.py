@@ -2,62 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from kvloom.codecs import dual, rotated, signs
-from kvloom.pages import PageLayout, Role, Rotation
+from kvloom.codecs import dual, dual_of, rotated, signs
+from kvloom.pages import Rotation, SideLayout
+from kvloom.plan import has_matrices
 
 
 @dataclass(frozen=True)
-class SideRotation:
+class SideRotation(ABC):
     """A rotation of all KV heads, or of some.
+
+    Attributes:
+        dual: ``G`` of `kvloom.codecs.dual`, ``[head_dim, head_dim]``, or one for each KV head.
+    """
+
+    dual: torch.Tensor
+
+    @abstractmethod
+    def cached(self, x: torch.Tensor) -> torch.Tensor:
+        """States ``[batch, kv_heads, tokens, head_dim]`` as they are cached."""
+
+    def restored(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `cached`, up to rounding."""
+        return turned(x, self.dual.transpose(-1, -2))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is resident for this layer alone, by name."""
+        yield from ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SideRotation:
+        return self
+
+
+@dataclass(frozen=True)
+class HadamardRotation(SideRotation):
+    """One transform of every head that is turned.
 
     Attributes:
         signs: Of the rotation, ``[head_dim]``.
         heads: KV heads that are turned; None for all.
-        dual: ``G`` of `kvloom.codecs.dual`, ``[head_dim, head_dim]``, or ``[kv_heads, head_dim, head_dim]`` for some.
     """
 
     signs: torch.Tensor
     heads: tuple[int, ...] | None
-    dual: torch.Tensor
 
     def cached(self, x: torch.Tensor) -> torch.Tensor:
-        """States ``[batch, kv_heads, tokens, head_dim]`` as they are cached."""
+        """See `SideRotation.cached`."""
         if self.heads is None:
             return rotated(x, self.signs)
         return torch.stack(
             [rotated(head, self.signs) if n in self.heads else head for n, head in enumerate(x.unbind(1))], dim=1
         )
 
-    def restored(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of `cached`, up to rounding."""
-        return turned(x, self.dual.transpose(-1, -2))
+
+@dataclass(frozen=True)
+class CalibratedRotation(SideRotation):
+    """A matrix of each KV head.
+
+    Attributes:
+        forward: ``F``, float16 ``[kv_heads, head_dim, head_dim]``.
+    """
+
+    forward: torch.Tensor
+
+    def cached(self, x: torch.Tensor) -> torch.Tensor:
+        """See `SideRotation.cached`.
+
+        Sums are in float64: what a product of another shape adds up in another order does not show in the codes.
+        """
+        return (x.double() @ self.forward.double()).to(x.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `SideRotation.tensors`."""
+        yield from (("forward", self.forward), ("dual", self.dual))
 
 
 def side_rotation(
-    layouts: Sequence[PageLayout], side: Role, dtype: torch.dtype, device: torch.device
+    sides: Sequence[SideLayout], matrices: torch.Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> SideRotation | None:
-    """The rotation that the layouts of a layer's KV heads ask for; None if no head is turned."""
-    names = [getattr(layout, side).fmt.rotation for layout in layouts]
+    """The rotation that one side of a layer asks for; None if no head is turned.
+
+    Args:
+        sides: Layout of each KV head.
+        matrices: The plan's ``F`` for this side of this layer, float16 ``[kv_heads, head_dim, head_dim]``.
+        dtype: Compute dtype.
+        device: Of the cache.
+    """
+    names = [side.fmt.rotation for side in sides]
     heads = tuple(head for head, name in enumerate(names) if name)
     if not heads:
         return None
-    turn: tuple[Rotation, int] = names[heads[0]], layouts[0].head_dim
+    if has_matrices(sides):
+        assert matrices is not None
+        return _calibrated(names, matrices, dtype, device)
+    turn: tuple[Rotation, int] = "hadamard", sides[0].head_dim
     factors, matrix = signs(*turn, device), dual(*turn, dtype, device)
     if len(heads) == len(names):
-        return SideRotation(factors, None, matrix)
+        return HadamardRotation(matrix, factors, None)
     each = torch.eye(len(matrix), dtype=dtype, device=device).repeat(len(names), 1, 1)
     each[list(heads)] = matrix
-    return SideRotation(factors, heads, each)
+    return HadamardRotation(each, factors, heads)
+
+
+def _calibrated(
+    names: Sequence[Rotation | None], matrices: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> CalibratedRotation:
+    """Calibrated heads by their matrices, the others by those of their own rotations."""
+    forward, head_dim = matrices, matrices.shape[-1]
+    if set(names) != {"calibrated"}:  # else a cache on the CPU holds the plan's own tensor, not a copy
+        eye = torch.eye(head_dim, dtype=matrices.dtype)
+        own = {None: eye, "hadamard": rotated(eye, signs("hadamard", head_dim))}
+        forward = torch.stack([own.get(name, matrix) for name, matrix in zip(names, matrices, strict=True)])
+    wide = torch.promote_types(dtype, torch.float32)
+    return CalibratedRotation(dual_of(forward).to(device, wide), forward.to(device))
 
 
 def turned(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Heads ``[batch, heads, tokens, head_dim]`` times the matrix of all, or of the KV head they belong to."""
+    wide = x.to(matrix.dtype)
     if matrix.dim() == 2:
-        return x @ matrix
-    grouped: torch.Tensor = x.unflatten(1, (len(matrix), -1)) @ matrix[:, None]
-    return grouped.flatten(1, 2)
+        return (wide @ matrix).to(x.dtype)
+    grouped: torch.Tensor = wide.unflatten(1, (len(matrix), -1)) @ matrix[:, None]
+    return grouped.flatten(1, 2).to(x.dtype)

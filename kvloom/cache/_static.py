@@ -72,7 +72,7 @@ class StaticLoomLayer(LoomLayer):
             query_turn=self._query_turn(),
             output_turn=self._output_turn(),
         )
-        for tensor in (*self._own(), self.store.flags, self.store.filled):
+        for tensor in (*self._own(), *self._matrices(), self.store.flags, self.store.filled):
             torch._dynamo.mark_static_address(tensor)
         kernels.backend(self.device).prepare(self.store)
 
@@ -99,9 +99,12 @@ class StaticLoomLayer(LoomLayer):
         """Every tensor that only this layer holds."""
         return [*self._sequences(), *self.codebooks, self.store.state] if self.is_initialized else []
 
+    def _matrices(self) -> list[torch.Tensor]:
+        return [tensor for _, tensor in self._rotations()] if self.is_initialized else []
+
     def nbytes(self) -> int:
         """Live bytes: the storage of every tensor held, however full."""
-        return live_nbytes(self._own())
+        return live_nbytes([*self._own(), *self._matrices()])
 
     # -- filling ------------------------------------------------------------------------------------------------------
 

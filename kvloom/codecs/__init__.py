@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvloom.codecs._affine import AFFINE, Affine
 from kvloom.codecs._affine_form import AffineForm, Grid
 from kvloom.codecs._base import Codec, Encoded, get, names, register, registered, wide
+from kvloom.codecs._calibrated import dual_of, fitted
 from kvloom.codecs._clipped import CLIPPED, Clipped
 from kvloom.codecs._codebook_form import CodebookForm
 from kvloom.codecs._groups import group
@@ -42,6 +43,8 @@ __all__ = [
     "Quanto",
     "as_stored",
     "dual",
+    "dual_of",
+    "fitted",
     "get",
     "group",
     "joined",

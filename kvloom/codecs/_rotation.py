@@ -4,7 +4,7 @@ Keys and values are cached as ``x F``. Scores need queries ``q G`` with ``F G^T 
 brought back by ``G^T``: nothing that is cached is turned back at a step. ``hadamard`` is a randomised Hadamard
 transform (QuIP#, arXiv 2402.04396; for KV caches QuaRot, arXiv 2404.00456): random signs, then Sylvester's matrix in
 blocks of the largest power of two that divides head_dim. The factor ``1 / block`` is shared out between F and G as
-powers of two, so that both matrices are exact in every dtype.
+powers of two, so that both matrices are exact in every dtype. (``calibrated``: see ``_calibrated.py``.)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from kvloom.errors import PlanError
 from kvloom.pages import Rotation
 
 _SEED = 0
@@ -20,8 +21,13 @@ _SEED = 0
 
 @lru_cache(maxsize=64)
 def signs(rotation: Rotation, head_dim: int, device: torch.device | None = None) -> torch.Tensor:
-    """What `rotated` multiplies channels with first: fair signs, the same on every machine, and F's power of two."""
-    assert rotation == "hadamard"
+    """What `rotated` multiplies channels with first: fair signs, the same on every machine, and F's power of two.
+
+    Raises:
+        PlanError: The rotation is calibrated: it is a plan's, not a format's.
+    """
+    if rotation != "hadamard":
+        raise PlanError(f"rotation {rotation!r} takes its matrices from a plan; a format alone cannot be turned by it.")
     bits = torch.randint(2, (head_dim,), generator=torch.Generator().manual_seed(_SEED))
     return ((2.0 * bits - 1.0) * 2.0 ** -(_power(head_dim) // 2)).to(device)
 

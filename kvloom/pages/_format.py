@@ -11,7 +11,7 @@ from kvloom.pages._codec_facts import Form, codec_facts
 
 Grouping = Literal["per_channel", "per_token"]
 Role = Literal["key", "value"]
-Rotation = Literal["hadamard"]
+Rotation = Literal["hadamard", "calibrated"]
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (16, 32, 64, 128, 256)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvloom.plan._bytes import calibrated_formats, full_pages, head_layouts, itemsize
+from kvloom.plan._bytes import calibrated_formats, full_pages, has_matrices, head_layouts, itemsize
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
 from kvloom.plan._spec import (
@@ -15,6 +15,7 @@ from kvloom.plan._spec import (
     format_layers,
     parse_layers,
 )
+from kvloom.plan._tensors import PlanTensors, rotation_name
 from kvloom.plan.formats import (
     Exported,
     convert,
@@ -34,6 +35,7 @@ __all__ = [
     "HeadPlan",
     "LayerPlan",
     "Plan",
+    "PlanTensors",
     "Prefill",
     "Provenance",
     "TensorSpec",
@@ -43,6 +45,7 @@ __all__ = [
     "export_plan",
     "format_layers",
     "full_pages",
+    "has_matrices",
     "head_layouts",
     "import_plan",
     "itemsize",
@@ -51,5 +54,6 @@ __all__ = [
     "preset",
     "presets",
     "readable_formats",
+    "rotation_name",
     "writable_formats",
 ]

@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
-from kvloom.pages import Format, PageLayout, Role, page_layout, page_tokens_of
+from kvloom.pages import Format, PageLayout, Role, SideLayout, page_layout, page_tokens_of
 from kvloom.plan._spec import LayerPlan, Window
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+# An element of a calibrated rotation as it is resident: F in fp16, its dual in fp32 or a wider compute dtype.
+_FORWARD_BYTES, _DUAL_BYTES = 2, 4
 
 
 def itemsize(dtype: object) -> int:
@@ -55,9 +58,17 @@ def full_pages(window: Window, tokens: int, page_tokens: int) -> int:
 
 
 def layer_nbytes(layer: LayerPlan, kv_heads: int, head_dim: int, batch: int, tokens: int, size: int) -> int:
-    """Bytes resident for one layer: page records and exact tokens, keys and values, and calibrated codebooks."""
+    """Bytes resident for one layer: page records, exact tokens, calibrated codebooks and rotations, keys and values."""
     layouts = head_layouts(layer, kv_heads, head_dim, size)
     pages = full_pages(layer.window, tokens, layouts[0].page_tokens)
     exact = tokens - pages * layouts[0].page_tokens
     of_sequence = pages * sum(layout.nbytes for layout in layouts) + exact * 2 * kv_heads * head_dim * size
-    return batch * of_sequence + sum(fmt.codebook_nbytes for _, fmt in calibrated_formats(layouts))
+    codebooks = sum(fmt.codebook_nbytes for _, fmt in calibrated_formats(layouts))
+    turned = sum(has_matrices([getattr(layout, side) for layout in layouts]) for side in ("key", "value"))
+    matrices = turned * kv_heads * head_dim**2 * (_FORWARD_BYTES + max(_DUAL_BYTES, size))
+    return batch * of_sequence + codebooks + matrices
+
+
+def has_matrices(sides: Iterable[SideLayout]) -> bool:
+    """Whether a head's keys (or values) are turned by a matrix of the plan's tensors; the layer then holds one each."""
+    return any(side.fmt.rotation == "calibrated" for side in sides)

@@ -6,16 +6,20 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import model_validator
 
 from kvloom.errors import PlanError
-from kvloom.pages import PASSTHROUGH_BITS, codec_facts
+from kvloom.pages import PASSTHROUGH_BITS, Role, codec_facts
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._spec import GroupSize, LayerPlan, PlanModel, TensorSpec, Window, format_layers
+from kvloom.plan._tensors import PlanTensors, rotation_name
 from kvloom.plan._validate import validated
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Prefill = Literal["exact", "quantized"]
 
@@ -24,7 +28,7 @@ class Provenance(PlanModel):
     """Where a plan comes from: enough to make it again, and the solver's certificate.
 
     An imported plan has its ``source`` (a foreign format) and ``notes``: a sentence for everything that the source
-    says or does otherwise.
+    says or does otherwise. ``rotations`` names the prompts they were calibrated on.
     """
 
     source: str | None = None
@@ -35,6 +39,7 @@ class Provenance(PlanModel):
     calibration: dict[str, Any] | None = None
     predicted_loss: float | None = None
     certificate: dict[str, Any] | None = None
+    rotations: dict[str, Any] | None = None
 
 
 class Plan(PlanModel):
@@ -47,6 +52,8 @@ class Plan(PlanModel):
         prefill: ``exact``: the tokens of one forward pass attend to each other exactly, to earlier ones as stored.
             ``quantized``: every token attends to what decoding token by token would have shown it, so that results
             do not depend on how a prompt was cut.
+        tensors: What calibration found and the layers' specs ask for: matrices ``layers.{layer}.{side}.rotation``,
+            float16 ``[kv_heads, head_dim, head_dim]``.
         provenance: How the plan was made.
     """
 
@@ -54,6 +61,7 @@ class Plan(PlanModel):
     model: Fingerprint
     layers: tuple[LayerPlan, ...]
     prefill: Prefill = "exact"
+    tensors: PlanTensors | None = None
     provenance: Provenance | None = None
 
     @model_validator(mode="after")
@@ -83,6 +91,14 @@ class Plan(PlanModel):
             raise ValueError(
                 f"layers leaves out layer {format_layers(missing)}; every full-attention layer needs an entry"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tensors_are_asked_for(self) -> Plan:
+        if self._calibrated_sides and self.tensors is None:
+            raise ValueError("rotation is calibrated and the plan names no tensors: make them with kvloom rotate")
+        if self.tensors is not None and not self._calibrated_sides:
+            raise ValueError("tensors names a file that no layer asks for: remove it")
         return self
 
     @classmethod
@@ -170,11 +186,21 @@ class Plan(PlanModel):
             raise PlanError(f"cannot read the plan {path}: {error.strerror}.") from None
         except ValueError as error:
             raise PlanError(f"{path} is not a JSON plan (cut short, or another kind of file): {error}.") from None
-        return validated(cls, data, str(path))
+        plan = validated(cls, data, str(path))
+        if plan.tensors:
+            plan.tensors.locate(Path(path).parent)
+        return plan
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, fields at their defaults left out."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the plan as JSON, fields at their defaults left out, and its tensors to a file beside it.
+
+        Raises:
+            PlanError: The tensors come from a file that is not there any more, or has changed.
+        """
+        path, plan = Path(path), self
+        if self.tensors:
+            plan = self.model_copy(update={"tensors": self.tensors.save(path)})
+        path.write_text(plan.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """What `save` writes."""
@@ -246,8 +272,33 @@ class Plan(PlanModel):
                         )
         return ""
 
+    @cached_property
+    def _calibrated_sides(self) -> tuple[tuple[int, Role], ...]:
+        """(layer, side) where the rotation of some KV head is calibrated."""
+        return tuple(
+            (layer, side)
+            for layer in self.model.packed_layers
+            for n, side in enumerate(get_args(Role))
+            if any(self.spec(layer).head(h)[n].rotation == "calibrated" for h in range(self.model.num_kv_heads))
+        )
+
+    def rotations(self) -> dict[int, dict[Role, Tensor]]:
+        """Matrices of the calibrated sides by layer: float16 ``[kv_heads, head_dim, head_dim]`` on the CPU.
+
+        Raises:
+            PlanError: The file of the plan's tensors is missing, is not the one the plan was saved with, or lacks one.
+        """
+        shape = (self.model.num_kv_heads, self.model.head_dim, self.model.head_dim)
+        found: dict[int, dict[Role, Tensor]] = {}
+        for layer, side in self._calibrated_sides:
+            assert self.tensors is not None
+            found.setdefault(layer, {})[side] = self.tensors.get(rotation_name(layer, side), shape)
+        return found
+
     def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
+
+        Calibrated rotations count, once whatever the batch.
 
         Args:
             batch: Sequences.
@@ -263,7 +314,7 @@ class Plan(PlanModel):
         return sum(layer_nbytes(self.spec(i), heads, dim, batch, tokens, size) for i in self.model.packed_layers)
 
     def true_bits(self, tokens: int, dtype: Any = None) -> float:
-        """8 x bytes / cached elements at ``tokens``: everything resident counts."""
+        """8 x bytes / cached elements of one sequence of ``tokens``: everything resident counts."""
         if tokens <= 0:
             raise PlanError(f"true_bits needs at least one token, not {tokens}.")
         elements = 2 * len(self.model.packed_layers) * self.model.num_kv_heads * tokens * self.model.head_dim
@@ -296,7 +347,8 @@ class Plan(PlanModel):
         lines.append(f"  {self._missing_codebook or self._reading}")
         lines.append(
             f"  {self.nbytes(1, tokens) / 2**20:.1f} MiB for one sequence of {tokens} tokens in {model.dtype}, "
-            f"{self.true_bits(tokens):.2f} true bits (scales, zero points and windows counted)"
+            f"{self.true_bits(tokens):.2f} true bits (scales, zero points{', rotations' * bool(self.tensors)} and "
+            "windows counted)"
         )
         return "\n".join(lines)
 

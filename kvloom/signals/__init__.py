@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvloom.signals._codebooks import calibrate_codebooks
     from kvloom.signals._compute import compute_profile, default_specs, rotated_specs
     from kvloom.signals._profile import Calibration, GradientNorms, Profile
+    from kvloom.signals._rotations import calibrate_rotations
     from kvloom.signals._table import LossTable
 
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "Side": "kvloom.signals._base",
     "Signal": "kvloom.signals._base",
     "calibrate_codebooks": "kvloom.signals._codebooks",
+    "calibrate_rotations": "kvloom.signals._rotations",
     "compute_profile": "kvloom.signals._compute",
     "default_specs": "kvloom.signals._compute",
     "get": "kvloom.signals._base",
@@ -39,6 +41,7 @@ __all__ = [
     "Side",
     "Signal",
     "calibrate_codebooks",
+    "calibrate_rotations",
     "compute_profile",
     "default_specs",
     "get",

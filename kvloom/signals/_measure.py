@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kvloom.cache import rope_of
-from kvloom.errors import DataError, ModelError
+from kvloom.errors import DataError, ModelError, PlanError
 from kvloom.pages import check_format, page_tokens_of
 from kvloom.plan import Fingerprint, TensorSpec, Window
 from kvloom.signals._base import Evidence, Labels, Side, Signal
@@ -37,7 +37,7 @@ class Meter:
         DataError: Prompts of this length never fill a page.
         ModelError: The key and value projections cannot be told, or a format is for keys before a rotary embedding that
             the model does not have.
-        PlanError: A format does not fit the model's head_dim.
+        PlanError: A format does not fit the model's head_dim, or its rotation is calibrated.
     """
 
     def __init__(
@@ -56,6 +56,11 @@ class Meter:
         for side, formats in self._formats.items():
             for fmt in formats:
                 check_format(fmt, head_dim, side)
+                if fmt.rotation == "calibrated":
+                    raise PlanError(
+                        "rotation 'calibrated' is fitted to a plan, so a profile cannot predict it: use 'hadamard' "
+                        "here, and kvloom rotate on the plan."
+                    )
         self._page_tokens = page_tokens_of(*every)
         self._packed = packed_slice(tokens, window, self._page_tokens)
         self._model = model
@@ -137,7 +142,11 @@ def check_seen(model: nn.Module, tap: Tap) -> None:
 
 
 def packed_slice(tokens: int, window: Window, page_tokens: int) -> slice:
-    """Tokens that the last query sees packed."""
+    """Tokens that the last query sees packed.
+
+    Raises:
+        DataError: There are none.
+    """
     end = packed_end(tokens - 1, window, page_tokens)
     if end == window.sinks:
         raise DataError(

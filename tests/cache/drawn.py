@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import tiny
 import torch
 from hypothesis import settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from kvloom.cache import LoomCache
-from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
+from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, PlanTensors, TensorSpec, Window, rotation_name
 
 KV_HEADS = 2
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
@@ -40,7 +42,7 @@ def tensor_specs(draw, head_dim):
         grouping=grouping,
         group_size=draw(st.sampled_from(fitting)),
         symmetric=draw(st.booleans()),
-        rotation=draw(st.sampled_from([None, None, "hadamard"])) if bits < 16 else None,
+        rotation=draw(st.sampled_from([None, None, "hadamard", "calibrated"])) if bits < 16 else None,
         outliers=draw(st.sampled_from([0.0, 0.0, 0.01, 0.1])) if bits < 16 else 0.0,
     )
 
@@ -68,11 +70,26 @@ def plans(draw, prefill=None):
         window=draw(windows()),
         heads=heads,
     )
+    specs = [spec for head in range(KV_HEADS) for spec in entry.head(head)]
+    calibrated = any(spec.rotation == "calibrated" for spec in specs)
     return Plan(
         model=Fingerprint.of(config_of(head_dim)),
         layers=(entry,),
         prefill=prefill or draw(st.sampled_from(["exact", "quantized"])),
+        tensors=matrices(head_dim) if calibrated else None,
     )
+
+
+@cache
+def matrices(head_dim, seed=0, layers=(0,)):
+    """Well-conditioned random rotations of every side and head."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for layer in layers:
+        for side in ("key", "value"):
+            turn = torch.linalg.qr(torch.randn(KV_HEADS, head_dim, head_dim, generator=generator)).Q
+            made[rotation_name(layer, side)] = (turn * torch.linspace(0.5, 2.0, head_dim)).half()
+    return PlanTensors.of(made)
 
 
 @st.composite

@@ -18,6 +18,7 @@ from kvloom.cache._static import ring_tokens
 from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, HeadPages, StaticKV
 from kvloom.plan import Window, full_pages
+from kvloom.signals import calibrate_rotations
 
 TOKENS = 320
 
@@ -127,9 +128,12 @@ def compiled(model, ids, cache, monkeypatch):
     return tiny.greedy(model, ids, cache(), new=20, compile_config=config)
 
 
-def test_generate_compiles_one_whole_graph_for_all_steps_and_caches(monkeypatch):
+@pytest.mark.parametrize("rotation", ["hadamard", "calibrated"])
+def test_generate_compiles_one_whole_graph_for_all_steps_and_caches(monkeypatch, rotation):
     model = tiny.enabled(tiny.build("llama"))
     plan = tiny.mixed(model)
+    if rotation == "calibrated":
+        plan = calibrate_rotations(model, plan, tiny.prompt(100))
     ids = tiny.prompt(120, batch=2)
     expected = tiny.greedy(model, ids, LoomCache(plan, model), new=20)
     torch._dynamo.reset()

@@ -34,6 +34,24 @@ def test_profile_then_plan(kvloom, fetched, tmp_path: Path):
     assert 3.3 < Plan.load(plan).true_bits(8192) <= 3.5
 
 
+def test_rotate_then_generate(kvloom, fetched, tmp_path: Path):
+    preset, plan = tmp_path / "k2v2.json", tmp_path / "rotated.json"
+    words = ["kvloom/K2V2", preset, "--model", MODEL, "--from", "preset"]
+    assert kvloom("convert", *words).exit_code == 0
+    done = kvloom("rotate", MODEL, "--plan", preset, "--prompts", "1", "--tokens", "128", "--device", "cpu", "-o", plan)
+    assert done.exit_code == 0, done.output
+    assert "keys 2b/ch64/clipped/calibrated, values 2b/tok-head/clipped/calibrated" in done.stdout
+    assert Plan.load(plan).provenance.rotations["texts"] == list(CALIBRATION)
+    (tmp_path / "rotated.tensors.safetensors").rename(tmp_path / "away")
+    words = ["generate", MODEL, "--plan", plan, "--device", "cpu", "--max-new-tokens", "3", "--prompt", "x" * 100]
+    failed = kvloom(*words)
+    assert failed.exit_code == 2
+    assert "rotated.tensors.safetensors" in failed.stderr
+    (tmp_path / "away").rename(tmp_path / "rotated.tensors.safetensors")
+    done = kvloom(*words)
+    assert done.exit_code == 0, done.output
+
+
 def test_generate_through_a_plan_says_what_the_dense_cache_says(kvloom, plan: Path):
     words = ["generate", MODEL, "--device", "cpu", "--max-new-tokens", "10", "--prompt"]
     dense = kvloom(*words, "What is the capital of France?")

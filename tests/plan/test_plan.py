@@ -222,7 +222,7 @@ def test_outliers_count_and_are_said() -> None:
 def test_the_published_schema_is_the_schema() -> None:
     schema = plan_schema()
     assert schema["additionalProperties"] is False
-    assert set(schema["properties"]) == {"schema_version", "model", "layers", "prefill", "provenance"}
+    assert set(schema["properties"]) == {"schema_version", "model", "layers", "prefill", "tensors", "provenance"}
 
 
 def test_a_copy_with_other_layers_knows_them() -> None:

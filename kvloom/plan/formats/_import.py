@@ -48,6 +48,8 @@ def import_plan(
     document = read_document(source) if isinstance(source, str | Path) else source
     deviations = Deviations(substitute)
     plan = get(format).read(document, Fingerprint.of_any(model), deviations)
+    if plan.tensors and isinstance(source, str | Path):
+        plan.tensors.locate(Path(source).parent)
     if plan.provenance is not None:
         return plan
     return plan.model_copy(update={"provenance": Provenance(source=format, notes=tuple(deviations.notes))})

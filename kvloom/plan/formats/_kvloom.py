@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvloom.errors import PlanError
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan
 from kvloom.plan._validate import validated
@@ -29,7 +30,15 @@ class Kvloom(PlanFormat):
         return plan
 
     def write(self, plan: Plan, deviations: Deviations) -> str:
-        """See `PlanFormat.write`."""
+        """See `PlanFormat.write`.
+
+        Raises:
+            PlanError: The plan has calibrated tensors, which text cannot hold.
+        """
+        if plan.tensors:
+            raise PlanError(
+                f"tensors lie in a file of their own, {plan.tensors.file}: use Plan.save, or copy both files."
+            )
         return plan.to_json()
 
 

@@ -1,0 +1,216 @@
+"""Calibrated rotations of a plan: what is cached, turned so that what reads it notices the storage error least.
+
+Keys are read by queries (after rotary positions; with grouped queries by all heads of the group), values by the output
+projection, whatever the text. A forward pass a prompt is all it takes; `kvloom.codecs.fitted` says what is made of the
+moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kvloom.codecs import fitted
+from kvloom.errors import ModelError, PlanError
+from kvloom.pages import PAGE_TOKENS, PASSTHROUGH_BITS, Role
+from kvloom.plan import (
+    Fingerprint,
+    HeadPlan,
+    LayerPlan,
+    Plan,
+    PlanTensors,
+    Provenance,
+    TensorSpec,
+    Window,
+    head_layouts,
+    rotation_name,
+)
+from kvloom.signals._compute import Progress, silent
+from kvloom.signals._measure import at_rest, check_seen, packed_slice
+from kvloom.signals._prompts import Prompts
+from kvloom.signals._tap import Tap, Tapped, tapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LABEL = "reading prompts"
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
+_QUERY_BLOCK = 256
+_MEAN_SHARE = 1e-3
+"""Of a group's mean in a covariance: zero points carry the mean, but in fp16, and exact tokens in the compute dtype."""
+
+
+@torch.no_grad()
+def calibrate_rotations(
+    model: PreTrainedModel,
+    plan: Plan,
+    tokens: Tensor,
+    *,
+    texts: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan with ``rotation: "calibrated"`` wherever it rounds (below 16 bits), and the matrices for it.
+
+    Budgets do not know of the matrices: they add 6 bytes an element (``kv_heads * head_dim**2`` a side and layer) to
+    what the plan took before.
+
+    Args:
+        model: The model the plan is for; its attention goes through transformers' attention interface.
+        plan: What to rotate; rotations it has are replaced.
+        tokens: Calibration prompts, integers ``[prompts, tokens]``, about as long as the contexts to come: what queries
+            look at changes with the distance. Take them from other texts than those the plan is evaluated on.
+        texts: Names of the texts the prompts come from, for the record.
+        progress: Called after each prompt.
+
+    Raises:
+        PlanError: The plan rounds nothing.
+        ModelError: The plan is for another model, or the model's attention or output projection cannot be told.
+        DataError: The prompts are too short to fill a page of every layer.
+    """
+    shape = Fingerprint.of(model)
+    plan.model.check(shape)
+    entries = {layer: _calibrated(plan.spec(layer)) for layer in plan.model.packed_layers}
+    sides = [(layer, side) for layer, entry in entries.items() for side in _rotated_sides(entry, shape.num_kv_heads)]
+    if not sides:
+        raise PlanError("every side of the plan has 16 bits, which round nothing: there is nothing to rotate.")
+    prompts = Prompts.of(tokens, None, 0)
+    readers = {(layer, "value"): output_moment(model, layer, shape) for layer, side in sides if side == "value"}
+    states, queries = _read(model, entries, shape, prompts, progress or silent)
+    readers |= {(layer, "key"): moment for layer, moment in queries.items()}
+    made = {rotation_name(layer, side): fitted(states[layer, side], readers[layer, side]) for layer, side in sides}
+    record = {
+        "sha256": prompts.sha256,
+        "texts": list(texts),
+        "prompts": len(prompts),
+        "tokens": prompts.tokens.shape[1],
+    }
+    return Plan(
+        model=plan.model,
+        layers=tuple(_calibrated(entry) for entry in plan.layers),
+        prefill=plan.prefill,
+        tensors=PlanTensors.of(made),
+        provenance=(plan.provenance or Provenance()).model_copy(update={"rotations": record}),
+    )
+
+
+def _calibrated(entry: LayerPlan) -> LayerPlan:
+    heads = {
+        head: HeadPlan(key=own.key and _rotated(own.key), value=own.value and _rotated(own.value))
+        for head, own in entry.heads.items()
+    }
+    return entry.model_copy(update={"key": _rotated(entry.key), "value": _rotated(entry.value), "heads": heads})
+
+
+def _rotated(spec: TensorSpec) -> TensorSpec:
+    return spec if spec.bits == PASSTHROUGH_BITS else spec.model_copy(update={"rotation": "calibrated"})
+
+
+def _rotated_sides(entry: LayerPlan, kv_heads: int) -> Iterator[Role]:
+    """Sides of a layer on which some head is rotated."""
+    for n, side in enumerate(get_args(Role)):
+        if any(entry.head(head)[n].rotation for head in range(kv_heads)):
+            yield side
+
+
+def _read(
+    model: PreTrainedModel, entries: Mapping[int, LayerPlan], shape: Fingerprint, prompts: Prompts, report: Progress
+) -> tuple[dict[tuple[int, Role], Tensor], dict[int, Tensor]]:
+    """Covariances of the states by layer and side, second moments of the queries by layer; one pass a prompt."""
+    packed = {layer: _packed(entry, shape, prompts.tokens.shape[1]) for layer, entry in entries.items()}
+    states: dict[tuple[int, Role], Tensor] = {}
+    queries: dict[int, Tensor] = {}
+    for done, prompt in enumerate(prompts.tokens):
+        report(done, len(prompts), _LABEL)
+        tap = Tap(entries, Window(), PAGE_TOKENS)
+        with at_rest(model), tapped(model, tap):
+            model.get_decoder()(input_ids=prompt[None].to(model.device), use_cache=False)
+        check_seen(model, tap)
+        for layer, caught in tap.caught.items():
+            zeros = torch.zeros((), dtype=torch.float64)
+            queries[layer] = queries.get(layer, zeros) + moment(caught.query[0].flatten(1, 2)).cpu()
+            weights = token_weights(attention_received(caught)[:, packed[layer]])
+            each: tuple[tuple[Role, Tensor], ...] = (("key", caught.key), ("value", caught.value))
+            for n, (side, cached) in enumerate(each):
+                specs = [entries[layer].head(head)[n] for head in range(shape.num_kv_heads)]
+                covariance = state_covariance(cached[0, :, packed[layer]], weights, specs).cpu()
+                states[layer, side] = states.get((layer, side), zeros) + covariance
+    report(len(prompts), len(prompts), _LABEL)
+    return states, queries
+
+
+def _packed(entry: LayerPlan, shape: Fingerprint, tokens: int) -> slice:
+    layouts = head_layouts(entry, shape.num_kv_heads, shape.head_dim, 2)
+    return packed_slice(tokens, entry.window, layouts[0].page_tokens)
+
+
+def moment(x: Tensor) -> Tensor:
+    """Sum of outer products, float64 ``[..., head_dim, head_dim]``, of ``x [..., n, head_dim]``."""
+    wide = x.double()
+    return wide.mT @ wide
+
+
+def attention_received(tapped: Tapped) -> Tensor:
+    """Sum over a group's query heads and all queries of the attention each token gets, ``[kv_heads, tokens]``."""
+    tokens = tapped.key.shape[2]
+    received = tapped.key.new_zeros((tapped.key.shape[1], tokens), dtype=torch.float64)
+    for start in range(0, tokens, _QUERY_BLOCK):
+        rows = slice(start, min(start + _QUERY_BLOCK, tokens))
+        weights = tapped.scoring.probabilities(tapped.query[:, :, :, rows], tapped.key[:, :, : rows.stop], start)
+        received[:, : rows.stop] += weights[0].double().sum(dim=(1, 2))
+    return received
+
+
+def token_weights(received: Tensor) -> Tensor:
+    """One for being a token, and one more, on average, for the attention it gets: ``[kv_heads, tokens]``.
+
+    Rounding is as large for every token of a group, but a clip range that spares the others cuts off the rare token
+    that everybody looks at. OSCAR weights values alone by their scores.
+    """
+    weights: Tensor = 1.0 + received / received.mean(dim=-1, keepdim=True)
+    return weights
+
+
+def state_covariance(states: Tensor, weights: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
+    """What of the states is rounded: their variation within the groups that share a zero point.
+
+    Args:
+        states: Keys or values ``[kv_heads, tokens, head_dim]``, whole pages.
+        weights: Of the tokens, ``[kv_heads, tokens]``.
+        specs: Format of each head. ``per_channel`` groups carry their channel's mean in the zero point; of it a
+            thousandth counts. In ``per_token`` groups everything counts.
+
+    Returns:
+        float64 ``[kv_heads, head_dim, head_dim]``.
+    """
+    sums = []
+    for head, weight, spec in zip(states.double(), weights.sqrt()[..., None], specs, strict=True):
+        whole = moment(head * weight)
+        if spec.grouping == "per_channel":
+            groups = head.unflatten(0, (-1, int(spec.group_size)))
+            varied = (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
+            whole = _MEAN_SHARE * whole + moment(varied * weight)
+        sums.append(whole)
+    return torch.stack(sums)
+
+
+def output_moment(model: PreTrainedModel, layer: int, shape: Fingerprint) -> Tensor:
+    """Second moment of what the output projection makes of values, float64 ``[kv_heads, head_dim, head_dim]``.
+
+    ``sum_h W_h^T W_h`` over the query heads ``h`` of a KV head's group, ``W_h`` their columns of the projection.
+
+    Raises:
+        ModelError: The attention has no linear map named like an output projection.
+    """
+    for module in model.get_decoder().modules():
+        if getattr(module, "layer_idx", None) == layer:
+            for name, child in module.named_children():
+                if name in _OUTPUT_PROJECTIONS and isinstance(child, nn.Linear):
+                    heads = child.weight.detach().double().unflatten(1, (shape.num_kv_heads, -1, shape.head_dim))
+                    return torch.einsum("ohgi,ohgj->hij", heads, heads).cpu()
+    raise ModelError(
+        f"layer {layer} has no linear map named {' or '.join(_OUTPUT_PROJECTIONS)}, so what reads its values is "
+        "unknown; leave its values unrotated or at 16 bits."
+    )
