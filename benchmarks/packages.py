@@ -4,9 +4,8 @@
     pip install scipy zstandard
 
 Codes, grids and the order of things are the packages' own. What is set here is what they offer: bits, groups and, where
-there is one, the newest tokens that stay exact: 128 as they come, which costs 0.8 to 1 bit at 2,055 tokens, and 32 or
-none where that brings a setting within a budget. A package that is not installed or does not work here is left out with
-a sentence.
+there is one, the newest tokens that stay exact: 128 as they come, which costs 0.8 to 1 bit at 2,055 tokens, or none. A
+package that is not installed or does not work here is left out with a sentence.
 
 True bits of tiny-turboquant are counted on its tensors. The others hold floats, or codes of a byte each, and state what
 a packed cache would take: their figure counts, with norms and scales at 16 bits as everywhere, and with exact tokens.
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 WINDOW = 128
 """Newest tokens that tiny-turboquant and turboquant keep exactly as they come."""
-
-SHORT = 32
 
 
 def package_contestants(model: PreTrainedModel) -> Peers:
@@ -66,8 +63,8 @@ def tiny_turboquant(model: PreTrainedModel) -> Iterator[Contestant]:
     Its presets (the one of K3V2 has values in groups of 32), and 2 bits.
     """
     cache = import_module("tiny_turboquant").TinyKVCache
-    plain, short, exact = ((2, 2), (3, 2), (3, 3), (4, 3), (4, 4)), ((2, 2), (3, 2)), ((2, 2), (3, 2), (3, 3))
-    windows = [(*bits, None, window) for window, all in ((0, plain), (SHORT, short), (WINDOW, exact)) for bits in all]
+    plain, exact = ((2, 2), (3, 2), (3, 3), (4, 3), (4, 4)), ((2, 2), (3, 2), (3, 3))
+    windows = [(*bits, None, window) for window, pairs in ((0, plain), (WINDOW, exact)) for bits in pairs]
     for key, value, group, window in [*windows, (3, 2, 32, 0)]:
         options = {"key_bits": key, "value_bits": value, "value_group_size": group, "residual_len": window}
         yield Contestant(
@@ -88,7 +85,7 @@ def turboquant(model: PreTrainedModel) -> Iterator[Contestant]:
     """
     module = import_module("turboquant.cache")
     dim = Fingerprint.of(model).head_dim
-    for bits, window in ((2, 0), (3, 0), (4, 0), (2, SHORT), (2, WINDOW), (3, WINDOW)):
+    for bits, window in ((2, 0), (3, 0), (4, 0), (2, WINDOW), (3, WINDOW)):
         with patch.object(np, "trapz", np.trapezoid, create=True):
             module._get_quantizer(dim, bits, str(model.device))
 

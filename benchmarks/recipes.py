@@ -72,7 +72,7 @@ class Recipe:
     @property
     def name(self) -> str:
         """Name in the table and the records."""
-        return f"{self.key.label}, {self.value.label}"
+        return f"{self.key.label}; {self.value.label}"
 
     def plan(self, model: Fingerprint) -> Plan:
         """The recipe as a plan."""
@@ -97,8 +97,9 @@ def _side(label: str, symmetric: bool = False) -> TensorSpec:
 
 RECIPES = (
     Recipe(_side("2b/ch128/clipped"), _side("2b/ch128/lloyd")),
-    Recipe(_side("2b/ch64/clipped"), _side("2b/tok-head/lloyd")),
-    Recipe(_side("3b/ch128/clipped"), _side("2b/ch128/lloyd")),
+    Recipe(_side("2b/ch128/clipped"), _side("2b/tok-head/clipped")),
+    Recipe(_side("3b/ch128/clipped", symmetric=True), _side("2b/tok-head/clipped", symmetric=True)),
+    Recipe(_side("3b/ch128/clipped", symmetric=True), _side("3b/tok-head/clipped", symmetric=True)),
     Recipe(_side("3b/ch128/clipped"), _side("3b/ch128/lloyd")),
     Recipe(_side("4b/ch128/clipped"), _side("4b/ch128/lloyd")),
 )
@@ -181,7 +182,7 @@ def _best(records: list[Record], bits: float, kind: str) -> Record:
 def table(rows: dict[str, Record]) -> str:
     """The markdown table, and what must be known to read it."""
     lines = [
-        "| budget | keys, values | true bits | KLD [95 %] | best public package | true bits | KLD [95 %] "
+        "| budget | keys; values | true bits | KLD [95 %] | best public package | true bits | KLD [95 %] "
         "| ratio [95 %] |",
         "|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in best(rows)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentTypeError
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +17,14 @@ from benchmarks.methods import WINDOW
 from benchmarks.recipes import ALLOWANCE, BEGIN, BUDGETS, END, RECIPES
 from kvloom.cache import LoomCache
 from kvloom.errors import DataError
-from kvloom.evaluate import Peers, Protocol, paired_difference, peer_contestants
+from kvloom.evaluate import Peers, Protocol, dense_contestant, paired_difference, peer_contestants
 from kvloom.evaluate import _peers as peers
 from kvloom.pages import page_tokens_of
 from kvloom.plan import Fingerprint
 from tests.benchmarks.test_methods import SMOLLM2, Files, interval, record, write
-from tests.evaluate.tiny_llama import tiny_model
+from tests.evaluate.tiny_llama import random_windows, tiny_model
 
+WINDOWS = random_windows(1, 256)
 README = f"# A title\n\n{BEGIN}\nNot yet.\n{END}\n\nThe rest.\n"
 QUANTO = {"backend": "quanto", "nbits": 2, "q_group_size": 64}
 OTHER = {"package": "turboquant", "version": "0.2.0", "stated": True}
@@ -93,14 +95,13 @@ def test_contestants_are_recipes_peers_within_the_largest_budget_and_packages(mo
 
 def test_each_side_is_its_best_within_the_budget():
     rows = {it["name"]: it for it in results()}
-    found = {row.budget: (row.ours["name"], row.theirs["name"]) for row in recipes.best(rows)}
     names = [recipe.name for recipe in RECIPES]
     turboquant, quanto = "turboquant K2V2", "quanto 2b, best axes"
     theirs = {2.25: turboquant, 2.5: quanto, 2.75: quanto, 3.25: quanto, 4.25: quanto}
     for row in recipes.best(rows):
         within = [rows[name]["kld"]["value"] for name in names if rows[name]["true_bits"] <= row.budget]
         assert row.ours["kld"]["value"] == min(within)
-        assert found[row.budget][1] == theirs[row.budget]
+        assert row.theirs["name"] == theirs[row.budget]
 
 
 @pytest.fixture
@@ -147,7 +148,8 @@ def test_the_table_of_all_shares_goes_between_the_markers(files):
     assert files.readme.read_text(encoding="utf-8") == text
     kept = [json.loads(line) for line in files.kept.read_text(encoding="utf-8").splitlines()]
     assert {it["name"] for it in kept} == {it["name"] for it in results()}
-    assert [it["name"] for it in kept if "blocks" not in it] == ["quanto 4b, best axes"]
+    compared = {cell.strip("`") for row in rows for cell in (row[1], row[4].removeprefix("`QuantizedCache`, "))}
+    assert {it["name"] for it in kept if "blocks" in it} == compared < {it["name"] for it in kept}
 
 
 def test_the_ratio_is_paired():
@@ -176,11 +178,25 @@ def test_too_little_is_refused(files, drop, why):
     assert not files.kept.exists()
 
 
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_shares_take_every_contestant_once(shares, count):
-    names = list(range(count))
-    taken = [name for n in range(shares) for name in names[recipes.share(f"{n + 1}/{shares}")[0] - 1 :: shares]]
-    assert sorted(taken) == names
+def test_shares_score_every_contestant_once_into_their_files(monkeypatch, tmp_path):
+    model = tiny_model()
+    five = [replace(dense_contestant(model), name=name) for name in "abcde"]
+    monkeypatch.setattr(recipes, "load_model", lambda *_, **__: (model, None))
+    monkeypatch.setattr(recipes, "texts", lambda _: ())
+    monkeypatch.setattr(recipes, "token_windows", lambda _tokenizer, _texts, window, count, seed: WINDOWS[:, :window])
+    monkeypatch.setattr(recipes, "contestants", lambda _: five)
+    for n in (1, 2):
+        recipes.evaluate(tmp_path, 1, 256, (n, 2))
+    found = {
+        file.name: [json.loads(line)["name"] for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in tmp_path.glob("*.jsonl")
+    }
+    assert found == {"share-1-of-2.jsonl": ["a", "c", "e"], "share-2-of-2.jsonl": ["b", "d"]}
+
+
+@given(st.integers(1, 40), st.integers(0, 40))
+def test_a_share_is_read_as_its_two_numbers(first, more):
+    assert recipes.share(f"{first}/{first + more}") == (first, first + more)
 
 
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "1/0", "-1/2", "a/2", "1/2/3"])
