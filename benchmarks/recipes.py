@@ -119,11 +119,11 @@ def contestants(model: PreTrainedModel) -> list[Contestant]:
 
 
 def _is_wanted(peer: Contestant) -> bool:
-    """Whether `QuantizedCache` has its best axes, and scales and zero points leave it within the largest budget."""
+    """Whether `QuantizedCache` has its best axes at this width, and may be within the largest budget."""
     bits, group = (peer.settings[name] for name in ("nbits", "q_group_size"))
     assert isinstance(bits, int)
     assert isinstance(group, int)
-    return "best axes" in peer.name and bits + 32 / group <= max(BUDGETS)
+    return ("best axes" in peer.name or bits == 3) and bits + 32 / group <= max(BUDGETS)
 
 
 def evaluate(out: Path, windows: int, window: int, share: tuple[int, int]) -> None:

@@ -34,19 +34,19 @@ RESIDUAL = 128
 
 @dataclass(frozen=True)
 class Configuration:
-    """Axes of a backend's keys and values, in the backend's own sense of the word."""
+    """Axes of a backend's keys and values, in the backend's own sense of the word, and the widths it takes there."""
 
     label: str
     axis_key: int
     axis_value: int
+    widths: tuple[int, ...]
 
 
 BACKENDS: dict[str, tuple[Configuration, ...]] = {
-    "quanto": (Configuration("as it comes", 0, 0), Configuration("best axes", -1, 0)),
-    "hqq": (Configuration("as it comes", 0, 0), Configuration("best axes", 1, 1)),
+    "quanto": (Configuration("as it comes", 0, 0, (2, 4)), Configuration("best axes", -1, 0, (2, 4))),
+    "hqq": (Configuration("as it comes", 0, 0, (1, 2, 3, 4, 8)), Configuration("best axes", 1, 1, (1, 2, 4, 8))),
 }
-WIDTHS: dict[str, tuple[int, ...]] = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
-"""Widths of codes that `QuantizedCache` takes of a backend; hqq packs ten 3-bit codes into 32 bits."""
+"""On axis 1 hqq 0.2.8 decodes 3-bit codes (ten in 32 bits) of matrices only, and a cache has four dimensions."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS, groups:
 
     Args:
         model: the model the caches serve.
-        bits: widths of the codes; a backend that does not have one is left out of it.
+        bits: widths of the codes; those that a backend cannot have are left out.
         groups: elements that share a scale and a zero point.
     """
     contestants: list[Contestant] = []
@@ -78,7 +78,7 @@ def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS, groups:
             quantized_contestant(model, backend, configuration, width, group)
             for configuration in configurations
             for width in bits
-            if width in WIDTHS[backend]
+            if width in configuration.widths
             for group in groups
         ]
     return Peers(tuple(contestants), tuple(notes))

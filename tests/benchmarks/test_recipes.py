@@ -81,13 +81,13 @@ def test_contestants_are_recipes_peers_within_the_largest_budget_and_packages(mo
     (own,) = [it for it in peer_contestants(model, bits=(4,)).contestants if it.name == "quanto 4b, as it comes"]
     monkeypatch.setattr(recipes, "package_contestants", lambda model: Peers((own,), ("A package is left out.",)))
     found = [it.name for it in recipes.contestants(model)]
-    quanto = ["2b, best axes, groups of 32", "2b, best axes", "2b, best axes, groups of 128"]
-    hqq = [*quanto, *(it.replace("2b", "3b") for it in quanto)]
+    two = ["2b, best axes, groups of 32", "2b, best axes", "2b, best axes, groups of 128"]
+    three = [it.replace("2b, best axes", "3b, as it comes") for it in two]
     four = "4b, best axes, groups of 128"
     assert found == [
         *(recipe.name for recipe in RECIPES),
-        *(f"quanto {it}" for it in (*quanto, four)),
-        *(f"hqq {it}" for it in (*hqq, four)),
+        *(f"quanto {it}" for it in (*two, four)),
+        *(f"hqq {it}" for it in (*three, *two, four)),
         own.name,
     ]
     assert "A package is left out." in capsys.readouterr().out

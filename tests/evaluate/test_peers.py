@@ -99,26 +99,49 @@ def test_configurations_are_those_of_the_class(monkeypatch):
 def test_other_groups_have_their_name_and_a_backend_has_only_its_widths(monkeypatch):
     monkeypatch.setattr(peers, "why_not", lambda backend, model: None)
     found = peers.peer_contestants(FakeModel(), bits=(3, 4), groups=(64, 128)).contestants
-    assert [c.name for c in found if "as it comes" not in c.name] == [
+    assert [c.name for c in found] == [
+        "quanto 4b, as it comes",
+        "quanto 4b, as it comes, groups of 128",
         "quanto 4b, best axes",
         "quanto 4b, best axes, groups of 128",
-        "hqq 3b, best axes",
-        "hqq 3b, best axes, groups of 128",
+        "hqq 3b, as it comes",
+        "hqq 3b, as it comes, groups of 128",
+        "hqq 4b, as it comes",
+        "hqq 4b, as it comes, groups of 128",
         "hqq 4b, best axes",
         "hqq 4b, best axes, groups of 128",
     ]
     assert [c.settings["q_group_size"] for c in found if c.method == "quanto"] == [64, 128] * 2
 
 
-@pytest.mark.parametrize(("backend", "bits", "stored"), [("quanto", 2, 2), ("hqq", 4, 4), ("hqq", 3, 3.2)])
-def test_larger_groups_store_fewer_scales(backend, bits, stored):
+@pytest.mark.parametrize(
+    ("backend", "axes", "bits", "stored"),
+    [("quanto", 1, 2, 2), ("hqq", 1, 4, 4), ("hqq", 0, 3, 13 * 32 / 128)],
+)
+def test_larger_groups_store_fewer_scales_and_3_bits_are_packed_by_ten(backend, axes, bits, stored):
     pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
     model = FakeModel()
     if problem := peers.why_not(backend, model):
         pytest.skip(problem)
-    contestant = peers.quantized_contestant(model, backend, peers.BACKENDS[backend][-1], bits, 128)
-    found = true_bits(contestant, filled(contestant, [640]), Fingerprint.of(model))
-    assert found == pytest.approx(stored + 2 * 16 / 128, rel=2e-2 if bits == 3 else 1e-12)
+    contestant = peers.quantized_contestant(model, backend, peers.BACKENDS[backend][axes], bits, 128)
+    assert true_bits(contestant, filled(contestant, [512, 128]), Fingerprint.of(model)) == stored + 2 * 16 / 128
+
+
+@pytest.mark.parametrize("backend", peers.BACKENDS)
+def test_every_width_of_a_configuration_can_be_read_again(backend):
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    model = FakeModel()
+    if problem := peers.why_not(backend, model):
+        pytest.skip(problem)
+    states = torch.randn(1, HEADS, 128, DIM, generator=torch.Generator().manual_seed(0))
+    for configuration in peers.BACKENDS[backend]:
+        for bits in configuration.widths:
+            cache = peers.quantized_contestant(model, backend, configuration, bits, 128).make_cache()
+            cache.update(states, states, 0)
+            keys, _ = cache.update(states, states, 0)
+            assert keys.shape[-2] == 256
+            both = torch.stack([keys[:, :, :128].flatten(), states.flatten()])
+            assert both.corrcoef()[0, 1] > 0.3
 
 
 def test_a_cache_whose_tensors_do_not_tell_states_its_bits_and_how_a_pass_reads():
