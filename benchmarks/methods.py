@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,9 @@ PEERS = tuple(
     for bits in (2, 4)
 )
 
+NEEDED = tuple(method.name for method in (*METHODS, *PEERS))
+"""Rows without which there is no table: those that need no profile."""
+
 
 def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) -> list[Contestant]:
     """Every method that can run here, in the order of the table.
@@ -162,17 +165,22 @@ def evaluate(out: Path, windows: int, window: int, profile: Profile | None) -> N
     print(render_text(records))
 
 
-def comparable(results: Path) -> dict[str, Record]:
+def comparable(results: Path, needed: Iterable[str], script: str = "benchmarks/methods.py") -> dict[str, Record]:
     """The newest results and those that compare with them, by name.
 
+    Args:
+        results: a file of records, or a folder of such files.
+        needed: names without which there is no table.
+        script: what makes them.
+
     Raises:
-        DataError: there are none, a method that needs no profile has none, or they cover too few tokens.
+        DataError: there are none, a needed one is missing, or they cover too few tokens.
     """
     records = [record for record in load_records(results) if record["kind"] == "fidelity"]
     records.sort(key=lambda record: record["when"])
     rows = {record["name"]: record for record in records if all(record[key] == records[-1][key] for key in SAME)}
-    if missing := [method.name for method in (*METHODS, *PEERS) if method.name not in rows]:
-        raise DataError(f"{results} has no results of {', '.join(missing)}: run benchmarks/methods.py to its end.")
+    if missing := [name for name in needed if name not in rows]:
+        raise DataError(f"{results} has no results of {', '.join(missing)}: run {script} to its end.")
     if (tokens := records[-1]["scored_tokens"]) < LEAST_TOKENS:
         raise DataError(
             f"{results} covers {tokens:,} scored tokens, and the table needs {LEAST_TOKENS:,}: give more --windows."
@@ -197,9 +205,9 @@ def _line(method: Method, record: Record) -> str:
         _stored(record),
         method.exact,
         f"{record['true_bits']:.2f}",
-        _interval(record["kld"], "#.3g"),
+        interval(record["kld"], "#.3g"),
         f"{record['kld_p99']['value']:#.3g}",
-        _interval(record["ppl"], ".2f"),
+        interval(record["ppl"], ".2f"),
         f"{100 * record['top1']['value']:.1f} %",
     ]
     return f"| {' | '.join(cells)} |"
@@ -221,7 +229,8 @@ def _side(labels: set[str]) -> str:
     return f"{' and '.join(sorted(codecs))} {stored}"
 
 
-def _interval(entry: dict[str, float], digits: str) -> str:
+def interval(entry: dict[str, float], digits: str) -> str:
+    """A value with its 95 % interval, as ``0.12 [0.10, 0.14]``."""
     return f"{entry['value']:{digits}} [{entry['low']:{digits}}, {entry['high']:{digits}}]"
 
 
@@ -246,26 +255,31 @@ def write_readme(results: Path, readme: Path = README, kept: Path = FOLDER / FIL
     Raises:
         DataError: see `comparable`; or the markers are not there.
     """
-    rows = comparable(results)
-    before, _, after = between(readme.read_text(encoding="utf-8"))
-    readme.write_text(f"{before}\n{table(rows)}\n{after}", encoding="utf-8")
-    kept.write_text("".join(json.dumps(_kept(record)) + "\n" for record in rows.values()), encoding="utf-8")
+    rows = comparable(results, NEEDED)
+    insert(readme, table(rows))
+    kept.write_text("".join(json.dumps(without_blocks(record)) + "\n" for record in rows.values()), encoding="utf-8")
 
 
-def between(text: str) -> tuple[str, str, str]:
+def insert(readme: Path, body: str, begin: str = BEGIN, end: str = END) -> None:
+    """Write a text between two markers; see `between`."""
+    before, _, after = between(readme.read_text(encoding="utf-8"), begin, end)
+    readme.write_text(f"{before}\n{body}\n{after}", encoding="utf-8")
+
+
+def between(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
     """A README up to the first marker, between the markers, and from the second one on.
 
     Raises:
         DataError: the markers are not there once each, in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    body, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in after:
-        raise DataError(f"README.md does not hold {BEGIN} and then {END} once: put them where the table belongs.")
-    return before + BEGIN, body.strip("\n"), END + after
+    before, first, rest = text.partition(begin)
+    body, second, after = rest.partition(end)
+    if not (first and second) or begin in rest or end in after:
+        raise DataError(f"README.md does not hold {begin} and then {end} once: put them where the table belongs.")
+    return before + begin, body.strip("\n"), end + after
 
 
-def _kept(record: Record) -> dict[str, Any]:
+def without_blocks(record: Record) -> dict[str, Any]:
     """A record without its blocks, and with each pair of formats once."""
     pairs = {(entry["key"], entry["value"]) for entry in record["layers"] or ()}
     layers = [{"key": key, "value": value} for key, value in sorted(pairs)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import DynamicCache
 
@@ -31,6 +31,10 @@ class Contestant:
         settings: what else makes it differ from others of its method.
         token_multiple: lengths that the cache compresses are multiples of this.
         exact_tail: fewer newest tokens than this stay exact, whatever their number.
+        within_pass: how a cache without a plan shows the tokens of one forward pass to each other: exactly, and all
+            earlier ones as stored (`chunk-exact`), or as stored (`quantized`).
+        stated_bits: true bits of a filled cache whose tensors do not tell them, as they are floats or codes that are
+            not packed; None counts the tensors.
         offset: the first chunk of a scored window is longer by so many tokens. Under `prefill="exact"` a plan with
             sinks needs as many, or its pages end inside chunks and more tokens are read exactly than its bits say.
     """
@@ -43,18 +47,19 @@ class Contestant:
     settings: Mapping[str, object] = field(default_factory=dict)
     token_multiple: int = 1
     exact_tail: int = 1
+    within_pass: Literal["chunk-exact", "quantized"] = "chunk-exact"
+    stated_bits: Callable[[Cache], float] | None = None
     offset: int = 0
 
     @property
     def prefill(self) -> str:
         """How the tokens of one forward pass attend to each other.
 
-        A plan says it; the dense cache is `exact`; other caches show a pass its own tokens exactly
-        and all earlier ones as stored, `chunk-exact`.
+        A plan says it; the dense cache is `exact`; of other caches `within_pass` says it.
         """
         if self.plan is not None:
             return self.plan.prefill
-        return "exact" if self.method == "dense" else "chunk-exact"
+        return "exact" if self.method == "dense" else self.within_pass
 
     @property
     def identity(self) -> Record:

@@ -30,11 +30,13 @@ def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint) -> float
 
     Counted for a plan by its own arithmetic, for any other cache on its tensors: every
     floating-point tensor (scales, zero points, exact tokens) at 2 bytes an element, whatever it is
-    kept in here, and all others as they are.
+    kept in here, and all others as they are. Where tensors do not tell, `stated_bits` does.
     """
     tokens = cache.get_seq_length()
     if contestant.plan is not None:
         return contestant.plan.true_bits(tokens, dtype=torch.bfloat16)
+    if contestant.stated_bits is not None:
+        return contestant.stated_bits(cache)
     counted = {t.data_ptr(): _sixteen_bit_nbytes(t) for t in cache_tensors(cache, model)}
     elements = 2 * len(model.packed_layers) * model.num_kv_heads * tokens * model.head_dim
     return 8 * sum(counted.values()) / elements

@@ -34,17 +34,19 @@ RESIDUAL = 128
 
 @dataclass(frozen=True)
 class Configuration:
-    """Axes of a backend's keys and values, in the backend's own sense of the word."""
+    """Axes of a backend's keys and values, in the backend's own sense of the word, and the widths it takes there."""
 
     label: str
     axis_key: int
     axis_value: int
+    widths: tuple[int, ...]
 
 
 BACKENDS: dict[str, tuple[Configuration, ...]] = {
-    "quanto": (Configuration("as it comes", 0, 0), Configuration("best axes", -1, 0)),
-    "hqq": (Configuration("as it comes", 0, 0), Configuration("best axes", 1, 1)),
+    "quanto": (Configuration("as it comes", 0, 0, (2, 4)), Configuration("best axes", -1, 0, (2, 4))),
+    "hqq": (Configuration("as it comes", 0, 0, (1, 2, 3, 4, 8)), Configuration("best axes", 1, 1, (1, 2, 4, 8))),
 }
+"""On axis 1 hqq 0.2.8 decodes 3-bit codes (ten in 32 bits) of matrices only, and a cache has four dimensions."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,15 @@ class Peers:
     notes: tuple[str, ...]
 
 
-def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS) -> Peers:
+def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS, groups: Sequence[int] = (GROUP,)) -> Peers:
     """`QuantizedCache` on every backend that works on this machine.
 
     The first use of quanto on a machine builds a C++ extension, for about a minute.
 
     Args:
         model: the model the caches serve.
-        bits: widths of the codes.
+        bits: widths of the codes; those that a backend cannot have are left out.
+        groups: elements that share a scale and a zero point.
     """
     contestants: list[Contestant] = []
     notes: list[str] = []
@@ -72,31 +75,36 @@ def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS) -> Peer
             notes.append(problem)
             continue
         contestants += [
-            quantized_contestant(model, backend, configuration, width)
+            quantized_contestant(model, backend, configuration, width, group)
             for configuration in configurations
             for width in bits
+            if width in configuration.widths
+            for group in groups
         ]
     return Peers(tuple(contestants), tuple(notes))
 
 
-def quantized_contestant(model: PreTrainedModel, backend: str, configuration: Configuration, bits: int) -> Contestant:
-    """`QuantizedCache` in one configuration, group 64, residual 128 as it comes."""
+def quantized_contestant(
+    model: PreTrainedModel, backend: str, configuration: Configuration, bits: int, group: int = GROUP
+) -> Contestant:
+    """`QuantizedCache` in one configuration, residual 128 as it comes."""
     options: dict[str, int] = {
         "nbits": bits,
         "axis_key": configuration.axis_key,
         "axis_value": configuration.axis_value,
-        "q_group_size": GROUP,
+        "q_group_size": group,
         "residual_length": RESIDUAL,
     }
     whole_groups = backend == "quanto" and -1 in (configuration.axis_key, configuration.axis_value)
     heads = Fingerprint.of(model).num_kv_heads
+    name = f"{backend} {bits}b, {configuration.label}"
     return Contestant(
-        name=f"{backend} {bits}b, {configuration.label}",
+        name=name if group == GROUP else f"{name}, groups of {group}",
         method=backend,
         target_bits=None,
         make_cache=lambda: QuantizedCache(backend, model.config, **options),
         settings={"backend": backend, **options},
-        token_multiple=GROUP // math.gcd(GROUP, heads) if whole_groups else 1,
+        token_multiple=group // math.gcd(group, heads) if whole_groups else 1,
         exact_tail=RESIDUAL,
     )
 

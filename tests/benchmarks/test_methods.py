@@ -184,5 +184,5 @@ def test_a_readme_without_its_two_markers_is_refused(files, text):
 
 def test_readme_holds_what_the_script_makes_of_the_kept_results():
     kept = methods.FOLDER / methods.FILE
-    expected = methods.table(methods.comparable(kept)) if kept.exists() else methods.UNMEASURED
+    expected = methods.table(methods.comparable(kept, methods.NEEDED)) if kept.exists() else methods.UNMEASURED
     assert methods.between(methods.README.read_text(encoding="utf-8"))[1] == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache
@@ -94,6 +96,64 @@ def test_configurations_are_those_of_the_class(monkeypatch):
         assert (layer.q_group_size, layer.residual_length) == (64, default.residual_length)
 
 
+def test_other_groups_have_their_name_and_a_backend_has_only_its_widths(monkeypatch):
+    monkeypatch.setattr(peers, "why_not", lambda backend, model: None)
+    found = peers.peer_contestants(FakeModel(), bits=(3, 4), groups=(64, 128)).contestants
+    assert [c.name for c in found] == [
+        "quanto 4b, as it comes",
+        "quanto 4b, as it comes, groups of 128",
+        "quanto 4b, best axes",
+        "quanto 4b, best axes, groups of 128",
+        "hqq 3b, as it comes",
+        "hqq 3b, as it comes, groups of 128",
+        "hqq 4b, as it comes",
+        "hqq 4b, as it comes, groups of 128",
+        "hqq 4b, best axes",
+        "hqq 4b, best axes, groups of 128",
+    ]
+    assert [c.settings["q_group_size"] for c in found if c.method == "quanto"] == [64, 128] * 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "axes", "bits", "stored"),
+    [("quanto", 1, 2, 2), ("hqq", 1, 4, 4), ("hqq", 0, 3, 13 * 32 / 128)],
+)
+def test_larger_groups_store_fewer_scales_and_3_bits_are_packed_by_ten(backend, axes, bits, stored):
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    model = FakeModel()
+    if problem := peers.why_not(backend, model):
+        pytest.skip(problem)
+    contestant = peers.quantized_contestant(model, backend, peers.BACKENDS[backend][axes], bits, 128)
+    assert true_bits(contestant, filled(contestant, [512, 128]), Fingerprint.of(model)) == stored + 2 * 16 / 128
+
+
+@pytest.mark.parametrize("backend", peers.BACKENDS)
+def test_every_width_of_a_configuration_can_be_read_again(backend):
+    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+    model = FakeModel()
+    if problem := peers.why_not(backend, model):
+        pytest.skip(problem)
+    states = torch.randn(1, HEADS, 128, DIM, generator=torch.Generator().manual_seed(0))
+    for configuration in peers.BACKENDS[backend]:
+        for bits in configuration.widths:
+            cache = peers.quantized_contestant(model, backend, configuration, bits, 128).make_cache()
+            cache.update(states, states, 0)
+            keys, _ = cache.update(states, states, 0)
+            assert keys.shape[-2] == 256
+            both = torch.stack([keys[:, :, :128].flatten(), states.flatten()])
+            assert both.corrcoef()[0, 1] > 0.3
+
+
+def test_a_cache_whose_tensors_do_not_tell_states_its_bits_and_how_a_pass_reads():
+    model = FakeModel()
+    floats = replace(dense_contestant(model), method="floats", stated_bits=lambda cache: cache.get_seq_length() / 40)
+    cache, shape = filled(floats, [100]), Fingerprint.of(model)
+    assert true_bits(floats, cache, shape) == 2.5
+    assert live_bytes(floats, cache, shape) == 2 * LAYERS * HEADS * 100 * DIM * 4
+    assert floats.prefill == "chunk-exact"
+    assert replace(floats, within_pass="quantized").prefill == "quantized"
+
+
 def test_an_absent_backend_is_one_sentence_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(peers, "missing", lambda extra: ("hqq",) if extra == "hqq" else ())
     monkeypatch.setattr(peers, "QuantizedCache", lambda *args, **kwargs: DynamicCache(config=FakeModel().config))
@@ -115,11 +175,13 @@ def test_a_backend_that_fails_is_left_out_with_its_reason(monkeypatch):
     assert "(Error building extension 'quanto_cpp')." in found.notes[0]
 
 
-@pytest.mark.parametrize(("heads", "multiple"), [(1, 64), (2, 32), (3, 64), (64, 1)])
-def test_quanto_per_channel_keys_need_whole_groups(heads, multiple):
+@pytest.mark.parametrize(
+    ("heads", "group", "multiple"), [(1, 64, 64), (2, 64, 32), (3, 64, 64), (64, 64, 1), (2, 128, 64), (3, 32, 32)]
+)
+def test_quanto_per_channel_keys_need_whole_groups(heads, group, multiple):
     model = FakeModel(heads=heads)
-    best = peers.quantized_contestant(model, "quanto", peers.BACKENDS["quanto"][1], 2)
-    plain = peers.quantized_contestant(model, "quanto", peers.BACKENDS["quanto"][0], 2)
+    best = peers.quantized_contestant(model, "quanto", peers.BACKENDS["quanto"][1], 2, group)
+    plain = peers.quantized_contestant(model, "quanto", peers.BACKENDS["quanto"][0], 2, group)
     assert (best.token_multiple, plain.token_multiple) == (multiple, 1)
 
 
