@@ -146,7 +146,7 @@ def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) ->
     return [*plans, *(other for other in others if other.name in wanted)]
 
 
-def evaluate(out: Path, windows: int, window: int, profile: Profile | None) -> None:
+def evaluate(out: Path, windows: int, window: int, profile: Profile | None, batch: int) -> None:
     """Score the lineup, in float32 on any device."""
     started = perf_counter()
 
@@ -160,6 +160,7 @@ def evaluate(out: Path, windows: int, window: int, profile: Profile | None) -> N
         contestants(model, profile, window),
         texts=EVALUATION,
         out=out / FILE,
+        batch=batch,
         progress=progress,
     )
     print(render_text(records))
@@ -293,6 +294,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--batch", type=int, default=1, help="windows in one forward pass")
     parser.add_argument("--readme", action="store_true")
     asked = parser.parse_args()
     try:
@@ -300,7 +302,7 @@ def main() -> None:
             write_readme(asked.out / FILE)
         else:
             profile = Profile.load(asked.profile) if asked.profile else None
-            evaluate(asked.out, asked.windows, asked.window, profile)
+            evaluate(asked.out, asked.windows, asked.window, profile, asked.batch)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

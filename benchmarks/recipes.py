@@ -126,7 +126,7 @@ def _is_wanted(peer: Contestant) -> bool:
     return ("best axes" in peer.name or bits == 3) and bits + 32 / group <= max(BUDGETS)
 
 
-def evaluate(out: Path, windows: int, window: int, share: tuple[int, int]) -> None:
+def evaluate(out: Path, windows: int, window: int, share: tuple[int, int], batch: int) -> None:
     """Score a share of the contestants, in float32 on any device."""
     started = perf_counter()
     first, shares = share
@@ -141,6 +141,7 @@ def evaluate(out: Path, windows: int, window: int, share: tuple[int, int]) -> No
         contestants(model)[first - 1 :: shares],
         texts=EVALUATION,
         out=out / f"share-{first}-of-{shares}.jsonl",
+        batch=batch,
         progress=progress,
     )
     print(render_text(records))
@@ -280,13 +281,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--share", type=share, default=(1, 1), metavar="I/N")
+    parser.add_argument("--batch", type=int, default=1, help="windows in one forward pass")
     parser.add_argument("--readme", action="store_true")
     asked = parser.parse_args()
     try:
         if asked.readme:
             write_readme(asked.out)
         else:
-            evaluate(asked.out, asked.windows, asked.window, asked.share)
+            evaluate(asked.out, asked.windows, asked.window, asked.share, asked.batch)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

@@ -82,12 +82,13 @@ def fidelity(
     texts: Sequence[str] = (),
     name: str | None = None,
     out: Path | None = None,
+    batch: int = 1,
     progress: Progress = silent,
 ) -> list[Record]:
     """Score contestants against the dense cache on the same windows.
 
-    The dense cache's logits of a window are computed once, in the same chunks, and kept while all
-    contestants score that window: `tokens x vocabulary` floats.
+    The dense cache's logits of a batch of windows are computed once, in the same chunks, and kept
+    while all contestants score these windows: `batch x tokens x vocabulary` floats.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -100,6 +101,8 @@ def fidelity(
             and finished (contestant, window) pieces are kept beside it, in `<out>.pieces`, so that
             a run that was killed goes on where it stopped and ends with the records it would have
             had.
+        batch: windows in one forward pass: as many as a GPU has room for take little more time than
+            one.
         progress: told before every piece of work.
 
     Returns:
@@ -114,11 +117,13 @@ def fidelity(
         ModelError: the model is in training mode.
     """
     protocol = protocol or Protocol()
+    if batch < 1:
+        raise DataError(f"batch is {batch}: score at least one window at a time.")
     check_names(contestants)
     check_model(model)
     check_windows(model, windows, contestants, protocol)
     ledger = Ledger(pieces_path(out) if out else None)
-    scored = score_windows(model, windows, contestants, protocol, ledger, progress)
+    scored = score_windows(model, windows, contestants, protocol, ledger, progress, batch)
     context = {
         **surroundings(model, name),
         "text": {"names": list(texts), "sha256": tokens_hash(windows)},
@@ -139,8 +144,9 @@ def score_windows(
     protocol: Protocol,
     ledger: Ledger,
     progress: Progress,
+    batch: int = 1,
 ) -> list[list[Record]]:
-    """Score every (contestant, window) that the ledger does not have yet.
+    """Score every (contestant, window) that the ledger does not have yet, `batch` windows at a time.
 
     Returns:
         For each contestant the pieces of all windows, in order: packed token scores, bytes,
@@ -152,16 +158,18 @@ def score_windows(
         for contestant in contestants
     ]
     done, total = 0, windows.shape[0] * len(contestants)
-    for index, window in enumerate(windows.to(model.device)):
+    for first, rows in zip(range(0, len(windows), batch), windows.to(model.device).split(batch), strict=True):
         reference: Tensor | None = None
         for contestant, own in zip(contestants, keys, strict=True):
-            progress(f"window {index + 1}, {contestant.name}", done, total)
-            if own[index] not in ledger:
+            progress(f"window {first + 1}, {contestant.name}", done, total)
+            wanted = own[first : first + len(rows)]
+            if not all(key in ledger for key in wanted):
                 if reference is None:
-                    reference = _dense_logits(model, window, protocol.chunk)
-                piece = _score_window(model, window, contestant, reference, protocol)
-                ledger.add("fidelity_piece", own[index], piece)
-            done += 1
+                    reference = _dense_logits(model, rows, protocol.chunk)
+                for key, piece in zip(wanted, _score_rows(model, rows, contestant, reference, protocol), strict=True):
+                    if key not in ledger:
+                        ledger.add("fidelity_piece", key, piece)
+            done += len(rows)
     progress("scored", done, total)
     return [[ledger[key] for key in own] for own in keys]
 
@@ -174,43 +182,47 @@ def piece_scores(pieces: Sequence[Record]) -> TokenScores:
 
 
 @torch.no_grad()
-def _dense_logits(model: PreTrainedModel, window: Tensor, chunk: int) -> Tensor:
-    """Logits `[tokens, vocabulary]`."""
+def _dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
+    """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`."""
     cache = DynamicCache(config=model.config)
     with attention(model, packed=False):
-        pieces = chunked_logits(model, cache, window[None], chunk)
-        return torch.cat([check_logits(logits, "the dense cache") for logits in pieces])
+        pieces = chunked_logits(model, cache, rows, chunk)
+        return torch.cat([check_logits(logits, "the dense cache") for logits in pieces], dim=1)
 
 
 @torch.no_grad()
-def _score_window(
+def _score_rows(
     model: PreTrainedModel,
-    window: Tensor,
+    rows: Tensor,
     contestant: Contestant,
     reference: Tensor,
     protocol: Protocol,
-) -> Record:
+) -> list[Record]:
+    """A piece for each of the windows `[batch, tokens]`."""
     started = perf_counter()
-    cache = contestant.make_cache()
-    parts: list[TokenScores] = []
+    cache, (batch, tokens) = contestant.make_cache(), rows.shape
+    parts: list[list[TokenScores]] = [[] for _ in rows]
     start = 0
     with attention(model, packed=contestant.plan is not None):
-        for logits in chunked_logits(model, cache, window[None], protocol.chunk, contestant.offset):
+        for logits in chunked_logits(model, cache, rows, protocol.chunk, contestant.offset):
             check_logits(logits, contestant.name)
-            first, stop = max(start, protocol.unscored), min(start + len(logits), len(window) - 1)
+            first, stop = max(start, protocol.unscored), min(start + logits.shape[1], tokens - 1)
             if first < stop:
-                own = logits[first - start : stop - start]
-                parts.append(score_tokens(reference[first:stop], own, window[first + 1 : stop + 1]))
-            start += len(logits)
-    scores = TokenScores.join(parts)
+                own = logits[:, first - start : stop - start]
+                for row, scores in enumerate(parts):
+                    scores.append(score_tokens(reference[row, first:stop], own[row], rows[row, first + 1 : stop + 1]))
+            start += logits.shape[1]
     shape = Fingerprint.of(model)
-    return {
+    about = {
         "name": contestant.name,
-        "scores": {name: pack_floats(value) for name, value in vars(scores).items()},
-        "live_bytes": live_bytes(contestant, cache, shape),
-        "true_bits": true_bits(contestant, cache, shape),
-        "seconds": round(perf_counter() - started, 3),
+        "live_bytes": live_bytes(contestant, cache, shape) // batch,
+        "true_bits": true_bits(contestant, cache, shape, batch),
+        "seconds": round((perf_counter() - started) / batch, 3),
     }
+    joined = [TokenScores.join(scores) for scores in parts]
+    return [
+        {**about, "scores": {name: pack_floats(value) for name, value in vars(scores).items()}} for scores in joined
+    ]
 
 
 def _aggregate(

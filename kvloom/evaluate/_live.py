@@ -25,8 +25,8 @@ def live_bytes(contestant: Contestant, cache: Cache, model: Fingerprint) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
-def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint) -> float:
-    """8 x bytes / cached elements if the run's compute dtype were a 16-bit one.
+def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint, batch: int = 1) -> float:
+    """8 x bytes / cached elements of `batch` sequences if the run's compute dtype were a 16-bit one.
 
     Counted for a plan by its own arithmetic, for any other cache on its tensors: every
     floating-point tensor (scales, zero points, exact tokens) at 2 bytes an element, whatever it is
@@ -38,7 +38,7 @@ def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint) -> float
     if contestant.stated_bits is not None:
         return contestant.stated_bits(cache)
     counted = {t.data_ptr(): _sixteen_bit_nbytes(t) for t in cache_tensors(cache, model)}
-    elements = 2 * len(model.packed_layers) * model.num_kv_heads * tokens * model.head_dim
+    elements = batch * 2 * len(model.packed_layers) * model.num_kv_heads * tokens * model.head_dim
     return 8 * sum(counted.values()) / elements
 
 

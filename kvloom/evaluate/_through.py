@@ -42,22 +42,26 @@ def step(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
     Returns:
         Logits `[new, vocabulary]`.
     """
+    return _logits(model, cache, tokens)[0]
+
+
+def _logits(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
-    return logits[0]
+    return logits
 
 
 def chunked_logits(
     model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int, offset: int = 0
 ) -> Iterator[Tensor]:
-    """Feed tokens `[1, tokens]` in chunks, the first one longer by `offset`.
+    """Feed tokens `[batch, tokens]` in chunks, the first one longer by `offset`.
 
     Yields:
-        Logits `[chunk, vocabulary]` of each chunk, the last one maybe shorter.
+        Logits `[batch, chunk, vocabulary]` of each chunk, the last one maybe shorter.
     """
-    yield step(model, cache, tokens[:, : chunk + offset])
+    yield _logits(model, cache, tokens[:, : chunk + offset])
     if tokens.shape[1] > chunk + offset:
         for piece in torch.split(tokens[:, chunk + offset :], chunk, dim=1):
-            yield step(model, cache, piece)
+            yield _logits(model, cache, piece)
 
 
 class Prompt:

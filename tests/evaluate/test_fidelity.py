@@ -107,6 +107,21 @@ def test_a_plan_scores_the_same_in_any_chunks(model):
         assert other["kld"] == pytest.approx(scores[0]["kld"], rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_windows_of_a_batch_score_as_they_do_alone(model, batch):
+    windows, contestants = random_windows(3, 256), [k2v2(model), rounding(model)]
+    alone = fidelity(model, windows, contestants, protocol=PROTOCOL)
+    for one, other in zip(alone, fidelity(model, windows, contestants, protocol=PROTOCOL, batch=batch), strict=True):
+        assert other["kld"]["value"] == pytest.approx(one["kld"]["value"], rel=1e-3)
+        assert (other["true_bits"], other["live_bytes"]) == (one["true_bits"], one["live_bytes"])
+        assert (other["windows"], other["scored_tokens"]) == (3, one["scored_tokens"])
+
+
+def test_a_batch_of_no_windows_is_refused(model):
+    with pytest.raises(DataError, match="batch is 0"):
+        fidelity(model, random_windows(1, 256), [k2v2(model)], protocol=PROTOCOL, batch=0)
+
+
 @pytest.mark.parametrize("offset", [0, 4, 500])
 def test_an_offset_moves_the_chunks_and_not_the_scored_tokens(model, offset):
     windows = random_windows(1, 260)
