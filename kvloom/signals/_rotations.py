@@ -31,14 +31,13 @@ from kvloom.plan import (
 from kvloom.signals._compute import Progress, silent
 from kvloom.signals._measure import at_rest, check_seen, packed_slice
 from kvloom.signals._prompts import Prompts
-from kvloom.signals._tap import Tap, Tapped, tapped
+from kvloom.signals._tap import Tap, tapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LABEL = "reading prompts"
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
-_QUERY_BLOCK = 256
 _MEAN_SHARE = 1e-3
 """Of a group's mean in a covariance: zero points carry the mean, but in fp16, and exact tokens in the compute dtype."""
 
@@ -54,8 +53,9 @@ def calibrate_rotations(
 ) -> Plan:
     """The plan with ``rotation: "calibrated"`` wherever it rounds (below 16 bits), and the matrices for it.
 
-    Budgets do not know of the matrices: they add 6 bytes an element (``kv_heads * head_dim**2`` a side and layer) to
-    what the plan took before.
+    The plan grows by its matrices, 6 bytes (10 in float64) an element, ``kv_heads * head_dim**2`` elements a side and
+    layer: ``48 * head_dim / (batch * tokens)`` true bits more, which pays for long contexts and batches only. A budget
+    the plan was made for does not know of them.
 
     Args:
         model: The model the plan is for; its attention goes through transformers' attention interface.
@@ -131,11 +131,10 @@ def _read(
         for layer, caught in tap.caught.items():
             zeros = torch.zeros((), dtype=torch.float64)
             queries[layer] = queries.get(layer, zeros) + moment(caught.query[0].flatten(1, 2)).cpu()
-            weights = token_weights(attention_received(caught)[:, packed[layer]])
             each: tuple[tuple[Role, Tensor], ...] = (("key", caught.key), ("value", caught.value))
             for n, (side, cached) in enumerate(each):
                 specs = [entries[layer].head(head)[n] for head in range(shape.num_kv_heads)]
-                covariance = state_covariance(cached[0, :, packed[layer]], weights, specs).cpu()
+                covariance = state_covariance(cached[0, :, packed[layer]], specs).cpu()
                 states[layer, side] = states.get((layer, side), zeros) + covariance
     report(len(prompts), len(prompts), _LABEL)
     return states, queries
@@ -152,33 +151,11 @@ def moment(x: Tensor) -> Tensor:
     return wide.mT @ wide
 
 
-def attention_received(tapped: Tapped) -> Tensor:
-    """Sum over a group's query heads and all queries of the attention each token gets, ``[kv_heads, tokens]``."""
-    tokens = tapped.key.shape[2]
-    received = tapped.key.new_zeros((tapped.key.shape[1], tokens), dtype=torch.float64)
-    for start in range(0, tokens, _QUERY_BLOCK):
-        rows = slice(start, min(start + _QUERY_BLOCK, tokens))
-        weights = tapped.scoring.probabilities(tapped.query[:, :, :, rows], tapped.key[:, :, : rows.stop], start)
-        received[:, : rows.stop] += weights[0].double().sum(dim=(1, 2))
-    return received
-
-
-def token_weights(received: Tensor) -> Tensor:
-    """One for being a token, and one more, on average, for the attention it gets: ``[kv_heads, tokens]``.
-
-    Rounding is as large for every token of a group, but a clip range that spares the others cuts off the rare token
-    that everybody looks at. OSCAR weights values alone by their scores.
-    """
-    weights: Tensor = 1.0 + received / received.mean(dim=-1, keepdim=True)
-    return weights
-
-
-def state_covariance(states: Tensor, weights: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
+def state_covariance(states: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
     """What of the states is rounded: their variation within the groups that share a zero point.
 
     Args:
         states: Keys or values ``[kv_heads, tokens, head_dim]``, whole pages.
-        weights: Of the tokens, ``[kv_heads, tokens]``.
         specs: Format of each head. ``per_channel`` groups carry their channel's mean in the zero point; of it a
             thousandth counts. In ``per_token`` groups everything counts.
 
@@ -186,12 +163,11 @@ def state_covariance(states: Tensor, weights: Tensor, specs: Sequence[TensorSpec
         float64 ``[kv_heads, head_dim, head_dim]``.
     """
     sums = []
-    for head, weight, spec in zip(states.double(), weights.sqrt()[..., None], specs, strict=True):
-        whole = moment(head * weight)
+    for head, spec in zip(states.double(), specs, strict=True):
+        whole = moment(head)
         if spec.grouping == "per_channel":
             groups = head.unflatten(0, (-1, int(spec.group_size)))
-            varied = (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
-            whole = _MEAN_SHARE * whole + moment(varied * weight)
+            whole = _MEAN_SHARE * whole + moment((groups - groups.mean(1, keepdim=True)).flatten(0, 1))
         sums.append(whole)
     return torch.stack(sums)
 

@@ -186,7 +186,7 @@ def test_shares_score_every_contestant_once_into_their_files(monkeypatch, tmp_pa
     monkeypatch.setattr(recipes, "token_windows", lambda _tokenizer, _texts, window, count, seed: WINDOWS[:, :window])
     monkeypatch.setattr(recipes, "contestants", lambda _: five)
     for n in (1, 2):
-        recipes.evaluate(tmp_path, 1, 256, (n, 2))
+        recipes.evaluate(tmp_path, 1, 256, (n, 2), 1)
     found = {
         file.name: [json.loads(line)["name"] for line in file.read_text(encoding="utf-8").splitlines()]
         for file in tmp_path.glob("*.jsonl")

@@ -11,7 +11,7 @@ from kvloom.errors import DataError, ModelError, PlanError
 from kvloom.pages import PAGE_TOKENS, Format
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
 from kvloom.signals import calibrate_rotations, compute_profile
-from kvloom.signals._rotations import attention_received, output_moment, state_covariance, token_weights
+from kvloom.signals._rotations import output_moment, state_covariance
 from kvloom.signals._tap import Tap, tapped
 from tests.signals.models import falcon, random_tokens, tiny
 
@@ -99,27 +99,16 @@ def test_readers_see_smaller_errors_on_other_prompts() -> None:
             assert ours < 0.8 * read_errors(model, layer, attention, side, "hadamard")
 
 
-def test_attention_received_is_the_column_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvloom.signals._rotations._QUERY_BLOCK", 7)
-    model = tiny("gemma2")
-    for attention in caught(model, random_tokens(1, 40)).values():
-        weights = attention.scoring.probabilities(attention.query, attention.key, 0)[0]
-        received = attention_received(attention)
-        torch.testing.assert_close(received, weights.double().sum(dim=(1, 2)), atol=1e-5, rtol=1e-5)
-        assert received.sum().item() == pytest.approx(4 * 40, rel=1e-5)
-        assert token_weights(received).mean(-1).tolist() == pytest.approx([2, 2])
-
-
 def test_state_covariance_is_that_of_the_groups() -> None:
     torch.manual_seed(0)
-    x, weights = torch.randn(2, 64, 16) + 5, torch.rand(2, 64)
-    found = state_covariance(x, weights, [PER_CHANNEL, PER_TOKEN])
+    x = torch.randn(2, 64, 16) + 5
+    found = state_covariance(x, [PER_CHANNEL, PER_TOKEN])
     expected = torch.zeros(2, 16, 16, dtype=torch.float64)
     for t in range(64):
         group = x[0, t // 32 * 32 : t // 32 * 32 + 32].double()
         away, whole = x[0, t].double() - group.mean(0), x[0, t].double()
-        expected[0] += weights[0, t] * (torch.outer(away, away) + 1e-3 * torch.outer(whole, whole))
-        expected[1] += weights[1, t] * torch.outer(x[1, t].double(), x[1, t].double())
+        expected[0] += torch.outer(away, away) + 1e-3 * torch.outer(whole, whole)
+        expected[1] += torch.outer(x[1, t].double(), x[1, t].double())
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
