@@ -146,8 +146,18 @@ def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) ->
     return [*plans, *(other for other in others if other.name in wanted)]
 
 
-def evaluate(out: Path, windows: int, window: int, profile: Profile | None, batch: int) -> None:
-    """Score the lineup, in float32 on any device."""
+def evaluate(
+    lineup_of: Callable[[PreTrainedModel], list[Contestant]], out: Path, windows: int, window: int, batch: int
+) -> None:
+    """Score a model's lineup, in float32 on any device.
+
+    Args:
+        lineup_of: what is scored.
+        out: results file.
+        windows: of text.
+        window: tokens of each.
+        batch: windows in one forward pass.
+    """
     started = perf_counter()
 
     def progress(what: str, done: int, total: int) -> None:
@@ -157,9 +167,9 @@ def evaluate(out: Path, windows: int, window: int, profile: Profile | None, batc
     records = fidelity(
         model,
         token_windows(tokenizer, texts(EVALUATION), window, windows, seed=0),
-        contestants(model, profile, window),
+        lineup_of(model),
         texts=EVALUATION,
-        out=out / FILE,
+        out=out,
         batch=batch,
         progress=progress,
     )
@@ -302,7 +312,8 @@ def main() -> None:
             write_readme(asked.out / FILE)
         else:
             profile = Profile.load(asked.profile) if asked.profile else None
-            evaluate(asked.out, asked.windows, asked.window, profile, asked.batch)
+            lineup_of = partial(contestants, profile=profile, tokens=asked.window)
+            evaluate(lineup_of, asked.out / FILE, asked.windows, asked.window, asked.batch)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

@@ -26,7 +26,6 @@ from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.methods import (
@@ -37,16 +36,15 @@ from benchmarks.methods import (
     WINDOW,
     WINDOWS,
     comparable,
+    evaluate,
     insert,
     interval,
     without_blocks,
 )
 from benchmarks.packages import PACKAGES, package_contestants
-from kvloom.assets import EVALUATION, MODEL_NAME, load_model, texts, token_windows
 from kvloom.errors import DataError
-from kvloom.evaluate import Contestant, Record, fidelity, paired_difference, peer_contestants, plan_contestant
+from kvloom.evaluate import Contestant, Record, paired_difference, peer_contestants, plan_contestant
 from kvloom.plan import Fingerprint, Plan, TensorSpec
-from kvloom.report import render_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,25 +124,11 @@ def _is_wanted(peer: Contestant) -> bool:
     return ("best axes" in peer.name or bits == 3) and bits + 32 / group <= max(BUDGETS)
 
 
-def evaluate(out: Path, windows: int, window: int, share: tuple[int, int], batch: int) -> None:
-    """Score a share of the contestants, in float32 on any device."""
-    started = perf_counter()
+def score_share(out: Path, windows: int, window: int, share: tuple[int, int], batch: int) -> None:
+    """Score a share of the contestants."""
     first, shares = share
-
-    def progress(what: str, done: int, total: int) -> None:
-        print(f"{perf_counter() - started:7.0f} s  {done}/{total}  {what}", flush=True)
-
-    model, tokenizer = load_model(MODEL_NAME, dtype="float32")
-    records = fidelity(
-        model,
-        token_windows(tokenizer, texts(EVALUATION), window, windows, seed=0),
-        contestants(model)[first - 1 :: shares],
-        texts=EVALUATION,
-        out=out / f"share-{first}-of-{shares}.jsonl",
-        batch=batch,
-        progress=progress,
-    )
-    print(render_text(records))
+    file = out / f"share-{first}-of-{shares}.jsonl"
+    evaluate(lambda model: contestants(model)[first - 1 :: shares], file, windows, window, batch)
 
 
 @dataclass(frozen=True)
@@ -288,7 +272,7 @@ def main() -> None:
         if asked.readme:
             write_readme(asked.out)
         else:
-            evaluate(asked.out, asked.windows, asked.window, asked.share, asked.batch)
+            score_share(asked.out, asked.windows, asked.window, asked.share, asked.batch)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

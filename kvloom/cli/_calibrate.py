@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, load, progress
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, progress
 
 
 def calibrate(
@@ -23,18 +23,15 @@ def calibrate(
 ) -> None:
     """Fill in the codebooks of a plan, layer by layer."""
     from kvloom import Plan, calibrate_codebooks
-    from kvloom.assets import CALIBRATION, texts, token_windows
 
     wanted = Plan.load(plan)
-    sources = texts(text or CALIBRATION)
-    loaded, tokenizer = load(model, device, dtype)
-    windows = token_windows(tokenizer, sources, tokens, prompts, seed)
+    loaded, windows, names = calibration(model, text, prompts, tokens, seed, device, dtype)
     with progress() as update:
         made = calibrate_codebooks(
             loaded,
             wanted,
             windows,
-            texts=[source.name for source in sources],
+            texts=names,
             progress=lambda done, total, what: update(what, done, total),
         )
     made.save(output)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, load, progress
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, progress
 
 
 def profile(
@@ -26,13 +26,10 @@ def profile(
     dtype: Dtype = None,
 ) -> None:
     """Measure how much each layer's keys and values matter."""
-    from kvloom.assets import CALIBRATION, texts, token_windows
     from kvloom.plan import Fingerprint, Window
     from kvloom.signals import compute_profile, default_specs, rotated_specs
 
-    sources = texts(text or CALIBRATION)
-    loaded, tokenizer = load(model, device, dtype)
-    windows = token_windows(tokenizer, sources, tokens, prompts, seed)
+    loaded, windows, names = calibration(model, text, prompts, tokens, seed, device, dtype)
     keys, values = default_specs(Fingerprint.of(loaded).head_dim)
     if rotated:
         keys, values = (plain + more for plain, more in zip((keys, values), rotated_specs(), strict=True))
@@ -42,7 +39,7 @@ def profile(
             windows,
             key_specs=keys,
             value_specs=values,
-            texts=[source.name for source in sources],
+            texts=names,
             window=Window(sinks=sinks, recent=recent),
             seed=seed,
             progress=lambda done, total, what: update(what, done, total),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, load, progress
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, progress
 
 
 def rotate(
@@ -23,18 +23,16 @@ def rotate(
 ) -> None:
     """Calibrate a plan's rotations: channels are mixed so that queries and outputs notice rounding least."""
     from kvloom import Plan
-    from kvloom.assets import CALIBRATION, texts, token_windows
     from kvloom.signals import calibrate_rotations
 
     wanted = Plan.load(plan)
-    sources = texts(text or CALIBRATION)
-    loaded, tokenizer = load(model, device, dtype)
+    loaded, windows, names = calibration(model, text, prompts, tokens, seed, device, dtype)
     with progress() as update:
         made = calibrate_rotations(
             loaded,
             wanted,
-            token_windows(tokenizer, sources, tokens, prompts, seed),
-            texts=[source.name for source in sources],
+            windows,
+            texts=names,
             progress=lambda done, total, what: update(what, done, total),
         )
     made.save(output)

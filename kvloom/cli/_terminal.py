@@ -41,6 +41,17 @@ def load(model: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
         return load_model(model, device=device, dtype=dtype)
 
 
+def calibration(
+    model: str, text: list[str] | None, prompts: int, tokens: int, seed: int, device: str | None, dtype: str | None
+) -> tuple[Any, Any, list[str]]:
+    """A model, prompts ``[prompts, tokens]`` of calibration texts, and the texts' names."""
+    from kvloom.assets import CALIBRATION, texts, token_windows
+
+    sources = texts(text or CALIBRATION)
+    loaded, tokenizer = load(model, device, dtype)
+    return loaded, token_windows(tokenizer, sources, tokens, prompts, seed), [source.name for source in sources]
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, and the `(what, done, total)` callback that moves it."""

@@ -181,12 +181,12 @@ def test_too_little_is_refused(files, drop, why):
 def test_shares_score_every_contestant_once_into_their_files(monkeypatch, tmp_path):
     model = tiny_model()
     five = [replace(dense_contestant(model), name=name) for name in "abcde"]
-    monkeypatch.setattr(recipes, "load_model", lambda *_, **__: (model, None))
-    monkeypatch.setattr(recipes, "texts", lambda _: ())
-    monkeypatch.setattr(recipes, "token_windows", lambda _tokenizer, _texts, window, count, seed: WINDOWS[:, :window])
+    monkeypatch.setattr(methods, "load_model", lambda *_, **__: (model, None))
+    monkeypatch.setattr(methods, "texts", lambda _: ())
+    monkeypatch.setattr(methods, "token_windows", lambda _tokenizer, _texts, window, count, seed: WINDOWS[:, :window])
     monkeypatch.setattr(recipes, "contestants", lambda _: five)
     for n in (1, 2):
-        recipes.evaluate(tmp_path, 1, 256, (n, 2), 1)
+        recipes.score_share(tmp_path, 1, 256, (n, 2), 1)
     found = {
         file.name: [json.loads(line)["name"] for line in file.read_text(encoding="utf-8").splitlines()]
         for file in tmp_path.glob("*.jsonl")
