@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvloom import kernels
 from kvloom.codecs import dual, dual_of, rotated, signs
 from kvloom.pages import Rotation, SideLayout
 from kvloom.plan import has_matrices
@@ -28,6 +29,10 @@ class SideRotation(ABC):
     def cached(self, x: torch.Tensor) -> torch.Tensor:
         """States ``[batch, kv_heads, tokens, head_dim]`` as they are cached."""
 
+    @abstractmethod
+    def appended(self, x: torch.Tensor) -> torch.Tensor:
+        """States as `kvloom.kernels.append` takes them."""
+
     def restored(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of `cached`, up to rounding."""
         return turned(x, self.dual.transpose(-1, -2))
@@ -45,20 +50,20 @@ class HadamardRotation(SideRotation):
     """One transform of every head that is turned.
 
     Attributes:
-        signs: Of the rotation, ``[head_dim]``.
         heads: KV heads that are turned; None for all.
     """
 
-    signs: torch.Tensor
     heads: tuple[int, ...] | None
 
     def cached(self, x: torch.Tensor) -> torch.Tensor:
         """See `SideRotation.cached`."""
         if self.heads is None:
-            return rotated(x, self.signs)
-        return torch.stack(
-            [rotated(head, self.signs) if n in self.heads else head for n, head in enumerate(x.unbind(1))], dim=1
-        )
+            return kernels.backend(x.device).rotate(x)
+        return _with_heads(x, self.heads, kernels.backend(x.device).rotate(x[:, self.heads]))
+
+    def appended(self, x: torch.Tensor) -> torch.Tensor:
+        """See `SideRotation.appended`: layouts say what is to be turned."""
+        return x
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,27 @@ class CalibratedRotation(SideRotation):
 
     Attributes:
         forward: ``F``, float16 ``[kv_heads, head_dim, head_dim]``.
+        hadamard: KV heads whose matrix is the Hadamard transform's.
     """
 
     forward: torch.Tensor
+    hadamard: tuple[int, ...]
 
     def cached(self, x: torch.Tensor) -> torch.Tensor:
         """See `SideRotation.cached`.
 
         Sums are in float64: what a product of another shape adds up in another order does not show in the codes.
         """
+        cached = self._by_matrices(x)
+        if not self.hadamard:
+            return cached
+        return _with_heads(cached, self.hadamard, kernels.backend(x.device).rotate(x[:, self.hadamard]))
+
+    def appended(self, x: torch.Tensor) -> torch.Tensor:
+        """See `SideRotation.appended`: layouts say which other heads are to be turned."""
+        return _with_heads(self._by_matrices(x), self.hadamard, x[:, self.hadamard])
+
+    def _by_matrices(self, x: torch.Tensor) -> torch.Tensor:
         return (x.double() @ self.forward.double()).to(x.dtype)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -101,13 +118,12 @@ def side_rotation(
     if has_matrices(sides):
         assert matrices is not None
         return _calibrated(names, matrices, dtype, device)
-    turn: tuple[Rotation, int] = "hadamard", sides[0].head_dim
-    factors, matrix = signs(*turn, device), dual(*turn, dtype, device)
+    matrix = dual("hadamard", sides[0].head_dim, dtype, device)
     if len(heads) == len(names):
-        return HadamardRotation(matrix, factors, None)
+        return HadamardRotation(matrix, None)
     each = torch.eye(len(matrix), dtype=dtype, device=device).repeat(len(names), 1, 1)
     each[list(heads)] = matrix
-    return HadamardRotation(each, factors, heads)
+    return HadamardRotation(each, heads)
 
 
 def _calibrated(
@@ -120,7 +136,16 @@ def _calibrated(
         own = {None: eye, "hadamard": rotated(eye, signs("hadamard", head_dim))}
         forward = torch.stack([own.get(name, matrix) for name, matrix in zip(names, matrices, strict=True)])
     wide = torch.promote_types(dtype, torch.float32)
-    return CalibratedRotation(dual_of(forward).to(device, wide), forward.to(device))
+    hadamard = tuple(head for head, name in enumerate(names) if name == "hadamard")
+    return CalibratedRotation(dual_of(forward).to(device, wide), forward.to(device), hadamard)
+
+
+def _with_heads(x: torch.Tensor, heads: tuple[int, ...], others: torch.Tensor) -> torch.Tensor:
+    """``x`` with ``others`` for these KV heads."""
+    parts = list(x.unbind(1))
+    for head, other in zip(heads, others.unbind(1), strict=True):
+        parts[head] = other
+    return torch.stack(parts, dim=1) if heads else x
 
 
 def turned(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

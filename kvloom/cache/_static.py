@@ -117,8 +117,17 @@ class StaticLoomLayer(LoomLayer):
         self._is_fresh = not self.is_initialized
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def _is_step(self, key: torch.Tensor) -> bool:
+        return key.shape[-2] == 1 and self.is_enabled()
+
+    def _turned(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._is_step(key):
+            return super()._turned(key, value)
+        key = self.key_rotation.appended(key) if self.key_rotation else key
+        return key, self.value_rotation.appended(value) if self.value_rotation else value
+
     def _updated(self, key: torch.Tensor, value: torch.Tensor) -> Any:
-        if key.shape[-2] == 1 and self.is_enabled():
+        if self._is_step(key):
             kernels.append(key, value, self.store)
             return self.store, self.store
         tokens = 0 if self._is_fresh else self._tokens()

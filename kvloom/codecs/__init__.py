@@ -16,7 +16,7 @@ from kvloom.codecs._nuq import NUQ, Nuq
 from kvloom.codecs._outliers import Outliers, joined, split
 from kvloom.codecs._quanto import QUANTO, Quanto
 from kvloom.codecs._range import OUT_OF_RANGE
-from kvloom.codecs._rotation import dual, rotated, signs
+from kvloom.codecs._rotation import dual, hadamard_power, rotated, signs
 from kvloom.codecs._stored import as_stored
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "fitted",
     "get",
     "group",
+    "hadamard_power",
     "joined",
     "names",
     "register",

@@ -29,7 +29,7 @@ def signs(rotation: Rotation, head_dim: int, device: torch.device | None = None)
     if rotation != "hadamard":
         raise PlanError(f"rotation {rotation!r} takes its matrices from a plan; a format alone cannot be turned by it.")
     bits = torch.randint(2, (head_dim,), generator=torch.Generator().manual_seed(_SEED))
-    return ((2.0 * bits - 1.0) * 2.0 ** -(_power(head_dim) // 2)).to(device)
+    return ((2.0 * bits - 1.0) * 2.0 ** -(hadamard_power(head_dim) // 2)).to(device)
 
 
 def rotated(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def rotated(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     arrived.
     """
     y = x.to(torch.promote_types(x.dtype, torch.float32)) * signs
-    for power in range(_power(x.shape[-1])):
+    for power in range(hadamard_power(x.shape[-1])):
         pairs = y.unflatten(-1, (-1, 2, 2**power))
         first, second = pairs.unbind(-2)
         y = torch.stack([first + second, first - second], dim=-2).flatten(-3)
@@ -52,9 +52,9 @@ def dual(
 ) -> torch.Tensor:
     """``G`` ``[head_dim, head_dim]``: for queries; transposed, for what attention returns and for decoded states."""
     forward = rotated(torch.eye(head_dim), signs(rotation, head_dim))
-    return (forward * 2.0 ** -(_power(head_dim) % 2)).to(device, dtype)
+    return (forward * 2.0 ** -(hadamard_power(head_dim) % 2)).to(device, dtype)
 
 
-def _power(head_dim: int) -> int:
-    """Logarithm of the largest power of two that divides ``head_dim``."""
+def hadamard_power(head_dim: int) -> int:
+    """Logarithm of the transform's block, the largest power of two that divides ``head_dim``."""
     return (head_dim & -head_dim).bit_length() - 1

@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict, Unpack
 
 import torch
 
+from kvloom.codecs import rotated, signs
 from kvloom.kernels._static import append_by_sequence, attend_by_sequence
 from kvloom.pages import PagedKV, PageLayout, StaticKV
 
@@ -56,6 +57,10 @@ class Backend(ABC):
         Raises:
             CacheError: An element to be quantised is NaN, infinite or beyond fp16's range.
         """
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """States ``[batch, heads, tokens, head_dim]`` turned by the Hadamard transform, see `kvloom.codecs.rotated`."""
+        return rotated(x, signs("hadamard", x.shape[-1], x.device))
 
     @abstractmethod
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +111,7 @@ class Backend(ABC):
     def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
         """Append one token to every sequence, and pack the page that is full with it.
 
+        Sides whose layouts say ``hadamard`` are turned first; whoever calls has turned those that are ``calibrated``.
         What is found on the device cannot be raised: ``kv.flags`` are set.
 
         Args:

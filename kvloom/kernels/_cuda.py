@@ -65,6 +65,12 @@ class CudaBackend(TorchBackend):
             return super().encode(*args)
         return self._unless_broken(lambda: _cuda_pages.encode(*args), lambda other: other.encode(*args))
 
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Backend.rotate`."""
+        if not _cuda_pages.rotates(x):
+            return super().rotate(x)
+        return self._unless_broken(lambda: _cuda_pages.rotate(x), lambda other: other.rotate(x))
+
     def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
         args = (data, layout, dtype)

@@ -1,7 +1,7 @@
-"""Packing and unpacking of pages on a CUDA device: launchers of ``cuda/encode.cu`` and ``cuda/decode.cu``.
+"""Packing, unpacking and turning on a CUDA device: launchers of ``encode.cu``, ``decode.cu`` and ``rotate.cu``.
 
-Each is one launch for the keys and values of all sequences, heads and pages, and gives exactly the reference's bytes
-and numbers.
+Packing and unpacking are one launch each for the keys and values of all sequences, heads and pages. They give exactly
+the reference's bytes and numbers; codecs that search for a grid may choose another of the same error, but for rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from kvloom.codecs import AFFINE, OUT_OF_RANGE
+from kvloom.codecs import AFFINE, CLIPPED, LLOYD, NUQ, OUT_OF_RANGE, hadamard_power, signs
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._base import head_index
 from kvloom.kernels._nvrtc import Defines, module, strides
@@ -22,6 +22,9 @@ MAX_HEAD_DIM = 256
 _BLOCK_TOKENS = 64  # a warp's, in per_channel groups
 _MAX_WARPS = 8
 _ALIGNMENT = 16
+_STAGED_BYTES = 96 * 1024  # of a page that is searched for grids: what every device since Ampere has, less some
+_ROTATED_TOKENS = 4  # of a block, a warp each
+_CODECS = tuple(codec.name for codec in (AFFINE, CLIPPED, LLOYD, NUQ))
 _ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 
@@ -91,14 +94,46 @@ def encode_into(
                 out,
                 *by[2],
                 seen,
+                *point_arguments(layout.key),
+                *point_arguments(layout.value),
                 shared=shared,
             )
     if flags is None and seen.item():
         raise CacheError(OUT_OF_RANGE)
 
 
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """`kvloom.codecs.rotated` by the Hadamard transform, in one launch.
+
+    Args:
+        x: fp32, fp16 or bf16 ``[batch, heads, tokens, head_dim]``, any strides.
+
+    Returns:
+        The same shape and dtype, contiguous.
+
+    Raises:
+        KernelError: The kernel cannot be built.
+    """
+    x = _aligned(x)
+    batch, heads, tokens, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        defines = _rotate_build(x.dtype, dim)
+        grid = (-(-tokens // _ROTATED_TOKENS), heads, batch)
+        with torch.cuda.device(x.device):
+            module("rotate.cu", defines).launch(
+                "rotate_states", grid, (32 * _ROTATED_TOKENS, 1, 1), x, *strides(x), out, tokens
+            )
+    return out
+
+
+def rotates(x: torch.Tensor) -> bool:
+    """Whether `rotate` takes these states."""
+    return x.dtype in _ELEMENTS and x.shape[-1] <= MAX_HEAD_DIM and x.shape[-1] % _ALIGNMENT == 0
+
+
 def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
-    """Append one token to every sequence, and pack the page that is full with it: a launch for each layout.
+    """Append one token to every sequence, turned, and pack the page that is full with it: a launch for each layout.
 
     Args:
         key: fp32, fp16 or bf16 ``[batch, kv_heads, 1, head_dim]``, any strides.
@@ -112,7 +147,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
     batch, kv_heads = key.shape[:2]
     with torch.cuda.device(key.device):
         for group in kv.pages:
-            _check_supported(group.layout, key.dtype)
+            _check_encoded(group.layout, key.dtype)
             defines, warps, shared = _encode_build(group.layout, key.dtype, append=True)
             module("encode.cu", defines).launch(
                 "append_token",
@@ -139,6 +174,8 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
                 kv.filled,
                 kv.length,
                 int(group is kv.pages[-1]),
+                *point_arguments(group.layout.key),
+                *point_arguments(group.layout.value),
                 shared=shared,
             )
 
@@ -193,8 +230,16 @@ def _encode_build(layout: PageLayout, dtype: torch.dtype, *, append: bool) -> tu
     tall = max(_warps_of_a_group(side) for side in sides)
     tiles = layout.head_dim // tile
     warps = tall * _fullest(tiles, range(max(1, 2 // tall), _MAX_WARPS // tall + 1))
-    defines = (*_defines(layout, dtype, warps), ("CHANNEL_TILE", tile), ("APPEND", int(append)))
-    return defines, warps, max(_code_bytes(side) + _reduction_bytes(side, warps, tile) for side in sides)
+    turned = [append and side.fmt.rotation == "hadamard" for side in sides]
+    defines = (
+        *_defines(layout, dtype, warps),
+        ("CHANNEL_TILE", tile),
+        ("APPEND", int(append)),
+        *((f"{name}_ROTATED", int(is_turned)) for name, is_turned in zip(("KEY", "VALUE"), turned, strict=True)),
+        *((f"{name}_CODEC", side.fmt.codec.upper()) for name, side in zip(("KEY", "VALUE"), sides, strict=True)),
+        *(_hadamard_defines(layout.head_dim) if any(turned) else ()),
+    )
+    return defines, warps, max(_encode_bytes(side, dtype, warps, tile) for side in sides)
 
 
 @lru_cache(maxsize=1024)
@@ -205,6 +250,20 @@ def _decode_build(layout: PageLayout, dtype: torch.dtype) -> tuple[Defines, int,
     points = (("KEY_POINTS", has_codebook(layout.key)), ("VALUE_POINTS", has_codebook(layout.value)))
     defines = (*_defines(layout, dtype, warps), *((name, int(value)) for name, value in points))
     return defines, warps, max(map(_code_bytes, (layout.key, layout.value)))
+
+
+@lru_cache(maxsize=64)
+def _rotate_build(dtype: torch.dtype, head_dim: int) -> Defines:
+    """Defines of ``rotate.cu``."""
+    own = (("HEAD_DIM", head_dim), ("ELEMENT", _ELEMENTS[dtype]), ("WARPS", _ROTATED_TOKENS))
+    return *own, *_hadamard_defines(head_dim)
+
+
+def _hadamard_defines(head_dim: int) -> Defines:
+    """Those of ``hadamard.cuh``."""
+    bits = (signs("hadamard", head_dim) < 0).tolist()
+    words = (sum(bit << i for i, bit in enumerate(bits[at : at + 32])) for at in range(0, head_dim, 32))
+    return ("HADAMARD_POWER", hadamard_power(head_dim)), ("HADAMARD_SIGNS", ", ".join(f"{word}u" for word in words))
 
 
 def _fullest(tiles: int, counts: range) -> int:
@@ -223,6 +282,21 @@ def _warps_of_a_group(side: SideLayout) -> int:
 def _code_bytes(side: SideLayout) -> int:
     """A byte a code and four of padding a row (``PITCH``)."""
     return 0 if side.fmt.is_passthrough else side.planes[0].rows * (side.planes[0].cols + 4)
+
+
+def _encode_bytes(side: SideLayout, dtype: torch.dtype, warps: int, tile: int) -> int:
+    return _code_bytes(side) + (
+        _staged_bytes(side, dtype) if _is_searched(side) else _reduction_bytes(side, warps, tile)
+    )
+
+
+def _is_searched(side: SideLayout) -> bool:
+    return not side.fmt.is_passthrough and side.fmt.codec != AFFINE.name
+
+
+def _staged_bytes(side: SideLayout, dtype: torch.dtype) -> int:
+    """The page's elements, 16 bytes of padding a token."""
+    return side.page_tokens * (side.head_dim * dtype.itemsize + 16)
 
 
 def _reduction_bytes(side: SideLayout, warps: int, tile: int) -> int:
@@ -302,8 +376,15 @@ def _check_side(side: SideLayout, dtype: torch.dtype) -> None:
 def _check_encoded(layout: PageLayout, dtype: torch.dtype) -> None:
     _check_supported(layout, dtype)
     for side in (layout.key, layout.value):
-        if not side.fmt.is_passthrough and side.fmt.codec != AFFINE.name:
-            raise KernelError(f"the CUDA encoder knows the affine codec's grid, not that of {side.fmt.codec!r}")
+        if side.fmt.is_passthrough:
+            continue
+        if side.fmt.codec not in _CODECS:
+            raise KernelError(f"the CUDA encoder knows the codecs {', '.join(_CODECS)}, not {side.fmt.codec!r}")
+        if _is_searched(side) and _code_bytes(side) + _staged_bytes(side, dtype) > _STAGED_BYTES:
+            raise KernelError(
+                f"the CUDA encoder searches for the grids of {_STAGED_BYTES} bytes, fewer than a page of "
+                f"{side.page_tokens} tokens"
+            )
 
 
 def _check_states(key: torch.Tensor, value: torch.Tensor, layout: PageLayout) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -139,12 +140,18 @@ def _module(source_file: str, defines: Defines, device: int) -> Module:
 
 def cubin(source_file: str, defines: Defines, arch: str) -> bytes:
     """Device code for an architecture such as ``sm_90``; compiling needs no device."""
-    source = files("kvloom.kernels").joinpath("cuda", source_file).read_text(encoding="utf-8")
+    source = _source(source_file)
     facts = repr((source, defines, arch, compiler_version())).encode()
     target = cache_dir() / "kernels" / f"{Path(source_file).stem}-{arch}-{hashlib.sha256(facts).hexdigest()[:16]}.cubin"
     if not target.exists():
         write_once(target, _compile(source, defines, arch))
     return target.read_bytes()
+
+
+def _source(name: str) -> str:
+    """A source of this package, its own headers pasted in."""
+    text = files("kvloom.kernels").joinpath("cuda", name).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda line: _source(line[1]), text, flags=re.MULTILINE)
 
 
 def _compile(source: str, defines: Defines, arch: str) -> bytes:

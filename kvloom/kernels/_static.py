@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvloom.pages import StaticKV
+from kvloom.pages import Role, StaticKV
 
 if TYPE_CHECKING:
     from kvloom.kernels._base import AttendOptions, Backend
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def append_by_sequence(backend: Backend, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
     """See `Backend.append`. Fill levels grow last: what `Backend.encode` refuses is not counted as appended."""
+    key, value = _turned(backend, key, kv, "key"), _turned(backend, value, kv, "value")
     for rows, tokens, _ in _runs(kv):
         if tokens >= kv.length:
             kv.flags[1] = 1
@@ -45,6 +46,14 @@ def _runs(kv: StaticKV) -> Iterator[tuple[slice, int, int]]:
         stop = start + len(list(run))
         yield slice(start, stop), tokens, pages
         start = stop
+
+
+def _turned(backend: Backend, x: torch.Tensor, kv: StaticKV, role: Role) -> torch.Tensor:
+    """The token as it is cached, as far as its layouts say."""
+    heads = [
+        head for group in kv.pages if getattr(group.layout, role).fmt.rotation == "hadamard" for head in group.heads
+    ]
+    return x.index_copy(1, torch.tensor(heads, device=x.device), backend.rotate(x[:, heads])) if heads else x
 
 
 def _write(key: torch.Tensor, value: torch.Tensor, kv: StaticKV, rows: slice, tokens: int) -> None:

@@ -7,8 +7,11 @@ import itertools
 import pytest
 import torch
 
+from kvloom.codecs import group as grouped
+from kvloom.codecs import rotated, signs
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels import _cuda_pages as cuda_pages
+from kvloom.kernels import _nvrtc
 from kvloom.kernels._torch import TORCH
 from kvloom.pages import Format, Grouping, PageLayout, page_layout
 from tests.kernels.codebooks import CASES, codebook_formats
@@ -169,15 +172,77 @@ def test_what_the_kernels_do_not_cover_is_refused() -> None:
         cuda_pages.encode(x, x, page_layout(fmt, Format(4, "per_token", 8), 64))
 
 
-def test_of_the_affine_family_the_encoder_knows_one_member() -> None:
+def test_the_encoder_says_what_it_does_not_know() -> None:
     plain = Format(4, "per_channel", 64)
-    for codec, both in (("affine", True), ("clipped", False), ("lloyd", False)):
+    for codec, both in (("affine", True), ("clipped", True), ("lloyd", True), ("hqq", False), ("quanto", False)):
         layout = page_layout(plain, Format(4, "per_token", 64, codec == "lloyd", codec), 64)
         assert cuda_pages.decodes(layout, torch.float16)
         assert cuda_pages.encodes(layout, torch.float16) == both
     x = torch.zeros(1, 1, 64, 64)
-    with pytest.raises(KernelError, match="not that of 'lloyd'"):
+    with pytest.raises(KernelError, match="not 'quanto'"):
         cuda_pages.encode(x, x, layout)
+    large = Format(4, "per_channel", 256, codec="clipped")
+    layout = page_layout(large, large, 256)
+    assert cuda_pages.encodes(page_layout(Format(4, "per_channel", 256), plain, 256), torch.float32)
+    assert not cuda_pages.encodes(layout, torch.float32)
+
+
+SEARCHED = [
+    *({"codec": "clipped", "bits": bits, "symmetric": even} for bits in BITS for even in (False, True)),
+    *({"codec": "lloyd", "bits": bits, "symmetric": True} for bits in (1, 2, 3, 4)),
+    *({"codec": "nuq", "bits": b, "codebook": tuple(i / 2 ** (b - 1) - 0.9 for i in range(2**b))} for b in (2, 3, 4)),
+]
+
+
+def squared_errors(x: torch.Tensor, decoded: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Of each group, float64."""
+    return grouped((x.double() - decoded.double()).square(), fmt).sum(-1)
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", SEARCHED, ids=lambda o: "{codec}-{bits}".format(**o))
+def test_searched_grids_are_the_references(options, dtype: torch.dtype) -> None:
+    for head_dim, group in ((64, 64), (80, 16), (96, 32), (128, 128), (240, 64)):
+        channel = Format(grouping="per_channel", group_size=group, **options)
+        token = Format(grouping="per_token", group_size=16 if group == 16 else head_dim, **options)
+        for formats in ((channel, token), (token, channel)):
+            layout = page_layout(*formats, head_dim, dtype.itemsize)
+            sides = states(layout, dtype)
+            expected = TORCH.encode(*sides, layout)
+            data = cuda_pages.encode(*(x.cuda() for x in sides), layout).cpu()
+            if options["codec"] == "nuq":
+                assert torch.equal(data, expected)
+                continue
+            assert (data == expected).float().mean() > 0.97
+            for x, ours, theirs, fmt in zip(
+                sides, *(TORCH.decode(d, layout, torch.float32) for d in (data, expected)), formats, strict=True
+            ):
+                error, other = squared_errors(x, ours, fmt), squared_errors(x, theirs, fmt)
+                assert error.sum() <= other.sum() * (1 + 1e-5)
+                assert (error <= other * 1.02 + 1e-30).all()
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 240, 256])
+def test_turning_is_the_references(head_dim: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(head_dim)
+    x = torch.randn(2, 7, 3, head_dim, generator=g).to(dtype).transpose(1, 2)
+    expected = rotated(x, signs("hadamard", head_dim))
+    assert torch.equal(cuda_pages.rotate(x.cuda()).cpu(), expected)
+    assert torch.equal(cuda_pages.rotate(x.cuda()[:, :, 2:3]).cpu(), expected[:, :, 2:3])
+    assert cuda_pages.rotate(x.cuda()[:, :, :0]).shape == (2, 3, 0, head_dim)
+
+
+def test_kernels_of_searches_and_turns_compile_without_a_device() -> None:
+    pytest.importorskip("cuda.core")
+    clipped = Format(3, "per_channel", 64, codec="clipped", rotation="hadamard")
+    lloyd = Format(2, "per_token", 80, True, codec="lloyd")
+    for append in (False, True):
+        defines = cuda_pages._encode_build(page_layout(clipped, lloyd, 80), torch.bfloat16, append=append)[0]
+        assert _nvrtc.cubin("encode.cu", defines, "sm_80")[:4] == b"\x7fELF"
+    assert _nvrtc.cubin("rotate.cu", cuda_pages._rotate_build(torch.float16, 80), "sm_80")[:4] == b"\x7fELF"
 
 
 def test_outliers_are_not_left_out() -> None:

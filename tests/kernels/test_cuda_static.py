@@ -11,12 +11,13 @@ from kvloom import kernels
 from kvloom.errors import CacheError
 from kvloom.kernels._torch import TORCH
 from kvloom.pages import ExactKV, Format, HeadPages, StaticKV, page_layout, page_tokens_of
-from kvloom.plan import Window, full_pages
+from kvloom.plan import Fingerprint, LayerPlan, Window, full_pages, preset
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 KV_HEADS = 3
 HEADS = ((0, 2), (1,))
+NUQ = (-1.0, -0.25, 0.25, 1.0)
 
 LAYOUTS = [
     (128, Format(4, "per_channel", 64), Format(4, "per_token", 128)),
@@ -24,6 +25,8 @@ LAYOUTS = [
     (64, Format(2, "per_token", 32), Format(5, "per_channel", 64)),
     (128, Format(8, "per_channel", 128, True), Format(16, "per_token", 128)),
     (256, Format(1, "per_channel", 64), Format(6, "per_token", 64, True)),
+    (128, Format(3, "per_channel", 64, rotation="hadamard"), Format(4, "per_token", 128, rotation="hadamard")),
+    (80, Format(2, "per_channel", 64), Format(2, "per_token", 80, codec="nuq", codebook=NUQ, rotation="hadamard")),
 ]
 
 
@@ -128,11 +131,29 @@ def model():
     return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
 
 
+def uniform(model) -> kvloom.Plan:
+    return kvloom.Plan.uniform(model, 4, 4, window=Window(sinks=4, recent=10))
+
+
+def turned(model) -> kvloom.Plan:
+    return preset("kvloom/K4V4", model)
+
+
+def mixed(model) -> kvloom.Plan:
+    """Turned heads beside others, clipped grids beside a codebook."""
+    key = {"bits": 4, "grouping": "per_channel", "group_size": 64, "codec": "clipped"}
+    value = {"bits": 4, "grouping": "per_token", "group_size": "head_dim", "codec": "lloyd", "symmetric": True}
+    heads = {1: {"key": key | {"rotation": "hadamard"}, "value": value | {"rotation": "hadamard"}}}
+    entry = LayerPlan.model_validate({"layers": "0-1", "key": key, "value": value, "heads": heads})
+    return kvloom.Plan(model=Fingerprint.of(model), layers=(entry,))
+
+
 @pytest.mark.parametrize("padded", [False, True])
-def test_generate_replays_graphs_and_gives_the_growing_caches_logits(model, padded) -> None:
+@pytest.mark.parametrize("make_plan", [uniform, turned, mixed])
+def test_generate_replays_graphs_and_gives_the_growing_caches_logits(model, make_plan, padded) -> None:
     torch.manual_seed(1)
     kvloom.enable(model)
-    plan = kvloom.Plan.uniform(model, 4, 4, window=Window(sinks=4, recent=10))
+    plan = make_plan(model)
     ids = torch.randint(3, 128, (2, 100), device="cuda")
     mask = torch.ones_like(ids)
     if padded:

@@ -14,6 +14,8 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#include "points.cuh"
+
 constexpr int THREADS = WARPS * 32, P = PAGE_TOKENS, D = HEAD_DIM;
 constexpr int V = 16 / sizeof(ELEMENT);  // elements of a 16-byte vector
 
@@ -98,15 +100,6 @@ __device__ __forceinline__ constexpr int quad_token(int quad, int i) { return qu
 __device__ __forceinline__ float byte(u32 word, int i) {
     return __fsub_rn(__uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + i)), 8388608.f);
 }
-
-// The fp16 points of a codebook, zeros beyond the last: their low bytes, then their high bytes.
-struct Points {
-    u64 low[2], high[2];
-    __device__ __forceinline__ float operator[](int i) const {
-        const u32 l = (i < 8 ? low[0] : low[1]) >> 8 * (i % 8), h = (i < 8 ? high[0] : high[1]) >> 8 * (i % 8);
-        return __half2float(__ushort_as_half((l & 0xff) | (h & 0xff) << 8));
-    }
-};
 
 struct Params {
     float scale, zero;

@@ -8,23 +8,38 @@
 //
 // Defines: PAGE_TOKENS, HEAD_DIM, ELEMENT (float, __half, __nv_bfloat16), WARPS, CHANNEL_TILE (channels of a warp in
 // per_channel groups), VALUE_OFFSET (first byte of the values), and for KEY and VALUE: _BITS, _LOW_BITS (of the first plane),
-// _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane), _PER_CHANNEL, _GROUP, _SYMMETRIC. APPEND: which of the two kernels.
-// Codes are the reference's bit for bit: compile without -use_fast_math, -ftz or -prec-div=false.
+// _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane), _PER_CHANNEL, _GROUP, _SYMMETRIC, _CODEC (a name in capitals), _ROTATED
+// (what is appended is to be turned; then those of hadamard.cuh, too). APPEND: which of the two kernels.
+//
+// Codecs that search for a group's grid keep its elements in the registers of a few lanes, see `quantise_by_search`.
+//
+// Codes of AFFINE and NUQ are the reference's bit for bit (compile without -use_fast_math, -ftz or -prec-div=false); those of
+// CLIPPED and LLOYD, too, unless two grids' errors are equal but for rounding.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
+
+#include "points.cuh"
+#if APPEND && (KEY_ROTATED || VALUE_ROTATED)
+#include "hadamard.cuh"
+#endif
+
+enum Codec { AFFINE, CLIPPED, LLOYD, NUQ };
 
 constexpr int THREADS = WARPS * 32, P = PAGE_TOKENS, D = HEAD_DIM;
 constexpr int V = 16 / sizeof(ELEMENT);  // elements of a 16-byte vector
 constexpr bool IS_WIDE = sizeof(ELEMENT) == 4;
 constexpr float FP16_MAX = 65504.f;
 
-template <bool IS_KEY_, int BITS_, int LOW_BITS_, int LOW_TILES_, int HIGH_TILES_, bool PER_CHANNEL_, int GROUP_, bool SYMMETRIC_>
+template <bool IS_KEY_, int BITS_, int LOW_BITS_, int LOW_TILES_, int HIGH_TILES_, bool PER_CHANNEL_, int GROUP_, bool SYMMETRIC_,
+          Codec CODEC_, bool ROTATED_>
 struct Side {
-    static constexpr bool IS_KEY = IS_KEY_, PER_CHANNEL = PER_CHANNEL_, SYMMETRIC = SYMMETRIC_;
+    static constexpr bool IS_KEY = IS_KEY_, PER_CHANNEL = PER_CHANNEL_, SYMMETRIC = SYMMETRIC_, ROTATED = ROTATED_;
+    static constexpr Codec CODEC = CODEC_;
     static constexpr int BITS = BITS_, LOW_BITS = LOW_BITS_, HIGH_BITS = BITS_ - LOW_BITS_, GROUP = GROUP_;
     static constexpr int LOW_TILES = LOW_TILES_, HIGH_TILES = HIGH_TILES_;
     static constexpr int LEVELS = (1 << BITS) - 1;
@@ -32,8 +47,11 @@ struct Side {
     static constexpr int PITCH = COLS + 4;  // bytes of a row of codes in shared memory; odd in words, against bank conflicts
     static constexpr int PARAMS = P * D * BITS / 8, SCRATCH = ROWS * PITCH;
 };
-typedef Side<true, KEY_BITS, KEY_LOW_BITS, KEY_LOW_TILES, KEY_HIGH_TILES, KEY_PER_CHANNEL, KEY_GROUP, KEY_SYMMETRIC> Keys;
-typedef Side<false, VALUE_BITS, VALUE_LOW_BITS, VALUE_LOW_TILES, VALUE_HIGH_TILES, VALUE_PER_CHANNEL, VALUE_GROUP, VALUE_SYMMETRIC>
+typedef Side<true, KEY_BITS, KEY_LOW_BITS, KEY_LOW_TILES, KEY_HIGH_TILES, KEY_PER_CHANNEL, KEY_GROUP, KEY_SYMMETRIC, KEY_CODEC,
+             KEY_ROTATED>
+    Keys;
+typedef Side<false, VALUE_BITS, VALUE_LOW_BITS, VALUE_LOW_TILES, VALUE_HIGH_TILES, VALUE_PER_CHANNEL, VALUE_GROUP, VALUE_SYMMETRIC,
+             VALUE_CODEC, VALUE_ROTATED>
     Values;
 
 // 16 bytes of elements; the overloads' last argument only says how a word is to be read.
@@ -130,7 +148,8 @@ template <class S> __device__ __forceinline__ u32 code(float x, const Grid& grid
     const float a = __fsub_rn(x, grid.zero);
     const float near = __fmul_rn(a, grid.inverse);
     float quotient = __fmaf_rn(__fmaf_rn(-near, grid.scale, a), grid.inverse, near);
-    if (S::LEVELS == 1) quotient = fminf(quotient, 1.f);  // only there a scale above 65504 is cut off
+    if (S::CODEC == CLIPPED) quotient = fminf(fmaxf(quotient, 0.f), (float)S::LEVELS);
+    else if (S::LEVELS == 1) quotient = fminf(quotient, 1.f);  // only there a scale above 65504 is cut off
     return __float_as_uint(__fadd_rn(quotient, 12582912.f));  // 1.5 * 2^23: rounds half to even
 }
 
@@ -299,6 +318,236 @@ template <class S> __device__ __forceinline__ bool quantise_per_token(const ELEM
     return is_bad;
 }
 
+// Lanes that share a group, as many as leave each four elements at least.
+__host__ __device__ constexpr int team_lanes(int group) {
+    int lanes = 1;
+    while (lanes < 32 && group % (2 * lanes) == 0 && group / (2 * lanes) >= 4) lanes *= 2;
+    return lanes;
+}
+
+// A group in the registers of its lanes. In per_channel groups neighbouring lanes have neighbouring channels, else elements.
+template <class S> struct Team {
+    static constexpr int LANES = team_lanes(S::GROUP), OWN = S::GROUP / LANES, TEAMS = 32 / LANES, STEP = S::PER_CHANNEL ? TEAMS : 1;
+    float x[OWN];
+
+    template <class T, class F> static __device__ __forceinline__ T reduced(T own, F join) {
+#pragma unroll
+        for (int step = STEP; step < STEP * LANES; step *= 2) own = join(own, __shfl_xor_sync(~0u, own, step));
+        return own;
+    }
+    template <class T> static __device__ __forceinline__ T sum(T own) {
+        return reduced(own, [](T a, T b) { return a + b; });
+    }
+    __device__ __forceinline__ float low() const {
+        float own = x[0];
+#pragma unroll
+        for (int i = 1; i < OWN; i++) own = fminf(own, x[i]);
+        return reduced(own, [](float a, float b) { return fminf(a, b); });
+    }
+    __device__ __forceinline__ float high() const {
+        float own = x[0];
+#pragma unroll
+        for (int i = 1; i < OWN; i++) own = fmaxf(own, x[i]);
+        return reduced(own, [](float a, float b) { return fmaxf(a, b); });
+    }
+};
+
+__device__ __forceinline__ __half half_near(double x) { return __double2half(fmin(fmax(x, -(double)FP16_MAX), (double)FP16_MAX)); }
+
+// kvloom/codecs/_clipped.py: of the grids of clipped ranges, the one of the least squared error.
+template <class S> struct ClipSearch {
+    const Team<S>& team;
+    float low, high, spread;  // of the whole range
+    float best_low, best_high, error;
+    Params<S> best;
+
+    static constexpr int PLACES = 8;
+    static constexpr double LARGEST = 1.0 / S::LEVELS < 0.35 ? 1.0 / S::LEVELS : 0.35;
+
+    __device__ __forceinline__ ClipSearch(const Team<S>& team, float least, float most)
+        : team(team), low(S::SYMMETRIC ? -fmaxf(fabsf(least), fabsf(most)) : least),
+          high(S::SYMMETRIC ? fmaxf(fabsf(least), fabsf(most)) : most), spread(high - low), best_low(low), best_high(high),
+          best(low, high) {
+        error = squared_error(best.grid());
+    }
+    static __device__ __forceinline__ float near_code(float x, const Grid& grid) {
+        return fminf(fmaxf(rintf((x - grid.zero) * grid.inverse), 0.f), (float)S::LEVELS);
+    }
+    __device__ __forceinline__ float squared_error(const Grid& grid) const {
+        float own = 0.f;
+#pragma unroll
+        for (int i = 0; i < Team<S>::OWN; i++) {
+            const float off = fmaf(near_code(team.x[i], grid), grid.scale, grid.zero) - team.x[i];
+            own = fmaf(off, off, own);
+        }
+        return Team<S>::sum(own);
+    }
+    __device__ __forceinline__ void attempt(float from, float to) {
+        const Params<S> params(from, to);
+        const float own = squared_error(params.grid());
+        if (own < error) {
+            error = own;
+            best = params;
+            best_low = from;
+            best_high = to;
+        }
+    }
+    __device__ __forceinline__ void move(bool moves_low, bool moves_high) {
+#pragma unroll 1
+        for (int place = 0; place < PLACES; place++) {
+            const float cut = (float)(LARGEST * place / (PLACES - 1)) * spread;
+            attempt(moves_low ? low + cut : best_low, moves_high ? high - cut : best_high);
+        }
+    }
+    __device__ __forceinline__ void refit() {
+        const Grid grid = best.grid();
+        double sum_x = 0, sum_code = 0, products = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < Team<S>::OWN; i++) {
+            sum_x += team.x[i];
+            sum_code += near_code(team.x[i], grid);
+        }
+        const double mean_x = S::SYMMETRIC ? 0.0 : Team<S>::sum(sum_x) / S::GROUP;
+        const double mean_code = S::SYMMETRIC ? 0.5 * S::LEVELS : Team<S>::sum(sum_code) / S::GROUP;
+#pragma unroll
+        for (int i = 0; i < Team<S>::OWN; i++) {
+            const double code = near_code(team.x[i], grid) - mean_code;
+            products += (team.x[i] - mean_x) * code;
+            squares += code * code;
+        }
+        products = Team<S>::sum(products);
+        squares = Team<S>::sum(squares);
+        const double slope = products / (squares > 0 ? squares : 1.0), start = mean_x - slope * mean_code;
+        const float most = (float)LARGEST * spread;
+        attempt(fminf(fmaxf((float)start, low), low + most), fminf(fmaxf((float)(start + slope * S::LEVELS), high - most), high));
+    }
+    __device__ __forceinline__ void run() {
+        if (S::SYMMETRIC) {
+            move(true, true);
+        } else {
+            move(true, false);
+            move(false, true);
+            move(true, false);
+        }
+        refit();
+        refit();
+    }
+};
+
+// The code of the point nearest to x, in units of the scale.
+template <class S> __device__ __forceinline__ u32 point_code(float x, const float* points) {
+    u32 code = 0;
+#pragma unroll
+    for (int i = 0; i < (S::BITS <= 4 ? S::LEVELS : 0); i++) code += x > (points[i] + points[i + 1]) / 2;
+    return code;
+}
+
+// kvloom/codecs/_lloyd.py: the root mean square, or the scale of least squares where that has the smaller error.
+template <class S> struct LloydFit {
+    const Team<S>& team;
+    const float* points;
+
+    __device__ __forceinline__ float chosen(float x, float step) const {
+        return points[point_code<S>(__fdiv_rn(x, step > 0.f ? step : 1.f), points)];
+    }
+    __device__ __forceinline__ double squared_error(__half scale) const {
+        const float step = __half2float(scale);
+        double own = 0;
+#pragma unroll
+        for (int i = 0; i < Team<S>::OWN; i++) {
+            const float off = __fsub_rn(__fmul_rn(chosen(team.x[i], step), step), team.x[i]);
+            own += __fmul_rn(off, off);
+        }
+        return Team<S>::sum(own);
+    }
+    __device__ __forceinline__ __half scale() const {
+        double own = 0, products = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < Team<S>::OWN; i++) own += __fmul_rn(team.x[i], team.x[i]);
+        const __half root = half_near(sqrt(Team<S>::sum(own) / S::GROUP));
+#pragma unroll
+        for (int i = 0; i < Team<S>::OWN; i++) {
+            const float point = chosen(team.x[i], __half2float(root));
+            products += __fmul_rn(team.x[i], point);
+            squares += __fmul_rn(point, point);
+        }
+        products = Team<S>::sum(products);
+        squares = Team<S>::sum(squares);
+        const __half fitted = half_near(products / squares);
+        return squared_error(fitted) < squared_error(root) ? fitted : root;
+    }
+};
+
+// Where the code of an element lies in shared memory: see `put`.
+template <class S> __device__ __forceinline__ int place(int token, int channel) {
+    const int within = token % 16;
+    return S::IS_KEY ? token * S::PITCH + channel
+                     : channel * S::PITCH + within % 8 / 2 * (P / 4) + token / 16 * 4 + within % 2 + within / 8 * 2;
+}
+
+// Groups by teams of lanes; the page is staged in shared memory after the codes.
+template <class S>
+__device__ __forceinline__ bool quantise_by_search(const ELEMENT* x, i64 stride, u8* record, u8* codes, const Points& codebook) {
+    typedef Team<S> T;
+    constexpr int PITCH = D + V, TOTAL = P * D / S::GROUP;  // elements of a staged row; groups
+    __shared__ float points[16];
+    ELEMENT* staged = reinterpret_cast<ELEMENT*>(codes + S::SCRATCH);
+    __half* params = reinterpret_cast<__half*>(record + S::PARAMS);
+    if (threadIdx.x < 16) points[threadIdx.x] = codebook[threadIdx.x];
+    bool is_bad = false;
+    for (int v = threadIdx.x; v < P * D / V; v += THREADS) {
+        const int token = v / (D / V), channel = v % (D / V) * V;
+        const Vector vector = load(x + token * stride + channel);
+#pragma unroll
+        for (int i = 0; i < 4; i++) is_bad |= is_beyond(vector.word[i], ELEMENT());
+        *reinterpret_cast<uint4*>(staged + token * PITCH + channel) = make_uint4(vector.word[0], vector.word[1], vector.word[2], vector.word[3]);
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % 32, part = lane / T::STEP % T::LANES, own = S::PER_CHANNEL ? lane % T::TEAMS : lane / T::LANES;
+    for (int first = threadIdx.x / 32 * T::TEAMS; first < TOTAL; first += WARPS * T::TEAMS) {
+        const int group = min(first + own, TOTAL - 1);  // spare lanes do the last one's work again
+        const int token0 = S::PER_CHANNEL ? group / D * S::GROUP : group / (D / S::GROUP);
+        const int channel0 = S::PER_CHANNEL ? group % D : group % (D / S::GROUP) * S::GROUP;
+        T team;
+#pragma unroll
+        for (int i = 0; i < T::OWN; i++) {
+            const int at = part + i * T::LANES;
+            team.x[i] = number(staged[(token0 + (S::PER_CHANNEL ? at : 0)) * PITCH + channel0 + (S::PER_CHANNEL ? 0 : at)]);
+        }
+        __half scale, zero = __float2half_rn(0.f);
+        if constexpr (S::CODEC == CLIPPED) {
+            ClipSearch<S> search(team, team.low(), team.high());
+            search.run();
+            scale = search.best.scale;
+            zero = search.best.zero;
+        } else if constexpr (S::CODEC == LLOYD) {
+            scale = LloydFit<S>{team, points}.scale();
+        } else {  // kvloom/codecs/_nuq.py
+            const float low = team.low(), high = team.high();
+            zero = half_near(__fadd_rn(__fmul_rn(low, 0.5f), __fmul_rn(high, 0.5f)));
+            const float middle = __half2float(zero);
+            scale = __float2half_ru(fminf(fmaxf(__fsub_rn(high, middle), __fsub_rn(middle, low)), FP16_MAX));
+        }
+        if (part == 0) {
+            const int slot = S::PER_CHANNEL ? token0 / S::GROUP * D + channel0 : channel0 / S::GROUP * P + token0;
+            if (S::SYMMETRIC) params[slot] = scale;
+            else if (S::PER_CHANNEL) params[slot] = scale, params[P / S::GROUP * D + slot] = zero;
+            else reinterpret_cast<__half2*>(params)[slot] = __halves2half2(scale, zero);
+        }
+        const float step = __half2float(scale), start = __half2float(zero);
+        const Grid grid = {S::SYMMETRIC ? __fmul_rn(step, -0.5f * S::LEVELS) : start, step, step > 0.f ? __frcp_rn(step) : 0.f};
+#pragma unroll
+        for (int i = 0; i < T::OWN; i++) {
+            const int at = part + i * T::LANES;
+            u32 c;
+            if constexpr (S::CODEC == CLIPPED) c = code<S>(team.x[i], grid);
+            else c = point_code<S>(__fdiv_rn(__fsub_rn(team.x[i], start), step > 0.f ? step : 1.f), points);
+            codes[place<S>(token0 + (S::PER_CHANNEL ? at : 0), channel0 + (S::PER_CHANNEL ? 0 : at))] = c;
+        }
+    }
+    return is_bad;
+}
+
 // One plane: 16 bytes a thread, word by word, two pairs of columns (4 adjacent codes of a row) at a time.
 template <class S, int BITS, int SHIFT, int TILES> __device__ __forceinline__ void pack(const u8* codes, u8* plane) {
     constexpr u32 PAIRS = S::COLS / 8, KJ = 16 / BITS, WORDS = TILES * 2 * PAIRS / KJ;  // pairs of a row, of a word; words of a lane
@@ -331,12 +580,14 @@ __device__ __forceinline__ void copy_elements(const ELEMENT* x, i64 stride, u8* 
         reinterpret_cast<uint4*>(record)[v] = __ldcs(reinterpret_cast<const uint4*>(x + v / (D / V) * stride + v % (D / V) * V));
 }
 
-template <class S> __device__ __forceinline__ void encode_side(const ELEMENT* x, i64 stride, u8* record, u8* codes, int* flag) {
+template <class S> __device__ __forceinline__ void encode_side(const ELEMENT* x, i64 stride, u8* record, u8* codes, int* flag,
+                                                                  const Points& points) {
     if constexpr (S::BITS == 16) {
         copy_elements(x, stride, record);
     } else {
         bool is_bad;
-        if constexpr (S::PER_CHANNEL) is_bad = quantise_per_channel<S>(x, stride, record, codes);
+        if constexpr (S::CODEC != AFFINE) is_bad = quantise_by_search<S>(x, stride, record, codes, points);
+        else if constexpr (S::PER_CHANNEL) is_bad = quantise_per_channel<S>(x, stride, record, codes);
         else is_bad = quantise_per_token<S>(x, stride, record, codes);
         if (is_bad) *flag = 1;
         __syncthreads();
@@ -348,22 +599,34 @@ template <class S> __device__ __forceinline__ void encode_side(const ELEMENT* x,
 
 // Grid (2 * pages, heads, batch): even blocks take keys, odd ones values. Strides in elements, of records in bytes.
 // key, value [batch, heads, pages * P, D]; records [batch, heads, pages, bytes]; flag becomes 1 if a group to be quantised
-// holds NaN, infinity or a magnitude above 65504.
+// holds NaN, infinity or a magnitude above 65504. The rest: see Points.
 #if !APPEND
 extern "C" __global__ void __launch_bounds__(THREADS)
     encode_pages(const ELEMENT* __restrict__ key, i64 key_batch, i64 key_head, i64 key_token, const ELEMENT* __restrict__ value,
                  i64 value_batch, i64 value_head, i64 value_token, u8* __restrict__ records, i64 record_batch, i64 record_head,
-                 i64 record_page, int* __restrict__ flag) {
+                 i64 record_page, int* __restrict__ flag, u64 key_low0, u64 key_low1, u64 key_high0, u64 key_high1, u64 value_low0,
+                 u64 value_low1, u64 value_high0, u64 value_high1) {
     extern __shared__ __align__(16) u8 shared[];
     const i64 page = blockIdx.x / 2, head = blockIdx.y, batch = blockIdx.z;
     u8* record = records + batch * record_batch + head * record_head + page * record_page;
     if (blockIdx.x % 2 == 0)
-        encode_side<Keys>(key + batch * key_batch + head * key_head + page * P * key_token, key_token, record, shared, flag);
+        encode_side<Keys>(key + batch * key_batch + head * key_head + page * P * key_token, key_token, record, shared, flag,
+                         {{key_low0, key_low1}, {key_high0, key_high1}});
     else
         encode_side<Values>(value + batch * value_batch + head * value_head + page * P * value_token, value_token,
-                            record + VALUE_OFFSET, shared, flag);
+                            record + VALUE_OFFSET, shared, flag, {{value_low0, value_low1}, {value_high0, value_high1}});
 }
 #else
+
+#if KEY_ROTATED || VALUE_ROTATED
+// One token's channels, turned.
+__device__ __forceinline__ void append_turned(const ELEMENT* from, ELEMENT* to) {
+    __shared__ float row[D];
+    for (int i = threadIdx.x; i < D; i += THREADS) row[i] = hadamard_signed(number(from[i]), i);
+    hadamard_sums(row, threadIdx.x, THREADS, [] { __syncthreads(); });
+    for (int i = threadIdx.x; i < D; i += THREADS) to[i] = static_cast<ELEMENT>(row[i]);
+}
+#endif
 
 // Appends one token to every sequence of a cache of fixed size and packs the page that is full with it. Grid (2, heads of
 // records, batch). key, value [batch, kv_heads, 1, D] by strides in elements; sinks [batch, kv_heads, num_sinks, D]; ring
@@ -371,12 +634,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // Records by strides in bytes, in order, or through table [batch, table_stride] of page numbers. state: (tokens, pages that
 // the newest token reads) of each sequence, then a ticket for each, zero between launches. flags become 1: what was packed is
 // out of range; the cache was full and the token is lost. filled [capacity + 1]: full pages by number of tokens. is_last: no
-// launch for other heads of this token follows, so the sequences grow.
+// launch for other heads of this token follows, so the sequences grow. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(THREADS)
     append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head, int kv_heads,
                  const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, int num_sinks, ELEMENT* ring_key, ELEMENT* ring_value,
                  int ring, u8* records, i64 record_batch, i64 record_head, i64 record_page, const int* table, int table_stride,
-                 int* state, int* flags, const int* filled, int capacity, int is_last) {
+                 int* state, int* flags, const int* filled, int capacity, int is_last, u64 key_low0, u64 key_low1,
+                 u64 key_high0, u64 key_high1, u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1) {
     extern __shared__ __align__(16) u8 shared[];
     const bool is_key = blockIdx.x == 0;
     const int head = heads ? heads[blockIdx.y] : blockIdx.y;
@@ -389,14 +653,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const ELEMENT* from = is_key ? key + batch * key_batch + head * key_head : value + batch * value_batch + head * value_head;
         ELEMENT* own = (is_key ? ring_key : ring_value) + row * ring * D;
         ELEMENT* to = at < 0 ? (is_key ? sink_key : sink_value) + (row * num_sinks + length) * D : own + at % ring * D;
-        for (int v = threadIdx.x; v < D / V; v += THREADS) reinterpret_cast<uint4*>(to)[v] = __ldcs(reinterpret_cast<const uint4*>(from) + v);
+#if KEY_ROTATED || VALUE_ROTATED
+        if (is_key ? Keys::ROTATED : Values::ROTATED) append_turned(from, to);
+        else
+#endif
+            for (int v = threadIdx.x; v < D / V; v += THREADS)
+                reinterpret_cast<uint4*>(to)[v] = __ldcs(reinterpret_cast<const uint4*>(from) + v);
         if (pages > page) {
             __syncthreads();
             const i64 number = table ? table[batch * table_stride + page] : page;
             u8* record = records + (table ? 0 : batch * record_batch) + blockIdx.y * record_head + number * record_page;
             const ELEMENT* x = own + page * P % ring * D;
-            if (is_key) encode_side<Keys>(x, D, record, shared, flags);
-            else encode_side<Values>(x, D, record + VALUE_OFFSET, shared, flags);
+            if (is_key) encode_side<Keys>(x, D, record, shared, flags, {{key_low0, key_low1}, {key_high0, key_high1}});
+            else encode_side<Values>(x, D, record + VALUE_OFFSET, shared, flags, {{value_low0, value_low1}, {value_high0, value_high1}});
         }
     }
     __syncthreads();  // everybody has read the length
