@@ -72,7 +72,8 @@ class StaticLoomLayer(LoomLayer):
             query_turn=self._query_turn(),
             output_turn=self._output_turn(),
         )
-        for tensor in (*self._own(), *self._matrices(), self.store.flags, self.store.filled):
+        turns = [turn for turn in (self.store.query_turn, self.store.output_turn) if turn is not None]
+        for tensor in (*self._own(), *self._matrices(), *turns, self.store.flags, self.store.filled):
             torch._dynamo.mark_static_address(tensor)
         kernels.backend(self.device).prepare(self.store)
 

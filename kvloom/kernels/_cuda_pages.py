@@ -23,7 +23,7 @@ _BLOCK_TOKENS = 64  # a warp's, in per_channel groups
 _MAX_WARPS = 8
 _ALIGNMENT = 16
 _STAGED_BYTES = 96 * 1024  # of a page that is searched for grids: what every device since Ampere has, less some
-_ROTATED_TOKENS = 4  # of a block, a warp each
+_ROTATE_WARPS = 4
 _CODECS = tuple(codec.name for codec in (AFFINE, CLIPPED, LLOYD, NUQ))
 _ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
@@ -119,10 +119,10 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         defines = _rotate_build(x.dtype, dim)
-        grid = (-(-tokens // _ROTATED_TOKENS), heads, batch)
+        grid = (-(-tokens // (_ROTATE_WARPS * (32 // (dim // 8)))), heads, batch)
         with torch.cuda.device(x.device):
             module("rotate.cu", defines).launch(
-                "rotate_states", grid, (32 * _ROTATED_TOKENS, 1, 1), x, *strides(x), out, tokens
+                "rotate_states", grid, (32 * _ROTATE_WARPS, 1, 1), x, *strides(x), out, tokens
             )
     return out
 
@@ -255,7 +255,7 @@ def _decode_build(layout: PageLayout, dtype: torch.dtype) -> tuple[Defines, int,
 @lru_cache(maxsize=64)
 def _rotate_build(dtype: torch.dtype, head_dim: int) -> Defines:
     """Defines of ``rotate.cu``."""
-    own = (("HEAD_DIM", head_dim), ("ELEMENT", _ELEMENTS[dtype]), ("WARPS", _ROTATED_TOKENS))
+    own = (("HEAD_DIM", head_dim), ("ELEMENT", _ELEMENTS[dtype]), ("WARPS", _ROTATE_WARPS))
     return *own, *_hadamard_defines(head_dim)
 
 

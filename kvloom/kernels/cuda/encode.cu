@@ -318,10 +318,10 @@ template <class S> __device__ __forceinline__ bool quantise_per_token(const ELEM
     return is_bad;
 }
 
-// Lanes that share a group, as many as leave each four elements at least.
+// Lanes that share a group, as many as leave each 16 elements: what a lane does for each grid is shared by them.
 __host__ __device__ constexpr int team_lanes(int group) {
     int lanes = 1;
-    while (lanes < 32 && group % (2 * lanes) == 0 && group / (2 * lanes) >= 4) lanes *= 2;
+    while (group % (2 * lanes) == 0 && group / (2 * lanes) >= 16) lanes *= 2;
     return lanes;
 }
 
@@ -368,23 +368,25 @@ template <class S> struct ClipSearch {
         : team(team), low(S::SYMMETRIC ? -fmaxf(fabsf(least), fabsf(most)) : least),
           high(S::SYMMETRIC ? fmaxf(fabsf(least), fabsf(most)) : most), spread(high - low), best_low(low), best_high(high),
           best(low, high) {
-        error = squared_error(best.grid());
+        error = squared_error(best);
     }
-    static __device__ __forceinline__ float near_code(float x, const Grid& grid) {
-        return fminf(fmaxf(rintf((x - grid.zero) * grid.inverse), 0.f), (float)S::LEVELS);
-    }
-    __device__ __forceinline__ float squared_error(const Grid& grid) const {
+    // An element half-way between two codes has the same error with both, so the quotient need not be exact.
+    __device__ __forceinline__ float squared_error(const Params<S>& params) const {
+        constexpr float ROUND = 12582912.f;  // 1.5 * 2^23
+        const float scale = __half2float(params.scale), inverse = scale > 0.f ? __fdividef(1.f, scale) : 0.f;
+        const float zero = S::SYMMETRIC ? -0.5f * S::LEVELS * scale : __half2float(params.zero);
         float own = 0.f;
 #pragma unroll
         for (int i = 0; i < Team<S>::OWN; i++) {
-            const float off = fmaf(near_code(team.x[i], grid), grid.scale, grid.zero) - team.x[i];
+            const float near = fminf(fmaxf((team.x[i] - zero) * inverse, 0.f), (float)S::LEVELS);
+            const float off = fmaf(__fsub_rn(__fadd_rn(near, ROUND), ROUND), scale, zero) - team.x[i];
             own = fmaf(off, off, own);
         }
         return Team<S>::sum(own);
     }
     __device__ __forceinline__ void attempt(float from, float to) {
         const Params<S> params(from, to);
-        const float own = squared_error(params.grid());
+        const float own = squared_error(params);
         if (own < error) {
             error = own;
             best = params;
@@ -392,9 +394,9 @@ template <class S> struct ClipSearch {
             best_high = to;
         }
     }
-    __device__ __forceinline__ void move(bool moves_low, bool moves_high) {
+    __device__ __forceinline__ void move(bool moves_low, bool moves_high, int first) {
 #pragma unroll 1
-        for (int place = 0; place < PLACES; place++) {
+        for (int place = first; place < PLACES; place++) {
             const float cut = (float)(LARGEST * place / (PLACES - 1)) * spread;
             attempt(moves_low ? low + cut : best_low, moves_high ? high - cut : best_high);
         }
@@ -405,15 +407,15 @@ template <class S> struct ClipSearch {
 #pragma unroll
         for (int i = 0; i < Team<S>::OWN; i++) {
             sum_x += team.x[i];
-            sum_code += near_code(team.x[i], grid);
+            sum_code += (double)(code<S>(team.x[i], grid) & 0xff);
         }
         const double mean_x = S::SYMMETRIC ? 0.0 : Team<S>::sum(sum_x) / S::GROUP;
         const double mean_code = S::SYMMETRIC ? 0.5 * S::LEVELS : Team<S>::sum(sum_code) / S::GROUP;
 #pragma unroll
         for (int i = 0; i < Team<S>::OWN; i++) {
-            const double code = near_code(team.x[i], grid) - mean_code;
-            products += (team.x[i] - mean_x) * code;
-            squares += code * code;
+            const double off = (double)(code<S>(team.x[i], grid) & 0xff) - mean_code;
+            products += (team.x[i] - mean_x) * off;
+            squares += off * off;
         }
         products = Team<S>::sum(products);
         squares = Team<S>::sum(squares);
@@ -423,11 +425,11 @@ template <class S> struct ClipSearch {
     }
     __device__ __forceinline__ void run() {
         if (S::SYMMETRIC) {
-            move(true, true);
+            move(true, true, 1);  // place 0 is where the ends are
         } else {
-            move(true, false);
-            move(false, true);
-            move(true, false);
+            move(true, false, 1);
+            move(false, true, 1);
+            move(true, false, 0);
         }
         refit();
         refit();
@@ -618,16 +620,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 #else
 
-#if KEY_ROTATED || VALUE_ROTATED
-// One token's channels, turned.
-__device__ __forceinline__ void append_turned(const ELEMENT* from, ELEMENT* to) {
-    __shared__ float row[D];
-    for (int i = threadIdx.x; i < D; i += THREADS) row[i] = hadamard_signed(number(from[i]), i);
-    hadamard_sums(row, threadIdx.x, THREADS, [] { __syncthreads(); });
-    for (int i = threadIdx.x; i < D; i += THREADS) to[i] = static_cast<ELEMENT>(row[i]);
-}
-#endif
-
 // Appends one token to every sequence of a cache of fixed size and packs the page that is full with it. Grid (2, heads of
 // records, batch). key, value [batch, kv_heads, 1, D] by strides in elements; sinks [batch, kv_heads, num_sinks, D]; ring
 // [batch, kv_heads, ring, D]: the token of slot s lies at (s - num_sinks) % ring. heads: KV head of each head of records.
@@ -654,8 +646,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         ELEMENT* own = (is_key ? ring_key : ring_value) + row * ring * D;
         ELEMENT* to = at < 0 ? (is_key ? sink_key : sink_value) + (row * num_sinks + length) * D : own + at % ring * D;
 #if KEY_ROTATED || VALUE_ROTATED
-        if (is_key ? Keys::ROTATED : Values::ROTATED) append_turned(from, to);
-        else
+        if (is_key ? Keys::ROTATED : Values::ROTATED) {
+            if (threadIdx.x < 32) hadamard_turn(from, to, threadIdx.x, threadIdx.x < HADAMARD_LANES);
+        } else
 #endif
             for (int v = threadIdx.x; v < D / V; v += THREADS)
                 reinterpret_cast<uint4*>(to)[v] = __ldcs(reinterpret_cast<const uint4*>(from) + v);
