@@ -1,14 +1,15 @@
 """The table of methods in README.md: published settings, codecs and plans, measured on SmolLM2-135M-Instruct.
 
-    python benchmarks/methods.py                             # all that needs no profile; hours on one core, resumable
-    python benchmarks/methods.py --profile profile.json      # KVmix's rule and the exact plans too
-    python benchmarks/methods.py --readme                    # the table, from the results
+    python benchmarks/methods.py                         # all that needs no profile; hours on one core, resumable
+    python benchmarks/methods.py --profile profile.json  # KVmix's rule and the exact plans too
+    python benchmarks/methods.py --share 2/8             # every eighth row from the second on: processes share a GPU
+    python benchmarks/methods.py --readme                # the table, from the results of all shares
 
-Results go to `<out>/methods.jsonl`, finished pieces beside it, so that a run that was killed goes on where it stopped.
-`--readme` scores nothing: it writes the table between the two markers in README.md, and the records it is made of,
-without their bootstrap blocks, to `benchmarks/methods.jsonl` (a test holds README.md to them; after a change of a
-row's words, `--readme --out benchmarks` makes the table again). The newest results count, with all others of the same
-text, protocol and device.
+Each share writes `<out>/share-2-of-8.jsonl`, finished pieces beside it, so that a run that was killed goes on where it
+stopped. `--readme` scores nothing: it writes the table between the two markers in README.md, and the records it is made
+of, without their bootstrap blocks, to `benchmarks/methods.jsonl` (a test holds README.md to them; after a change of a
+row's words, `--readme --out benchmarks/methods.jsonl` makes the table again). The newest results count, with all others
+of the same text, protocol and device.
 
 One length for all: 32 pages of 64 tokens, and 7 more. A plan keeps those tokens exactly that do not fill a page besides
 its sinks and its newest ones, so at another length true bits would depend on where its pages end. At this one every
@@ -50,7 +51,8 @@ BUDGETS = ((2, 2), (3, 2), (3, 3), (4, 4))
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
-FILE = "methods.jsonl"
+RESULTS = FOLDER / "results" / "methods"
+KEPT = FOLDER / "methods.jsonl"
 BEGIN, END = "<!-- methods: written by benchmarks/methods.py --readme -->", "<!-- /methods -->"
 UNMEASURED = "Not measured yet: `python benchmarks/methods.py`, then the same with `--readme`, puts the table here."
 
@@ -146,18 +148,14 @@ def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) ->
     return [*plans, *(other for other in others if other.name in wanted)]
 
 
-def evaluate(
-    lineup_of: Callable[[PreTrainedModel], list[Contestant]], out: Path, windows: int, window: int, batch: int
-) -> None:
-    """Score a model's lineup, in float32 on any device.
+def evaluate(lineup_of: Callable[[PreTrainedModel], list[Contestant]], asked: argparse.Namespace) -> None:
+    """Score a share of a model's lineup, in float32 on any device.
 
     Args:
         lineup_of: what is scored.
-        out: results file.
-        windows: of text.
-        window: tokens of each.
-        batch: windows in one forward pass.
+        asked: options of `scoring_options`.
     """
+    first, shares = asked.share
     started = perf_counter()
 
     def progress(what: str, done: int, total: int) -> None:
@@ -166,14 +164,38 @@ def evaluate(
     model, tokenizer = load_model(MODEL_NAME, dtype="float32")
     records = fidelity(
         model,
-        token_windows(tokenizer, texts(EVALUATION), window, windows, seed=0),
-        lineup_of(model),
+        token_windows(tokenizer, texts(EVALUATION), asked.window, asked.windows, seed=0),
+        lineup_of(model)[first - 1 :: shares],
         texts=EVALUATION,
-        out=out,
-        batch=batch,
+        out=asked.out / f"share-{first}-of-{shares}.jsonl",
+        batch=asked.batch,
         progress=progress,
     )
     print(render_text(records))
+
+
+def scoring_options(description: str, out: Path) -> argparse.ArgumentParser:
+    """The options of a script that scores a lineup and makes a table of it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--window", type=int, default=WINDOW)
+    parser.add_argument("--share", type=share, default=(1, 1), metavar="I/N")
+    parser.add_argument("--batch", type=int, default=1, help="windows in one forward pass")
+    parser.add_argument("--readme", action="store_true")
+    return parser
+
+
+def share(text: str) -> tuple[int, int]:
+    """``2/8`` as ``(2, 8)``.
+
+    Raises:
+        ArgumentTypeError: it is no such share.
+    """
+    first, _, of = text.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: give the first and the number of shares, such as 2/8.")
+    return int(first), int(of)
 
 
 def comparable(results: Path, needed: Iterable[str], script: str = "benchmarks/methods.py") -> dict[str, Record]:
@@ -260,7 +282,7 @@ def _legend(record: Record) -> str:
     return fill(said, 120, break_on_hyphens=False)
 
 
-def write_readme(results: Path, readme: Path = README, kept: Path = FOLDER / FILE) -> None:
+def write_readme(results: Path, readme: Path = README, kept: Path = KEPT) -> None:
     """Write the table between the markers, and keep what it is made of.
 
     Raises:
@@ -299,21 +321,15 @@ def without_blocks(record: Record) -> dict[str, Any]:
 
 def main() -> None:
     """Score the lineup, or write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "results")
-    parser.add_argument("--windows", type=int, default=WINDOWS)
-    parser.add_argument("--window", type=int, default=WINDOW)
+    parser = scoring_options(__doc__.split("\n")[0], RESULTS)
     parser.add_argument("--profile", type=Path)
-    parser.add_argument("--batch", type=int, default=1, help="windows in one forward pass")
-    parser.add_argument("--readme", action="store_true")
     asked = parser.parse_args()
     try:
         if asked.readme:
-            write_readme(asked.out / FILE)
+            write_readme(asked.out)
         else:
             profile = Profile.load(asked.profile) if asked.profile else None
-            lineup_of = partial(contestants, profile=profile, tokens=asked.window)
-            evaluate(lineup_of, asked.out / FILE, asked.windows, asked.window, asked.batch)
+            evaluate(partial(contestants, profile=profile, tokens=asked.window), asked)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

@@ -22,7 +22,6 @@ of the newest tokens would wait exactly for their page, and bits are counted whe
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -33,12 +32,11 @@ from benchmarks.methods import (
     FOUR,
     PAGE,
     README,
-    WINDOW,
-    WINDOWS,
     comparable,
     evaluate,
     insert,
     interval,
+    scoring_options,
     without_blocks,
 )
 from benchmarks.packages import PACKAGES, package_contestants
@@ -122,13 +120,6 @@ def _is_wanted(peer: Contestant) -> bool:
     assert isinstance(bits, int)
     assert isinstance(group, int)
     return ("best axes" in peer.name or bits == 3) and bits + 32 / group <= max(BUDGETS)
-
-
-def score_share(out: Path, windows: int, window: int, share: tuple[int, int], batch: int) -> None:
-    """Score a share of the contestants."""
-    first, shares = share
-    file = out / f"share-{first}-of-{shares}.jsonl"
-    evaluate(lambda model: contestants(model)[first - 1 :: shares], file, windows, window, batch)
 
 
 @dataclass(frozen=True)
@@ -246,33 +237,14 @@ def _kept(record: Record, compared: bool) -> dict[str, Any]:
     return {**without_blocks(record), "blocks": blocks}
 
 
-def share(text: str) -> tuple[int, int]:
-    """``2/8`` as ``(2, 8)``.
-
-    Raises:
-        ArgumentTypeError: it is no such share.
-    """
-    first, _, of = text.partition("/")
-    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
-        raise ArgumentTypeError(f"{text!r} is no share: give the first and the number of shares, such as 2/8.")
-    return int(first), int(of)
-
-
 def main() -> None:
     """Score a share, or write the table."""
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--windows", type=int, default=WINDOWS)
-    parser.add_argument("--window", type=int, default=WINDOW)
-    parser.add_argument("--share", type=share, default=(1, 1), metavar="I/N")
-    parser.add_argument("--batch", type=int, default=1, help="windows in one forward pass")
-    parser.add_argument("--readme", action="store_true")
-    asked = parser.parse_args()
+    asked = scoring_options(__doc__.split("\n")[0], RESULTS).parse_args()
     try:
         if asked.readme:
             write_readme(asked.out)
         else:
-            score_share(asked.out, asked.windows, asked.window, asked.share, asked.batch)
+            evaluate(contestants, asked)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

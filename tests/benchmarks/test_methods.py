@@ -183,6 +183,6 @@ def test_a_readme_without_its_two_markers_is_refused(files, text):
 
 
 def test_readme_holds_what_the_script_makes_of_the_kept_results():
-    kept = methods.FOLDER / methods.FILE
+    kept = methods.KEPT
     expected = methods.table(methods.comparable(kept, methods.NEEDED)) if kept.exists() else methods.UNMEASURED
     assert methods.between(methods.README.read_text(encoding="utf-8"))[1] == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentTypeError
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,7 +187,9 @@ def test_shares_score_every_contestant_once_into_their_files(monkeypatch, tmp_pa
     monkeypatch.setattr(methods, "token_windows", lambda _tokenizer, _texts, window, count, seed: WINDOWS[:, :window])
     monkeypatch.setattr(recipes, "contestants", lambda _: five)
     for n in (1, 2):
-        recipes.score_share(tmp_path, 1, 256, (n, 2), 1)
+        methods.evaluate(
+            recipes.contestants, SimpleNamespace(out=tmp_path, windows=1, window=256, share=(n, 2), batch=1)
+        )
     found = {
         file.name: [json.loads(line)["name"] for line in file.read_text(encoding="utf-8").splitlines()]
         for file in tmp_path.glob("*.jsonl")
@@ -196,13 +199,13 @@ def test_shares_score_every_contestant_once_into_their_files(monkeypatch, tmp_pa
 
 @given(st.integers(1, 40), st.integers(0, 40))
 def test_a_share_is_read_as_its_two_numbers(first, more):
-    assert recipes.share(f"{first}/{first + more}") == (first, first + more)
+    assert methods.share(f"{first}/{first + more}") == (first, first + more)
 
 
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "1/0", "-1/2", "a/2", "1/2/3"])
 def test_what_is_no_share_is_refused(text):
     with pytest.raises(ArgumentTypeError, match="such as 2/8"):
-        recipes.share(text)
+        methods.share(text)
 
 
 def test_readme_holds_what_the_script_makes_of_the_kept_results():

@@ -219,8 +219,8 @@ def test_searched_grids_are_the_references(options, dtype: torch.dtype) -> None:
                 sides, *(TORCH.decode(d, layout, torch.float32) for d in (data, expected)), formats, strict=True
             ):
                 error, other = squared_errors(x, ours, fmt), squared_errors(x, theirs, fmt)
-                assert error.sum() <= other.sum() * (1 + 1e-5)
-                assert (error <= other * 1.02 + 1e-30).all()
+                assert error.sum() <= other.sum() * (1 + 1e-3)
+                assert (error <= other * 1.02 + 1e-10).all()  # a step of fp16 more or less, where sums are rounded
 
 
 @ON_GPU

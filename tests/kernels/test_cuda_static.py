@@ -178,7 +178,7 @@ def test_generate_replays_graphs_and_gives_the_growing_caches_logits(model, make
         same = int(equal.sum()) - ids.shape[1]
         assert same > 0  # afterwards a tie was broken otherwise
         for ours, theirs in zip(static.logits[:same], growing.logits[:same], strict=True):
-            assert float((ours - theirs).norm() / theirs.norm()) < 3e-2
+            assert float((ours - theirs).norm() / theirs.norm()) < (3e-2 if make_plan is uniform else 6e-2)
         cache.check()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0

@@ -397,8 +397,8 @@ template <class S> struct ClipSearch {
     __device__ __forceinline__ void move(bool moves_low, bool moves_high, int first) {
 #pragma unroll 1
         for (int place = first; place < PLACES; place++) {
-            const float cut = (float)(LARGEST * place / (PLACES - 1)) * spread;
-            attempt(moves_low ? low + cut : best_low, moves_high ? high - cut : best_high);
+            const float cut = __fmul_rn((float)(LARGEST * place / (PLACES - 1)), spread);
+            attempt(moves_low ? __fadd_rn(low, cut) : best_low, moves_high ? __fsub_rn(high, cut) : best_high);
         }
     }
     __device__ __forceinline__ void refit() {
@@ -420,8 +420,8 @@ template <class S> struct ClipSearch {
         products = Team<S>::sum(products);
         squares = Team<S>::sum(squares);
         const double slope = products / (squares > 0 ? squares : 1.0), start = mean_x - slope * mean_code;
-        const float most = (float)LARGEST * spread;
-        attempt(fminf(fmaxf((float)start, low), low + most), fminf(fmaxf((float)(start + slope * S::LEVELS), high - most), high));
+        const float most = __fmul_rn((float)LARGEST, spread), end = (float)(start + slope * S::LEVELS);
+        attempt(fminf(fmaxf((float)start, low), __fadd_rn(low, most)), fminf(fmaxf(end, __fsub_rn(high, most)), high));
     }
     __device__ __forceinline__ void run() {
         if (S::SYMMETRIC) {
