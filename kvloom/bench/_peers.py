@@ -65,17 +65,18 @@ class Sdpa(Peer):
 
 
 class FlashAttention3(Peer):
-    """FlashAttention-3's decode entry, which splits the tokens by itself."""
+    """FlashAttention-3's decode entry, which splits the tokens by itself; built from source, or the fa3-fwd wheel."""
 
     name = "fa3"
+    MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 
     def lack(self, dtype: torch.dtype) -> str | None:
         """See `Peer.lack`."""
-        return "takes bfloat16 only" if dtype != torch.bfloat16 else _import_lack("flash_attn_interface")
+        return "takes bfloat16 only" if dtype != torch.bfloat16 else _import_lack(self._module())
 
     def prepare(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Attend:
         """See `Peer.prepare`."""
-        attend: Any = importlib.import_module("flash_attn_interface").flash_attn_with_kvcache
+        attend: Any = importlib.import_module(self._module()).flash_attn_with_kvcache
         rows, keys, values = (x.transpose(1, 2).contiguous() for x in (query, key, value))
 
         def launch() -> torch.Tensor:
@@ -84,6 +85,9 @@ class FlashAttention3(Peer):
             return only
 
         return launch
+
+    def _module(self) -> str:
+        return next((name for name in self.MODULES if importlib.util.find_spec(name)), self.MODULES[0])
 
 
 class FlashInfer(Peer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -54,8 +55,8 @@ def test_a_broken_install_is_not_fatal(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert FlashInfer(tensor_cores=True).lack(torch.float16) == "does not import: libcudart.so.12: cannot open"
 
 
-@pytest.mark.parametrize("with_lse", [False, True])
-def test_fa3_is_given_tokens_before_heads(grid, monkeypatch: pytest.MonkeyPatch, with_lse: bool):
+@pytest.mark.parametrize(("name", "with_lse"), [("flash_attn_interface", False), ("fa3_fwd_interface", True)])
+def test_fa3_is_given_tokens_before_heads(grid, monkeypatch: pytest.MonkeyPatch, name: str, with_lse: bool):
     def flash_attn_with_kvcache(q, k_cache, v_cache, softmax_scale=None):
         assert q.shape == (2, 1, 4, 64)
         assert k_cache.shape == v_cache.shape == (2, 192, 2, 64)
@@ -63,9 +64,10 @@ def test_fa3_is_given_tokens_before_heads(grid, monkeypatch: pytest.MonkeyPatch,
         out = scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
         return (out, None) if with_lse else out
 
-    module = ModuleType("flash_attn_interface")
+    module = ModuleType(name)
     module.flash_attn_with_kvcache = flash_attn_with_kvcache
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    module.__spec__ = ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, module)
     assert error_of(FlashAttention3(), grid) < 1e-5
 
 
