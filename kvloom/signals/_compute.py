@@ -43,7 +43,7 @@ def default_specs(head_dim: int) -> tuple[list[TensorSpec], list[TensorSpec]]:
 
 
 def rotated_specs() -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """More candidates: rotated, with clip ranges by search; better at 3 bits and below, packed by many operations."""
+    """More candidates: rotated, with clip ranges by search; better at 3 bits and below, dearer to pack on a CPU."""
     bits = (1, 2, 3, 4, 5, 6)
     kind = {"rotation": "hadamard", "codec": "clipped"}
     keys = [TensorSpec(bits=b, grouping="per_channel", group_size=64, **kind) for b in bits]
