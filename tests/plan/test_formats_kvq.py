@@ -54,10 +54,9 @@ def test_what_the_first_cannot_say_names_its_field(document: dict[str, Any], nam
 
 def test_fixed_bits_and_groups() -> None:
     plan = later(nbits={"k": 4, "v": 2}, group_size={"k": 32, "v": 128})
-    assert (plan.spec(0).key.label, plan.spec(0).value.label) == ("4b/tok32", "2b/tok128")
+    assert (plan.spec(0).key.label, plan.spec(0).value.label) == ("4b/tok32/hqq", "2b/tok128/hqq")
     assert plan.spec(0).window == Window(recent=64)
-    assert later(nbits=4).spec(0).key.label == "4b/tok64"
-    assert "hqq fits its zero points" in notes_of(plan)
+    assert later(nbits=4).spec(0).key.label == "4b/tok64/hqq"
 
 
 def test_a_budget_is_spent_by_norms(tmp_path: Path) -> None:
