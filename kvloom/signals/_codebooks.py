@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvloom.cache import Rope, rope_of
-from kvloom.codecs import NUQ, dual, group, rotated, signs, split
+from kvloom.codecs import NUQ, dual, dual_of, group, rotated, signs, split
 from kvloom.errors import DataError, PlanError
 from kvloom.pages import PAGE_TOKENS, Codebook, Format, num_outliers
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, Provenance, TensorSpec, Window, head_layouts
@@ -96,6 +96,7 @@ def calibrate_codebooks(
         model=plan.model,
         layers=tuple(entry for old in plan.layers for entry in _filled(old, found)),
         prefill=plan.prefill,
+        tensors=plan.tensors,
         provenance=provenance.model_copy(update={"calibration": calibration}),
     )
 
@@ -113,6 +114,8 @@ class _Unit:
         packed: Tokens of a prompt that pages would hold.
         page_tokens: Tokens of a page.
         rope: What keys are taken back by first, if the format has them before RoPE.
+        turn: Matrices of these heads that states and gradients are multiplied with, ``[heads, head_dim, head_dim]``
+            each, if the format turns them.
         weight: Weight of the elements of each bin, float64.
         moment: Sum of weight times normalised element, likewise.
     """
@@ -125,6 +128,7 @@ class _Unit:
     packed: slice
     page_tokens: int
     rope: Rope | None
+    turn: tuple[Tensor, Tensor] | None
     weight: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
     moment: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
 
@@ -142,9 +146,8 @@ class _Unit:
         """What codes stand for of keys or values ``[batch, heads, tokens, head_dim]``, and the gradient by it."""
         if self.rope is not None:
             own, slope = (self.rope.before(x, self.packed.start) for x in (own, slope))
-        if self.fmt.rotation is not None:
-            turn = self.fmt.rotation, own.shape[-1]
-            own, slope = rotated(own, signs(*turn, own.device)), slope @ dual(*turn, device=own.device)
+        if self.turn is not None:
+            own, slope = (x @ matrix.to(x) for x, matrix in zip((own, slope), self.turn, strict=True))
         if count := num_outliers(self.fmt, own.shape[-1], self.page_tokens):
             own, slope = (x.unflatten(-2, (-1, self.page_tokens)) for x in (own, slope))
             own, outliers = split(own, self.fmt, count)
@@ -175,8 +178,19 @@ def _units(plan: Plan, tokens: int, rope: Rope | None) -> Iterator[_Unit]:
                 own = [head for head in range(heads) if specs[head] == spec]
                 packed = packed_slice(tokens, entry.window, page_tokens)
                 for layer in entry.indices:
-                    before = rope if spec.pre_rope else None
-                    yield _Unit(layer, side, spec, spec.format(dim), own, packed, page_tokens, before)
+                    before, turn = rope if spec.pre_rope else None, _turn(plan, layer, side, spec, own)
+                    yield _Unit(layer, side, spec, spec.format(dim), own, packed, page_tokens, before, turn)
+
+
+def _turn(plan: Plan, layer: int, side: Side, spec: TensorSpec, heads: list[int]) -> tuple[Tensor, Tensor] | None:
+    """What turns states, and what turns their readers and gradients."""
+    if spec.rotation is None:
+        return None
+    dim = plan.model.head_dim
+    if spec.rotation == "calibrated":
+        forward = plan.rotations()[layer][side][heads]
+        return forward, dual_of(forward)
+    return rotated(torch.eye(dim), signs(spec.rotation, dim)), dual(spec.rotation, dim)
 
 
 def _count(attention: Tapped, units: Sequence[_Unit]) -> None:

@@ -59,7 +59,7 @@ class Meter:
                 if fmt.rotation == "calibrated":
                     raise PlanError(
                         "rotation 'calibrated' is fitted to a plan, so a profile cannot predict it: use 'hadamard' "
-                        "here, and kvloom rotate on the plan."
+                        "here, and kvloom calibrate --rotate on the plan."
                     )
         self._page_tokens = page_tokens_of(*every)
         self._packed = packed_slice(tokens, window, self._page_tokens)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvloom import calibrate_codebooks
 from kvloom.codecs import as_stored, split
 from kvloom.errors import DataError, ModelError, PlanError
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
+from kvloom.signals import calibrate_codebooks
 from kvloom.signals._codebooks import _attention
 from kvloom.signals._prompts import Prompts
 from kvloom.signals._tap import Tap, tapped

@@ -31,8 +31,8 @@ def preset(name: str, model: Any) -> Plan:
     tables of KVTuner (arXiv 2502.04420), by the names of their files; ``kvmix/2bit-...`` KVmix's uniform 2 bits (arXiv
     2506.08018) with the exact share of its paper or of its repository; ``kvq/K4V2`` the default of KVQ 0.0.x (arXiv
     2502.15075). ``kvloom/...`` are the best uniform plans measured here (``benchmarks/LOG.md``): keys per channel and
-    values per token, both turned by a Hadamard transform, clip ranges searched, four sinks; ``kvloom rotate``
-    (`kvloom.signals.calibrate_rotations`) puts matrices calibrated for the model in the transform's place.
+    values per token, both turned by a Hadamard transform, clip ranges searched, four sinks; ``kvloom calibrate
+    --rotate`` (`kvloom.calibrate`) puts matrices calibrated for the model in the transform's place.
 
     Args:
         name: One of `presets`.
