@@ -8,7 +8,7 @@ import torch
 from kvloom.codecs import as_stored, split
 from kvloom.errors import DataError, ModelError, PlanError
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
-from kvloom.signals import calibrate_codebooks
+from kvloom.signals import calibrate_codebooks, compute_profile
 from kvloom.signals._codebooks import _attention
 from kvloom.signals._prompts import Prompts
 from kvloom.signals._tap import Tap, tapped
@@ -175,6 +175,19 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         model.lm_head.weight.zero_()
     with pytest.raises(DataError, match="no gradient reaches the keys of layer 0"):
         calibrate_codebooks(model, plan_of(model), tokens)
+
+
+def test_a_profile_has_no_candidates_without_a_codebook() -> None:
+    model, tokens = tiny("llama"), random_tokens(1, 80)
+    model.forward = None  # nothing is read before the candidates are checked
+    for specs in ({"key_specs": [PLAIN, KEY]}, {"value_specs": [VALUE]}):
+        with pytest.raises(PlanError, match=r"^codec 'nuq' has a codebook of its own .* run kvloom calibrate on it"):
+            compute_profile(model, tokens, **specs)
+
+
+def test_a_candidate_with_a_codebook_is_measured() -> None:
+    made = compute_profile(tiny("llama"), random_tokens(1, 80), value_specs=[even(VALUE), PLAIN])
+    assert all(coarse > 0 for coarse, _ in made.table.value_loss)
 
 
 def test_on_a_real_model_they_lose_less_than_uniform_grids_on_other_text(smollm2) -> None:
