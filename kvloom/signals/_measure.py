@@ -63,7 +63,7 @@ class Meter:
                     )
                 if fmt.is_calibrated and fmt.codebook is None:
                     raise PlanError(
-                        f"codec {fmt.codec!r} has a codebook of its own in every layer, which a profile cannot predict: "
+                        f"codec {fmt.codec!r} has a codebook for every layer, which a profile cannot predict: "
                         f"measure 'clipped' here, name {fmt.codec!r} in the plan and run kvloom calibrate on it."
                     )
         self._page_tokens = page_tokens_of(*every)
