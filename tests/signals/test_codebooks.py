@@ -181,7 +181,7 @@ def test_a_profile_has_no_candidates_without_a_codebook() -> None:
     model, tokens = tiny("llama"), random_tokens(1, 80)
     model.forward = None  # nothing is read before the candidates are checked
     for specs in ({"key_specs": [PLAIN, KEY]}, {"value_specs": [VALUE]}):
-        with pytest.raises(PlanError, match=r"^codec 'nuq' has a codebook for every layer, .* run kvloom calibrate on it"):
+        with pytest.raises(PlanError, match=r"^codec 'nuq' has a codebook for every layer, .* run kvloom calibrate"):
             compute_profile(model, tokens, **specs)
 
 
