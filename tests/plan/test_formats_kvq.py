@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +51,19 @@ def test_quantos_last_axis_is_per_channel() -> None:
 def test_what_the_first_cannot_say_names_its_field(document: dict[str, Any], names: str) -> None:
     with pytest.raises(PlanError, match=names):
         import_plan(document, "kvq", MODEL)
+
+
+def test_a_configuration_object_is_its_attributes() -> None:
+    class KVQCacheConfig:
+        def __init__(self, **fields: Any) -> None:
+            self.__dict__.update(fields)
+
+    fields = {"nbits_k": 4, "nbits_v": 4, "axis_key": -1, "compute_dtype": torch.float16}
+    assert import_plan(KVQCacheConfig(**fields), "kvq", MODEL) == import_plan(fields, "kvq", MODEL)
+    with pytest.raises(PlanError, match="field nbits"):
+        import_plan(KVQCacheConfig(nbits=4), "kvq", MODEL)
+    with pytest.raises(PlanError, match="kvq"):
+        import_plan(4, "kvq", MODEL)
 
 
 def test_fixed_bits_and_groups() -> None:
