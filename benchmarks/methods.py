@@ -30,11 +30,12 @@ from textwrap import fill
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from kvloom.assets import EVALUATION, MODEL_NAME, load_model, texts, token_windows
+from kvloom import calibrate
+from kvloom.assets import CALIBRATION, EVALUATION, MODEL_NAME, load_model, texts, token_windows
 from kvloom.demo import KVMIX, SINKS, exact_name, lineup
 from kvloom.errors import DataError
 from kvloom.evaluate import Contestant, Record, fidelity, peer_contestants, plan_contestant
-from kvloom.plan import Fingerprint, Plan, Window, preset
+from kvloom.plan import Fingerprint, Plan, TensorSpec, Window, preset
 from kvloom.report import load_records, render_text
 from kvloom.signals import Profile
 
@@ -88,6 +89,26 @@ def _uniform(
     return Method(title + SINKS, source, f"first {window.sinks}", plan) if window else Method(title, source, "", plan)
 
 
+def _kvquant(bits: int) -> Method:
+    """Calibrated grids, keys before RoPE, 1 % outliers; the layers' codebooks are fitted before it is scored."""
+    own = {"codec": "nuq", "bits": bits, "outliers": 0.01}
+    key = TensorSpec.model_validate({**own, "grouping": "per_channel", "group_size": 64, "pre_rope": True})
+    value = TensorSpec.model_validate({**own, "grouping": "per_token", "group_size": "head_dim"})
+    source = "KVQuant, arXiv 2401.18079: keys before RoPE, 1 % outliers"
+    return Method(f"nuq K{bits}V{bits}{SINKS}", source, "first 4", partial(_of_specs, key=key, value=value))
+
+
+def _turboquant(bits: int) -> Method:
+    own = {"codec": "lloyd", "bits": bits, "symmetric": True, "rotation": "hadamard"}
+    spec = TensorSpec.model_validate({**own, "grouping": "per_token", "group_size": "head_dim"})
+    plan = partial(_of_specs, key=spec, value=spec)
+    return Method(f"lloyd K{bits}V{bits}{SINKS}", "TurboQuant-MSE, arXiv 2504.19874", "first 4", plan)
+
+
+def _of_specs(model: Fingerprint, key: TensorSpec, value: TensorSpec) -> Plan:
+    return Plan.from_specs(model, dict.fromkeys(model.packed_layers, (key, value)), window=FOUR)
+
+
 _KIVI, _KVMIX = "KIVI, arXiv 2402.02750", "KVmix, arXiv 2506.08018"
 _STREAMING, _AWQ = "sinks: StreamingLLM, arXiv 2309.17453", "clip ranges: AWQ, arXiv 2306.00978"
 _HQQ, _QUANTO = "HQQ (Badri and Shaji 2023)", "optimum-quanto"
@@ -98,9 +119,12 @@ METHODS = (
     _preset("kivi/K4V4", _KIVI, "newest 128"),
     _preset("kvmix/2bit-paper", _KVMIX, "newest 3"),
     _preset("kvmix/2bit-repository", f"{_KVMIX}, its code", "newest 7"),
+    _preset("kvmix/3bit-repository", f"{_KVMIX}, its code", "newest 7"),
     _preset("kvq/K4V2", "KVQ, arXiv 2502.15075", "newest 128"),
     *(_uniform("hqq", bits, _HQQ, "hqq", "hqq") for bits in (2, 4)),
     *(_uniform("quanto", bits, _QUANTO, "quanto", "quanto") for bits in (2, 4)),
+    *(_kvquant(bits) for bits in (2, 3)),
+    *(_turboquant(bits) for bits in (2, 3, 4)),
     *(_uniform("uniform", bits, f"grouping: {_KIVI}") for bits in (2, 3, 4)),
     *(_uniform("uniform", bits, _STREAMING, window=FOUR) for bits in (2, 3, 4)),
     *(_uniform("clipped values", bits, _AWQ, value="clipped", window=FOUR) for bits in (2, 3)),
@@ -133,7 +157,9 @@ def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) ->
     """
     shape = Fingerprint.of(model)
     plans = [
-        plan_contestant(method.plan(shape), model, name=method.name, method="uniform", prefill="quantized")
+        plan_contestant(
+            _fitted(method.plan(shape), model), model, name=method.name, method="uniform", prefill="quantized"
+        )
         for method in METHODS
         if method.plan
     ]
@@ -144,6 +170,14 @@ def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) ->
     others = [*(entry.contestant(model, "quantized") for entry in entries), *peers.contestants]
     wanted = {method.name for method in (*PROFILED, *PEERS)}
     return [*plans, *(other for other in others if other.name in wanted)]
+
+
+def _fitted(plan: Plan, model: PreTrainedModel) -> Plan:
+    """The plan with the codebooks that it needs, from other texts than those that are scored."""
+    if not plan.needs_codebooks:
+        return plan
+    _, tokenizer = load_model(MODEL_NAME, device="cpu")
+    return calibrate(model, plan, token_windows(tokenizer, texts(CALIBRATION), 512, 8, seed=0), texts=CALIBRATION)
 
 
 def evaluate(
