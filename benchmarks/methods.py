@@ -23,24 +23,29 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import fill
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvloom.assets import EVALUATION, MODEL_NAME, load_model, texts, token_windows
+from kvloom import calibrate
+from kvloom.assets import CALIBRATION, EVALUATION, MODEL_NAME, load_model, texts, token_windows
 from kvloom.demo import KVMIX, SINKS, exact_name, lineup
 from kvloom.errors import DataError
 from kvloom.evaluate import Contestant, Record, fidelity, peer_contestants, plan_contestant
-from kvloom.plan import Fingerprint, Plan, Window, preset
+from kvloom.plan import Fingerprint, Plan, TensorSpec, Window, preset
 from kvloom.report import load_records, render_text
 from kvloom.signals import Profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
+Share = tuple[int, int]
+"""The first, from 1, and the number of shares."""
 
 PAGE = 64
 WINDOW = 32 * PAGE + 7
@@ -90,6 +95,26 @@ def _uniform(
     return Method(title + SINKS, source, f"first {window.sinks}", plan) if window else Method(title, source, "", plan)
 
 
+def _kvquant(bits: int) -> Method:
+    """Calibrated grids, keys before RoPE, 1 % outliers; the layers' codebooks are fitted before it is scored."""
+    own = {"codec": "nuq", "bits": bits, "outliers": 0.01}
+    key = TensorSpec.model_validate({**own, "grouping": "per_channel", "group_size": 64, "pre_rope": True})
+    value = TensorSpec.model_validate({**own, "grouping": "per_token", "group_size": "head_dim"})
+    source = "KVQuant, arXiv 2401.18079: keys before RoPE, 1 % outliers"
+    return Method(f"nuq K{bits}V{bits}{SINKS}", source, "first 4", partial(_of_specs, key=key, value=value))
+
+
+def _turboquant(bits: int) -> Method:
+    own = {"codec": "lloyd", "bits": bits, "symmetric": True, "rotation": "hadamard"}
+    spec = TensorSpec.model_validate({**own, "grouping": "per_token", "group_size": "head_dim"})
+    plan = partial(_of_specs, key=spec, value=spec)
+    return Method(f"lloyd K{bits}V{bits}{SINKS}", "TurboQuant-MSE, arXiv 2504.19874", "first 4", plan)
+
+
+def _of_specs(model: Fingerprint, key: TensorSpec, value: TensorSpec) -> Plan:
+    return Plan.from_specs(model, dict.fromkeys(model.packed_layers, (key, value)), window=FOUR)
+
+
 _KIVI, _KVMIX = "KIVI, arXiv 2402.02750", "KVmix, arXiv 2506.08018"
 _STREAMING, _AWQ = "sinks: StreamingLLM, arXiv 2309.17453", "clip ranges: AWQ, arXiv 2306.00978"
 _HQQ, _QUANTO = "HQQ (Badri and Shaji 2023)", "optimum-quanto"
@@ -100,9 +125,12 @@ METHODS = (
     _preset("kivi/K4V4", _KIVI, "newest 128"),
     _preset("kvmix/2bit-paper", _KVMIX, "newest 3"),
     _preset("kvmix/2bit-repository", f"{_KVMIX}, its code", "newest 7"),
+    _preset("kvmix/3bit-repository", f"{_KVMIX}, its code", "newest 7"),
     _preset("kvq/K4V2", "KVQ, arXiv 2502.15075", "newest 128"),
     *(_uniform("hqq", bits, _HQQ, "hqq", "hqq") for bits in (2, 4)),
     *(_uniform("quanto", bits, _QUANTO, "quanto", "quanto") for bits in (2, 4)),
+    *(_kvquant(bits) for bits in (2, 3)),
+    *(_turboquant(bits) for bits in (2, 3, 4)),
     *(_uniform("uniform", bits, f"grouping: {_KIVI}") for bits in (2, 3, 4)),
     *(_uniform("uniform", bits, _STREAMING, window=FOUR) for bits in (2, 3, 4)),
     *(_uniform("clipped values", bits, _AWQ, value="clipped", window=FOUR) for bits in (2, 3)),
@@ -125,18 +153,23 @@ NEEDED = tuple(method.name for method in (*METHODS, *PEERS))
 """Rows without which there is no table: those that need no profile."""
 
 
-def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) -> list[Contestant]:
-    """Every method that can run here, in the order of the table.
+def contestants(
+    model: PreTrainedModel, profile: Profile | None, tokens: int, share: Share = (1, 1)
+) -> list[Contestant]:
+    """Every method that can run here, in the order of the table; or a share of them.
 
     Args:
         model: the model.
         profile: what exact plans and KVmix's rule are made from; None leaves them out.
         tokens: context at which exact plans have the bytes of uniform ones.
+        share: as many of the plans, and as many of the others.
     """
     shape = Fingerprint.of(model)
     plans = [
-        plan_contestant(method.plan(shape), model, name=method.name, method="uniform", prefill="quantized")
-        for method in METHODS
+        plan_contestant(
+            _fitted(method.plan(shape), model), model, name=method.name, method="uniform", prefill="quantized"
+        )
+        for method in of_share(METHODS, share)
         if method.plan
     ]
     entries = lineup(profile, tokens, BUDGETS) if profile else []
@@ -145,17 +178,24 @@ def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) ->
         print(note)
     others = [*(entry.contestant(model, "quantized") for entry in entries), *peers.contestants]
     wanted = {method.name for method in (*PROFILED, *PEERS)}
-    return [*plans, *(other for other in others if other.name in wanted)]
+    return [*plans, *of_share([other for other in others if other.name in wanted], share)]
 
 
-def evaluate(lineup_of: Callable[[PreTrainedModel], list[Contestant]], asked: argparse.Namespace) -> None:
+def _fitted(plan: Plan, model: PreTrainedModel) -> Plan:
+    """The plan with the codebooks that it needs, from other texts than those that are scored."""
+    if not plan.needs_codebooks:
+        return plan
+    _, tokenizer = load_model(MODEL_NAME, device="cpu")
+    return calibrate(model, plan, token_windows(tokenizer, texts(CALIBRATION), 512, 8, seed=0), texts=CALIBRATION)
+
+
+def evaluate(lineup_of: Callable[[PreTrainedModel], Sequence[Contestant]], asked: argparse.Namespace) -> None:
     """Score a share of a model's lineup, in float32 on any device.
 
     Args:
         lineup_of: what is scored.
         asked: options of `scoring_options`.
     """
-    first, shares = asked.share
     started = perf_counter()
 
     def progress(what: str, done: int, total: int) -> None:
@@ -165,9 +205,9 @@ def evaluate(lineup_of: Callable[[PreTrainedModel], list[Contestant]], asked: ar
     records = fidelity(
         model,
         token_windows(tokenizer, texts(EVALUATION), asked.window, asked.windows, seed=0),
-        lineup_of(model)[first - 1 :: shares],
+        lineup_of(model),
         texts=EVALUATION,
-        out=asked.out / f"share-{first}-of-{shares}.jsonl",
+        out=asked.out / "share-{}-of-{}.jsonl".format(*asked.share),
         batch=asked.batch,
         progress=progress,
     )
@@ -186,7 +226,13 @@ def scoring_options(description: str, out: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def share(text: str) -> tuple[int, int]:
+def of_share(whole: Sequence[T], share: Share) -> Sequence[T]:
+    """What one of so many processes does: every so-and-so-manieth, from its own number on."""
+    first, shares = share
+    return whole[first - 1 :: shares]
+
+
+def share(text: str) -> Share:
     """``2/8`` as ``(2, 8)``.
 
     Raises:
@@ -329,7 +375,7 @@ def main() -> None:
             write_readme(asked.out)
         else:
             profile = Profile.load(asked.profile) if asked.profile else None
-            evaluate(partial(contestants, profile=profile, tokens=asked.window), asked)
+            evaluate(partial(contestants, profile=profile, tokens=asked.window, share=asked.share), asked)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

@@ -36,6 +36,7 @@ from benchmarks.methods import (
     evaluate,
     insert,
     interval,
+    of_share,
     scoring_options,
     without_blocks,
 )
@@ -244,7 +245,7 @@ def main() -> None:
         if asked.readme:
             write_readme(asked.out)
         else:
-            evaluate(contestants, asked)
+            evaluate(lambda model: of_share(contestants(model), asked.share), asked)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvloom.assets import load_model
     from kvloom.cache import LoomCache, disable, enable
     from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
-    from kvloom.signals import Profile, calibrate_codebooks, compute_profile
+    from kvloom.signals import Profile, calibrate, compute_profile
 
 _HOMES = {
     "Budget": "kvloom.allocate",
@@ -26,7 +26,7 @@ _HOMES = {
     "Profile": "kvloom.signals",
     "TensorSpec": "kvloom.plan",
     "Window": "kvloom.plan",
-    "calibrate_codebooks": "kvloom.signals",
+    "calibrate": "kvloom.signals",
     "compute_profile": "kvloom.signals",
     "disable": "kvloom.cache",
     "enable": "kvloom.cache",
@@ -42,7 +42,7 @@ __all__ = [
     "TensorSpec",
     "Window",
     "__version__",
-    "calibrate_codebooks",
+    "calibrate",
     "compute_profile",
     "disable",
     "enable",

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvloom import __version__, errors
-from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _plan, _profile, _rotate, _run
+from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _plan, _profile, _run
 
 _SHOWN = (
     errors.CacheError,
@@ -67,7 +67,6 @@ for command in (
     _profile.profile,
     _plan.plan,
     _calibrate.calibrate,
-    _rotate.rotate,
     _plan.convert,
     _plan.show,
     _plan.schema,

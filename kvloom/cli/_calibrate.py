@@ -12,27 +12,33 @@ from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration,
 
 def calibrate(
     model: Model,
-    plan: Annotated[Path, typer.Option(help="A kv_plan.json whose keys or values have codec nuq.")],
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("kv_plan.json"),
-    prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 512,
+    plan: Annotated[Path, typer.Option(help="The plan to calibrate; codebooks are made where its codec is nuq.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The calibrated plan; matrices of rotations go beside it.")
+    ] = Path("kv_plan.json"),
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Turn channels so that queries and outputs notice rounding least.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 2048,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Fill in the codebooks of a plan, layer by layer."""
-    from kvloom import Plan, calibrate_codebooks
+    """Fit a plan to the model, layer by layer: its codebooks, and rotations if asked for."""
+    import kvloom
 
-    wanted = Plan.load(plan)
+    wanted = kvloom.Plan.load(plan)
     loaded, windows, names = calibration(model, text, prompts, tokens, seed, device, dtype)
     with progress() as update:
-        made = calibrate_codebooks(
+        made = kvloom.calibrate(
             loaded,
             wanted,
             windows,
+            rotate=rotate,
             texts=names,
             progress=lambda done, total, what: update(what, done, total),
         )
     made.save(output)
-    typer.echo(f"wrote {output}")
+    typer.echo(f"{made.describe(tokens)}\nwrote {output}")

@@ -3,7 +3,7 @@
 Source: KVQuant (Hooper et al., arXiv 2401.18079, section 3.3; SqueezeAILab/KVQuant, function `quant_fn_nuq_recon`).
 Every group is brought to [-1, 1] by the middle and half the width of its range, ``zero = (max + min) / 2`` and
 ``scale = (max - min) / 2``, and coded with the nearest of ``2**bits`` points in [-1, 1], which
-`kvloom.calibrate_codebooks` finds. Like all that kvloom stores, both are rounded to fp16: ``zero`` to nearest,
+`kvloom.calibrate` finds. Like all that kvloom stores, both are rounded to fp16: ``zero`` to nearest,
 ``scale`` up, so that no element leaves [-1, 1].
 
 The paper groups keys per channel, before positions are applied, and values per token. Here keys are those of the cache,

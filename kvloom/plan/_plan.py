@@ -96,7 +96,9 @@ class Plan(PlanModel):
     @model_validator(mode="after")
     def _tensors_are_asked_for(self) -> Plan:
         if self._calibrated_sides and self.tensors is None:
-            raise ValueError("rotation is calibrated and the plan names no tensors: make them with kvloom rotate")
+            raise ValueError(
+                "rotation is calibrated and the plan names no tensors: make them with kvloom calibrate --rotate"
+            )
         if self.tensors is not None and not self._calibrated_sides:
             raise ValueError("tensors names a file that no layer asks for: remove it")
         return self
@@ -253,6 +255,11 @@ class Plan(PlanModel):
         reasons = [name for name in self.codecs if codec_facts(name).form == "opaque"]
         reasons += ["specs with outliers"] * any(spec.outliers for spec in self._packed_specs)
         return reasons + ["keys before RoPE"] * bool(self.pre_rope_layers)
+
+    @property
+    def needs_codebooks(self) -> bool:
+        """Whether a codec takes calibrated codebooks, which the plan may have already."""
+        return any(spec.is_calibrated for spec in self._packed_specs)
 
     def check_codebooks(self) -> None:
         """Raise PlanError, naming the field, if a codec's codebook has not been calibrated."""

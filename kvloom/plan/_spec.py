@@ -33,7 +33,7 @@ class TensorSpec(PlanModel):
         symmetric: Centre the grid on zero and store no zero point.
         rotation: ``hadamard`` turns each head's channels by a randomised Hadamard transform first, which spreads
             outlier channels; queries and outputs are turned to match (`kvloom.codecs.rotated`). ``calibrated`` takes a
-            matrix of each KV head from the plan's tensors (`kvloom.signals.calibrate_rotations`).
+            matrix of each KV head from the plan's tensors (`kvloom.calibrate`).
         codebook: The calibrated points of codec ``nuq``, ``2**bits`` rising numbers in [-1, 1]; stored and used in
             fp16. ``kvloom calibrate`` fills them in; a cache refuses a plan that lacks them.
         outliers: Share of the elements that are kept in fp16, with an index, in 4 bytes each: those farthest outside

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SUFFIX = ".tensors.safetensors"
-_REMEDY = "keep the two files together, or make both again with kvloom rotate"
+_REMEDY = "keep the two files together, or make both again with kvloom calibrate --rotate"
 
 
 class PlanTensors(PlanModel):

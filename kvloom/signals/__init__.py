@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvloom.signals._base import Evidence, Labels, Side, Signal, get, register
+    from kvloom.signals._calibrate import calibrate
     from kvloom.signals._codebooks import calibrate_codebooks
     from kvloom.signals._compute import compute_profile, default_specs, rotated_specs
     from kvloom.signals._profile import Calibration, GradientNorms, Profile
@@ -22,6 +23,7 @@ _HOMES = {
     "Profile": "kvloom.signals._profile",
     "Side": "kvloom.signals._base",
     "Signal": "kvloom.signals._base",
+    "calibrate": "kvloom.signals._calibrate",
     "calibrate_codebooks": "kvloom.signals._codebooks",
     "calibrate_rotations": "kvloom.signals._rotations",
     "compute_profile": "kvloom.signals._compute",
@@ -40,6 +42,7 @@ __all__ = [
     "Profile",
     "Side",
     "Signal",
+    "calibrate",
     "calibrate_codebooks",
     "calibrate_rotations",
     "compute_profile",

@@ -6,6 +6,9 @@ Fisher information ``F_i = (dL / dx_i)^2``, ``L`` the cross entropy of the true 
 the codec, ``x = scale * u + zero``, so that the sum is ``sum (scale_i dL / dx_i)^2 (u_i - point)^2``: k-means over
 ``u``, weighted with the squared gradient by ``u``. (The authors' script weights ``u`` with ``F_i`` alone.)
 
+Codes see what pages hold, and so does calibration: keys before RoPE where the format says so, elements turned by its
+rotation, outliers not at all.
+
 ``u`` is counted in fine bins, each with its weight and weighted mean, so that memory does not grow with the data.
 """
 
@@ -19,9 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvloom.codecs import NUQ, dual, group, rotated, signs
+from kvloom.cache import Rope, rope_of
+from kvloom.codecs import NUQ, dual, dual_of, group, rotated, signs, split
 from kvloom.errors import DataError, PlanError
-from kvloom.pages import PAGE_TOKENS, Codebook, Format
+from kvloom.pages import PAGE_TOKENS, Codebook, Format, num_outliers
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, Provenance, TensorSpec, Window, head_layouts
 from kvloom.signals._base import Side
 from kvloom.signals._compute import Progress, silent
@@ -68,12 +72,14 @@ def calibrate_codebooks(
     Raises:
         DataError: A prompt has nothing to score, is too short to fill a page, or gives no finite loss; or no gradient
             reaches the keys or the values of a layer.
-        ModelError: The model is not the plan's, or its attention cannot be measured.
+        ModelError: The model is not the plan's, its attention cannot be measured, or its rotary embedding, which the
+            plan needs, cannot be taken back.
         PlanError: No codec of the plan needs a codebook.
     """
     plan.model.check(Fingerprint.of(model))
     prompts = Prompts.of(tokens, attention_mask, seed=0)
-    units = list(_units(plan, prompts.tokens.shape[1]))
+    rope = rope_of(model, plan.pre_rope_layers) if plan.pre_rope_layers else None
+    units = list(_units(plan, prompts.tokens.shape[1], rope))
     if not units:
         raise PlanError("the plan needs no codebooks: give the keys or the values of some layer codec 'nuq'.")
     report = progress or silent
@@ -90,6 +96,7 @@ def calibrate_codebooks(
         model=plan.model,
         layers=tuple(entry for old in plan.layers for entry in _filled(old, found)),
         prefill=plan.prefill,
+        tensors=plan.tensors,
         provenance=provenance.model_copy(update={"calibration": calibration}),
     )
 
@@ -105,6 +112,10 @@ class _Unit:
         fmt: Its format.
         heads: KV heads.
         packed: Tokens of a prompt that pages would hold.
+        page_tokens: Tokens of a page.
+        rope: What keys are taken back by first, if the format has them before RoPE.
+        turn: Matrices of these heads that states and gradients are multiplied with, ``[heads, head_dim, head_dim]``
+            each, if the format turns them.
         weight: Weight of the elements of each bin, float64.
         moment: Sum of weight times normalised element, likewise.
     """
@@ -115,21 +126,33 @@ class _Unit:
     fmt: Format
     heads: list[int]
     packed: slice
+    page_tokens: int
+    rope: Rope | None
+    turn: tuple[Tensor, Tensor] | None
     weight: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
     moment: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
 
     def add(self, states: Tensor, gradient: Tensor) -> None:
         """Count keys or values `[batch, kv_heads, tokens, head_dim]` and the gradient by them."""
-        own, slope = (x[:, self.heads, self.packed].float() for x in (states, gradient))
-        if self.fmt.rotation is not None:
-            turn = self.fmt.rotation, own.shape[-1]
-            own, slope = rotated(own, signs(*turn, own.device)), slope @ dual(*turn, device=own.device)
+        own, slope = self._as_packed(*(x[:, self.heads, self.packed].float() for x in (states, gradient)))
         unit, scale = NUQ.normalise(own, self.fmt)
         unit = unit.double().flatten().cpu()
         weight = (group(slope, self.fmt) * scale).double().square().flatten().cpu()
         bins = ((unit + 1) * (_BINS / 2)).long().clamp_(max=_BINS - 1)
         self.weight += torch.bincount(bins, weight, _BINS)
         self.moment += torch.bincount(bins, weight * unit, _BINS)
+
+    def _as_packed(self, own: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """What codes stand for of keys or values ``[batch, heads, tokens, head_dim]``, and the gradient by it."""
+        if self.rope is not None:
+            own, slope = (self.rope.before(x, self.packed.start) for x in (own, slope))
+        if self.turn is not None:
+            own, slope = (x @ matrix.to(x) for x, matrix in zip((own, slope), self.turn, strict=True))
+        if count := num_outliers(self.fmt, own.shape[-1], self.page_tokens):
+            own, slope = (x.unflatten(-2, (-1, self.page_tokens)) for x in (own, slope))
+            own, outliers = split(own, self.fmt, count)
+            slope = slope.flatten(-2).scatter(-1, outliers.index, 0.0).view_as(own)
+        return own, slope
 
     def codebook(self) -> Codebook:
         """The points of the least weighted squared error."""
@@ -144,7 +167,7 @@ class _Unit:
         return tuple(points.half().tolist())
 
 
-def _units(plan: Plan, tokens: int) -> Iterator[_Unit]:
+def _units(plan: Plan, tokens: int, rope: Rope | None) -> Iterator[_Unit]:
     """What needs a codebook, layer by layer."""
     heads, dim = plan.model.num_kv_heads, plan.model.head_dim
     for entry in plan.layers:
@@ -155,7 +178,19 @@ def _units(plan: Plan, tokens: int) -> Iterator[_Unit]:
                 own = [head for head in range(heads) if specs[head] == spec]
                 packed = packed_slice(tokens, entry.window, page_tokens)
                 for layer in entry.indices:
-                    yield _Unit(layer, side, spec, spec.format(dim), own, packed)
+                    before, turn = rope if spec.pre_rope else None, _turn(plan, layer, side, spec, own)
+                    yield _Unit(layer, side, spec, spec.format(dim), own, packed, page_tokens, before, turn)
+
+
+def _turn(plan: Plan, layer: int, side: Side, spec: TensorSpec, heads: list[int]) -> tuple[Tensor, Tensor] | None:
+    """What turns states, and what turns their readers and gradients."""
+    if spec.rotation is None:
+        return None
+    dim = plan.model.head_dim
+    if spec.rotation == "calibrated":
+        forward = plan.rotations()[layer][side][heads]
+        return forward, dual_of(forward)
+    return rotated(torch.eye(dim), signs(spec.rotation, dim)), dual(spec.rotation, dim)
 
 
 def _count(attention: Tapped, units: Sequence[_Unit]) -> None:

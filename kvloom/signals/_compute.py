@@ -96,7 +96,8 @@ def compute_profile(
         DataError: A prompt has nothing to score, is too short to fill a page, or gives no finite loss, or `batch` is
             not positive.
         ModelError: The model's attention, or its key and value projections, cannot be measured.
-        PlanError: A format does not fit the model's head_dim, or no signal has that name.
+        PlanError: A format does not fit the model's head_dim, its rotation or its codebook is to be calibrated for each
+            layer, or no signal has that name.
     """
     started = time.perf_counter()
     if batch < 1:

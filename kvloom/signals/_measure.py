@@ -37,7 +37,7 @@ class Meter:
         DataError: Prompts of this length never fill a page.
         ModelError: The key and value projections cannot be told, or a format is for keys before a rotary embedding that
             the model does not have.
-        PlanError: A format does not fit the model's head_dim, or its rotation is calibrated.
+        PlanError: A format does not fit the model's head_dim, its rotation is calibrated, or its codebook is missing.
     """
 
     def __init__(
@@ -59,7 +59,12 @@ class Meter:
                 if fmt.rotation == "calibrated":
                     raise PlanError(
                         "rotation 'calibrated' is fitted to a plan, so a profile cannot predict it: use 'hadamard' "
-                        "here, and kvloom rotate on the plan."
+                        "here, and kvloom calibrate --rotate on the plan."
+                    )
+                if fmt.is_calibrated and fmt.codebook is None:
+                    raise PlanError(
+                        f"codec {fmt.codec!r} has a codebook for every layer, which a profile cannot predict: "
+                        f"measure 'clipped' here, name {fmt.codec!r} in the plan and run kvloom calibrate on it."
                     )
         self._page_tokens = page_tokens_of(*every)
         self._packed = packed_slice(tokens, window, self._page_tokens)

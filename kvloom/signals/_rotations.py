@@ -59,7 +59,7 @@ def calibrate_rotations(
 
     Args:
         model: The model the plan is for; its attention goes through transformers' attention interface.
-        plan: What to rotate; rotations it has are replaced.
+        plan: What to rotate; rotations it has are replaced. Keys packed before RoPE stay as they are.
         tokens: Calibration prompts, integers ``[prompts, tokens]``, about as long as the contexts to come: what queries
             look at changes with the distance. Take them from other texts than those the plan is evaluated on.
         texts: Names of the texts the prompts come from, for the record.
@@ -75,7 +75,9 @@ def calibrate_rotations(
     entries = {layer: _calibrated(plan.spec(layer)) for layer in plan.model.packed_layers}
     sides = [(layer, side) for layer, entry in entries.items() for side in _rotated_sides(entry, shape.num_kv_heads)]
     if not sides:
-        raise PlanError("every side of the plan has 16 bits, which round nothing: there is nothing to rotate.")
+        raise PlanError(
+            "every side of the plan has 16 bits, which round nothing, or keys before RoPE: there is nothing to rotate."
+        )
     prompts = Prompts.of(tokens, None, 0)
     readers = {(layer, "value"): output_moment(model, layer, shape) for layer, side in sides if side == "value"}
     states, queries = _read(model, entries, shape, prompts, progress or silent)
@@ -105,7 +107,9 @@ def _calibrated(entry: LayerPlan) -> LayerPlan:
 
 
 def _rotated(spec: TensorSpec) -> TensorSpec:
-    return spec if spec.bits == PASSTHROUGH_BITS else spec.model_copy(update={"rotation": "calibrated"})
+    if spec.bits == PASSTHROUGH_BITS or spec.pre_rope:
+        return spec
+    return spec.model_copy(update={"rotation": "calibrated"})
 
 
 def _rotated_sides(entry: LayerPlan, kv_heads: int) -> Iterator[Role]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentTypeError
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,9 +187,9 @@ def test_shares_score_every_contestant_once_into_their_files(monkeypatch, tmp_pa
     monkeypatch.setattr(methods, "token_windows", lambda _tokenizer, _texts, window, count, seed: WINDOWS[:, :window])
     monkeypatch.setattr(recipes, "contestants", lambda _: five)
     for n in (1, 2):
-        methods.evaluate(
-            recipes.contestants, SimpleNamespace(out=tmp_path, windows=1, window=256, share=(n, 2), batch=1)
-        )
+        options = ["--out", str(tmp_path), "--windows", "1", "--window", "256", "--share", f"{n}/2"]
+        monkeypatch.setattr(sys, "argv", ["recipes.py", *options])
+        recipes.main()
     found = {
         file.name: [json.loads(line)["name"] for line in file.read_text(encoding="utf-8").splitlines()]
         for file in tmp_path.glob("*.jsonl")

@@ -38,7 +38,8 @@ def test_rotate_then_generate(kvloom, fetched, tmp_path: Path):
     preset, plan = tmp_path / "k2v2.json", tmp_path / "rotated.json"
     words = ["kvloom/K2V2", preset, "--model", MODEL, "--from", "preset"]
     assert kvloom("convert", *words).exit_code == 0
-    done = kvloom("rotate", MODEL, "--plan", preset, "--prompts", "1", "--tokens", "128", "--device", "cpu", "-o", plan)
+    words = ["--rotate", "--prompts", "1", "--tokens", "128", "--device", "cpu", "-o", plan]
+    done = kvloom("calibrate", MODEL, "--plan", preset, *words)
     assert done.exit_code == 0, done.output
     assert "keys 2b/ch64/clipped/calibrated, values 2b/tok-head/clipped/calibrated" in done.stdout
     assert Plan.load(plan).provenance.rotations["texts"] == list(CALIBRATION)

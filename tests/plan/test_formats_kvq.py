@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,12 +53,24 @@ def test_what_the_first_cannot_say_names_its_field(document: dict[str, Any], nam
         import_plan(document, "kvq", MODEL)
 
 
+def test_a_configuration_object_is_its_attributes() -> None:
+    class KVQCacheConfig:
+        def __init__(self, **fields: Any) -> None:
+            self.__dict__.update(fields)
+
+    fields = {"nbits_k": 4, "nbits_v": 4, "axis_key": -1, "compute_dtype": torch.float16}
+    assert import_plan(KVQCacheConfig(**fields), "kvq", MODEL) == import_plan(fields, "kvq", MODEL)
+    with pytest.raises(PlanError, match="field nbits"):
+        import_plan(KVQCacheConfig(nbits=4), "kvq", MODEL)
+    with pytest.raises(PlanError, match="kvq"):
+        import_plan(4, "kvq", MODEL)
+
+
 def test_fixed_bits_and_groups() -> None:
     plan = later(nbits={"k": 4, "v": 2}, group_size={"k": 32, "v": 128})
-    assert (plan.spec(0).key.label, plan.spec(0).value.label) == ("4b/tok32", "2b/tok128")
+    assert (plan.spec(0).key.label, plan.spec(0).value.label) == ("4b/tok32/hqq", "2b/tok128/hqq")
     assert plan.spec(0).window == Window(recent=64)
-    assert later(nbits=4).spec(0).key.label == "4b/tok64"
-    assert "hqq fits its zero points" in notes_of(plan)
+    assert later(nbits=4).spec(0).key.label == "4b/tok64/hqq"
 
 
 def test_a_budget_is_spent_by_norms(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_hqqs_other_numerics_and_run_settings_are_said() -> None:
         "compute_dtype": "float16",
     }
     notes = notes_of(read(given))
-    assert "hqq fits its zero points" in notes
+    assert read(given).codecs == ("hqq",)
     assert "asym false is read by the vanilla quantiser only" in notes
     assert "device cuda is not the plan's" in notes
     assert "compute_dtype float16 is not the plan's" in notes
@@ -128,8 +128,9 @@ def test_bare_tables_need_their_scheme(tmp_path: Path) -> None:
         import_plan(path, "kvtuner", MODEL)
     kivi = import_plan(path, "kvtuner-kivi", MODEL)
     token = import_plan(path, "kvtuner-pertoken", MODEL)
-    assert (kivi.spec(0).key.label, kivi.spec(0).value.label) == ("4b/ch32", "2b/tok32")
-    assert (token.spec(0).key.label, token.spec(0).value.label) == ("4b/tok-head", "2b/tok-head")
+    assert (kivi.spec(0).key.label, kivi.spec(0).value.label) == ("4b/ch32", "2b/tok32/clipped")
+    assert (token.spec(0).key.label, token.spec(0).value.label) == ("4b/tok-head", "2b/tok-head/clipped")
+    assert "such sides are of codec clipped" in notes_of(token)
     assert (kivi.spec(0).window.recent, token.spec(0).window.recent) == (32, 0)
     with pytest.raises(PlanError, match="read a whole configuration as kvtuner"):
         import_plan({"nbits": 4}, "kvtuner-kivi", MODEL)
@@ -199,7 +200,8 @@ def test_export_then_import_is_the_same_plan(bits, by_head, axes, size, recent, 
 
     def spec(width: int, grouping: str) -> TensorSpec:
         group = "head_dim" if size == -1 else size
-        return TensorSpec(bits=width, grouping=grouping, group_size=group, symmetric=not asym)
+        codec = "clipped" if grouping == "per_token" and width <= 2 else "affine"
+        return TensorSpec(codec=codec, bits=width, grouping=grouping, group_size=group, symmetric=not asym)
 
     entries = []
     for layer in range(4):
@@ -213,6 +215,19 @@ def test_export_then_import_is_the_same_plan(bits, by_head, axes, size, recent, 
     again = import_plan(yaml.safe_load(export_plan(plan, "kvtuner").text), "kvtuner", MODEL)
     assert formats_of(again) == formats_of(plan)
     assert again.prefill == plan.prefill
+
+
+def test_hqqs_plans_go_out_as_they_came_in() -> None:
+    config = {"backend": "hqq", "axis_key": 1, "axis_value": 1, "residual_length": 0, "nbits": 2}
+    plan = read(config)
+    again = yaml.safe_load(export_plan(plan, "kvtuner").text)
+    assert (again["backend"], again["axis_key"], again["axis_value"]) == ("hqq", 1, 1)
+    assert formats_of(read(again)) == formats_of(plan)
+    with pytest.raises(PlanError, match="kvtuner-pertoken means backend vanilla and this plan has hqq"):
+        export_plan(read({**config, "q_group_size": -1}), "kvtuner-pertoken")
+    per_channel = TensorSpec(codec="hqq", bits=4, grouping="per_channel")
+    with pytest.raises(PlanError, match="grouping of keys is per_channel and the backend is hqq"):
+        export_plan(Plan.from_specs(MODEL, dict.fromkeys(range(4), (per_channel, per_channel))), "kvtuner")
 
 
 def test_bare_export_is_the_table_kvtuner_reads(tmp_path: Path) -> None:

@@ -122,12 +122,29 @@ def test_kivis_preset() -> None:
 def test_the_other_presets() -> None:
     assert preset("kvmix/2bit-paper", MODEL).spec(0).window == Window(recent=3)
     assert preset("kvmix/2bit-repository", MODEL).spec(0).window == Window(recent=7)
+    assert [bits_of(preset(f"kvmix/{bits}bit-repository", MODEL))[0] for bits in (1, 4)] == [(1, 1), (4, 4)]
+    assert preset("kvmix/4bit-paper", MODEL).spec(0).window == Window(recent=7)
+    assert "kvmix/1bit-paper" not in presets()  # the paper has no share for it
     assert preset("kvq/K4V2", MODEL) == import_plan({}, "kvq", MODEL)
     turned = {"bits": 2, "codec": "clipped", "rotation": "hadamard"}
     ours = preset("kvloom/K2V2", MODEL).spec(3)
     assert ours.key == TensorSpec(grouping="per_channel", group_size=64, **turned)
     assert ours.value == TensorSpec(grouping="per_token", group_size="head_dim", **turned)
     assert ours.window == Window(sinks=4)
+
+
+@pytest.mark.parametrize("ratios", ["paper", "repository"])
+def test_kvmixs_three_bits(ratios: str) -> None:
+    plan = preset(f"kvmix/3bit-{ratios}", MODEL)
+    assert plan.spec(0).key.label == "3b/ch11/kvmix3"
+    assert plan.spec(0).value == TensorSpec(bits=3, grouping="per_token", group_size=32)
+    assert plan.spec(0).window == Window(recent=7)  # of keys alone 2
+    key_bits, value_bits = 6.0, 3 + 32 / 32
+    assert plan.true_bits(2**20 + 7, "float16") == pytest.approx((key_bits + value_bits) / 2, abs=1e-3)
+    said = plan.describe()
+    assert "6.0 true bits, where KVmix's words take 5.8" in said
+    assert "3-bit groups of 32 instead" in said
+    assert "attention decodes the pages of kvmix3 first: memory is saved, speed is not" in said
 
 
 @pytest.mark.parametrize(

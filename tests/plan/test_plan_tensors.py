@@ -99,7 +99,9 @@ def refuse(path: Path, says: str) -> None:
 
 def test_a_missing_file(saved: Path) -> None:
     beside(saved).unlink()
-    refuse(saved, "cannot read .*: No such file or directory; keep the two files together, or .* kvloom rotate")
+    refuse(
+        saved, "cannot read .*: No such file or directory; keep the two files together, or .* kvloom calibrate --rotate"
+    )
 
 
 def test_a_file_that_is_cut_short_or_anothers(saved: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_file_of_another_kind(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        (data(), "rotation is calibrated and the plan names no tensors: make them with kvloom rotate"),
+        (data(), "rotation is calibrated and the plan names no tensors: make them with kvloom calibrate --rotate"),
         (data(bits=16), "rotation has no meaning for 16 bits"),
         (
             Plan.uniform(MODEL).model_dump() | {"tensors": {"sha256": "0" * 64}},

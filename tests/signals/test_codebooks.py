@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvloom import calibrate_codebooks
-from kvloom.codecs import as_stored
+from kvloom.codecs import as_stored, split
 from kvloom.errors import DataError, ModelError, PlanError
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
+from kvloom.signals import calibrate_codebooks, compute_profile
 from kvloom.signals._codebooks import _attention
 from kvloom.signals._prompts import Prompts
 from kvloom.signals._tap import Tap, tapped
@@ -94,8 +94,39 @@ def test_they_are_the_k_means_of_normalised_elements_by_hand() -> None:
     caught = _attention(model, made.model, Prompts.of(tokens, None, 0))[1]
     x, slope = caught.value[:, :, :128], caught.state_gradients()[1][:, :, :128]
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    unit, weight = (2 * x - high - low) / (high - low), ((high - low) / 2 * slope).square()
-    points = torch.tensor(made.spec(1).value.codebook)
+    check_means((2 * x - high - low) / (high - low), ((high - low) / 2 * slope).square(), made.spec(1).value)
+
+
+def test_keys_before_rope_are_calibrated_as_their_projection_gives_them() -> None:
+    model, tokens = tiny("llama"), random_tokens(1, 70)
+    made = calibrate_codebooks(model, plan_of(model, KEY.model_copy(update={"pre_rope": True})), tokens)
+    projected = []
+    keep = model.get_decoder().layers[2].self_attn.k_proj.register_forward_hook(lambda *call: projected.append(call[2]))
+    logits = model(tokens, use_cache=False).logits
+    keep.remove()
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
+    (slope,) = torch.autograd.grad(loss, projected)
+    x, slope = (it[0, :64].detach().view(64, 2, 16).transpose(0, 1) for it in (projected[0], slope))
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    check_means((2 * x - high - low) / (high - low), ((high - low) / 2 * slope).square(), made.spec(2).key)
+
+
+def test_outliers_do_not_count() -> None:
+    model, tokens = tiny("llama"), random_tokens(1, 130)
+    spec = VALUE.model_copy(update={"outliers": 0.05})
+    made = calibrate_codebooks(model, plan_of(model, PLAIN, spec), tokens)
+    caught = _attention(model, made.model, Prompts.of(tokens, None, 0))[1]
+    pages, slope = (x[0, :, :128].unflatten(1, (2, 64)) for x in (caught.value, caught.state_gradients()[1]))
+    dense, outliers = split(pages, spec.format(16), 48)  # 0.05 * 64 * 16, in whole 16 bytes
+    kept = torch.ones(2, 2, 64 * 16).scatter(-1, outliers.index, 0.0).view_as(pages)
+    low, high = dense.amin(-1, keepdim=True), dense.amax(-1, keepdim=True)
+    unit, weight = (2 * dense - high - low) / (high - low), ((high - low) / 2 * slope).square()
+    check_means(unit, weight * kept, made.spec(1).value)
+
+
+def check_means(unit: torch.Tensor, weight: torch.Tensor, spec: TensorSpec) -> None:
+    """Every point is the weighted mean of the elements nearest to it."""
+    points = torch.tensor(spec.codebook)
     nearest = (unit[..., None] - points).abs().argmin(-1)
     for code, point in enumerate(points):
         own = nearest == code
@@ -144,6 +175,19 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         model.lm_head.weight.zero_()
     with pytest.raises(DataError, match="no gradient reaches the keys of layer 0"):
         calibrate_codebooks(model, plan_of(model), tokens)
+
+
+def test_a_profile_has_no_candidates_without_a_codebook() -> None:
+    model, tokens = tiny("llama"), random_tokens(1, 80)
+    model.forward = None  # nothing is read before the candidates are checked
+    for specs in ({"key_specs": [PLAIN, KEY]}, {"value_specs": [VALUE]}):
+        with pytest.raises(PlanError, match=r"^codec 'nuq' has a codebook for every layer, .* run kvloom calibrate"):
+            compute_profile(model, tokens, **specs)
+
+
+def test_a_candidate_with_a_codebook_is_measured() -> None:
+    made = compute_profile(tiny("llama"), random_tokens(1, 80), value_specs=[even(VALUE), PLAIN])
+    assert all(coarse > 0 for coarse, _ in made.table.value_loss)
 
 
 def test_on_a_real_model_they_lose_less_than_uniform_grids_on_other_text(smollm2) -> None:

@@ -38,6 +38,9 @@ _BITS: dict[Backend, tuple[int, ...]] = {
 }
 
 
+_COARSE = 2
+
+
 def grouping_of(backend: Backend, axis: int, field: str) -> Grouping:
     """What ``axis`` of ``backend`` groups.
 
@@ -50,9 +53,16 @@ def grouping_of(backend: Backend, axis: int, field: str) -> Grouping:
     return axes[axis]
 
 
-def axis_of(grouping: Grouping) -> int:
-    """The "vanilla" axis of a grouping."""
-    return next(axis for axis, name in _AXES["vanilla"].items() if name == grouping)
+def axis_of(backend: Backend, grouping: Grouping, field: str) -> int:
+    """The backend's axis of a grouping.
+
+    Raises:
+        PlanError: It has none.
+    """
+    for axis, name in _AXES[backend].items():
+        if name == grouping:
+            return axis
+    raise PlanError(f"{field} is {grouping} and the backend is {backend}: {_REMEDIES[backend]}.")
 
 
 def check_bits(backend: Backend, bits: float, field: str) -> int:
@@ -104,10 +114,22 @@ def run_settings(given: dict[str, Any], model: Fingerprint, deviations: Deviatio
         deviations.note(f"device {device} is not the plan's to set: a cache lives where its model runs")
 
 
-def quantiser_note(backend: Backend, deviations: Deviations) -> None:
-    """State where the backend's numerics differ from the affine codec's."""
+def codec_of(backend: Backend, bits: int, grouping: Grouping, deviations: Deviations) -> str:
+    """The codec that has the backend's grid, or one that errs no more (``benchmarks/AUTHORS.md``)."""
     if backend == "hqq":
-        deviations.note("hqq fits its zero points by optimisation; the affine codec spans each group's extremes")
+        return "hqq"
+    if backend == "vanilla" and grouping == "per_token" and bits <= _COARSE:
+        clipped_note(deviations)
+        return "clipped"
+    return "affine"
+
+
+def clipped_note(deviations: Deviations) -> None:
+    """State why the coarsest sides of KVTuner's quantiser have another codec than the others."""
+    deviations.note(
+        f"KVTuner's grids have a level at zero, which at {_COARSE} bits a token and below errs less than the affine "
+        "codec's grid: such sides are of codec clipped, which errs less than both"
+    )
 
 
 def symmetric_note(deviations: Deviations) -> None:

@@ -28,12 +28,16 @@ class Exported:
 
 
 def import_plan(
-    source: str | Path | Mapping[Any, Any] | Sequence[Any], format: str, model: Any, *, substitute: bool = False
+    source: str | Path | Mapping[Any, Any] | Sequence[Any] | object,
+    format: str,
+    model: Any,
+    *,
+    substitute: bool = False,
 ) -> Plan:
     """The plan that a foreign configuration means.
 
     Args:
-        source: A JSON or YAML file, or what one holds.
+        source: A JSON or YAML file, or what one holds; or a configuration object, whose attributes are its fields.
         format: One of `readable_formats`.
         model: A transformers model or config, or a `Fingerprint`.
         substitute: Take the nearest format or window where a plan cannot say what the source says.
@@ -45,14 +49,19 @@ def import_plan(
         PlanError: The file cannot be read, a field is unknown or wrong, or says what a plan cannot.
         ModelError: The source is for another model.
     """
-    document = read_document(source) if isinstance(source, str | Path) else source
     deviations = Deviations(substitute)
-    plan = get(format).read(document, Fingerprint.of_any(model), deviations)
+    plan = get(format).read(_document(source), Fingerprint.of_any(model), deviations)
     if plan.tensors and isinstance(source, str | Path):
         plan.tensors.locate(Path(source).parent)
     if plan.provenance is not None:
         return plan
     return plan.model_copy(update={"provenance": Provenance(source=format, notes=tuple(deviations.notes))})
+
+
+def _document(source: object) -> Any:
+    if isinstance(source, str | Path):
+        return read_document(source)
+    return source if isinstance(source, Mapping | Sequence) or not hasattr(source, "__dict__") else vars(source)
 
 
 def export_plan(plan: Plan, format: str, *, substitute: bool = False) -> Exported:

@@ -15,7 +15,6 @@ from kvloom.plan.formats._axes import (
     check_bits,
     group_size_of,
     grouping_of,
-    quantiser_note,
     residual_window,
     run_settings,
 )
@@ -87,7 +86,6 @@ class KVQNorm(PlanFormat):
         config = validated(Config, document, self.name)
         _check_alternatives(config)
         run_settings(config.model_dump(include={"compute_dtype", "device"}), model, deviations)
-        quantiser_note("hqq", deviations)
         window = _window(config.residual_length, deviations)
         bits, sizes = _bits(config, model, deviations), _sizes(config, model)
         return plan_of(model, [_entry(i, bits[i], sizes[i], config, model, window) for i in model.packed_layers])
@@ -169,6 +167,7 @@ def _entry(
         grouping = grouping_of("hqq", getattr(config.axis, side), f"axis.{side}")
         return TensorSpec.model_validate(
             {
+                "codec": "hqq",
                 "bits": check_bits("hqq", width, f"{source} ({side}, layer {layer})"),
                 "grouping": grouping,
                 "group_size": group_size_of(size, grouping, model, f"group_size ({side}, layer {layer})"),

@@ -52,7 +52,7 @@ class KVTunerTable(PlanFormat):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._scheme = {**SCHEMES[name], "asym": True, "force_quant": False}
+        self._scheme = {"backend": "vanilla", **SCHEMES[name], "asym": True, "force_quant": False}
 
     def read(self, document: Any, model: Fingerprint, deviations: Deviations) -> Plan:
         """See `PlanFormat.read`."""

@@ -16,9 +16,9 @@ from kvloom.plan._validate import validated
 from kvloom.plan.formats._axes import (
     Backend,
     check_bits,
+    codec_of,
     group_size_of,
     grouping_of,
-    quantiser_note,
     residual_window,
     run_settings,
     symmetric_note,
@@ -77,13 +77,13 @@ def plan_of_config(config: Config, model: Fingerprint, deviations: Deviations) -
     value = grouping_of(config.backend, config.axis_value, "axis_value")
     window = residual_window(config.residual_length, deviations)
     run_settings(config.model_dump(include={"compute_dtype", "device"}), model, deviations)
-    quantiser_note(config.backend, deviations)
     symmetric = _symmetric(config, deviations)
 
     def spec(bits: int, grouping: Grouping) -> TensorSpec:
         size = group_size_of(config.q_group_size, grouping, model, "q_group_size")
+        codec = codec_of(config.backend, bits, grouping, deviations)
         return TensorSpec.model_validate(
-            {"bits": bits, "grouping": grouping, "group_size": size, "symmetric": symmetric}
+            {"codec": codec, "bits": bits, "grouping": grouping, "group_size": size, "symmetric": symmetric}
         )
 
     def head(pair: Pair) -> tuple[TensorSpec, TensorSpec]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from kvloom.errors import PlanError
 from kvloom.plan._plan import Plan
 from kvloom.plan._spec import LayerPlan, TensorSpec, Window
-from kvloom.plan.formats._axes import axis_of, residual_window, symmetric_note
+from kvloom.plan.formats._axes import Backend, axis_of, codec_of, residual_window, symmetric_note
 from kvloom.plan.formats._deviations import Deviations
 
 T = TypeVar("T")
@@ -26,20 +26,21 @@ def config_of(plan: Plan, deviations: Deviations) -> dict[str, Any]:
             "model.packed_layers leaves layers out and KVTuner quantises every one: keep kvloom's own file."
         )
     specs = [spec for _, pairs in _pairs(plan) for pair in pairs for spec in pair]
+    backend = _backend(specs)
     for spec in specs:
-        _check(spec)
+        _check(spec, backend, deviations)
     keys = [key for _, pairs in _pairs(plan) for key, _ in pairs]
     values = [value for _, pairs in _pairs(plan) for _, value in pairs]
     symmetric = _same(specs, lambda s: s.symmetric, "symmetric")
     if symmetric:
         symmetric_note(deviations)
     return {
-        "backend": "vanilla",
+        "backend": backend,
         "nbits": -1,
         "nbits_key": -1,
         "nbits_value": -1,
-        "axis_key": axis_of(_same(keys, lambda s: s.grouping, "grouping of keys")),
-        "axis_value": axis_of(_same(values, lambda s: s.grouping, "grouping of values")),
+        "axis_key": axis_of(backend, _same(keys, lambda s: s.grouping, "grouping of keys"), "grouping of keys"),
+        "axis_value": axis_of(backend, _same(values, lambda s: s.grouping, "grouping of values"), "grouping of values"),
         "asym": not symmetric,
         "q_group_size": _group_size(specs, plan.model.head_dim),
         "residual_length": _residual(plan.layers, deviations),
@@ -63,9 +64,17 @@ def _tables(plan: Plan) -> dict[str, Any]:
     return {"per_layer_quant": True, "per_layer_config": {layer: bits(pairs[0]) for layer, pairs in _pairs(plan)}}
 
 
-def _check(spec: TensorSpec) -> None:
-    if spec.codec != "affine":
-        raise PlanError(f"codec {spec.codec!r} is none of KVTuner's: choose 'affine', or keep kvloom's own file.")
+def _backend(specs: list[TensorSpec]) -> Backend:
+    """Whose quantiser the plan means."""
+    return "hqq" if all(spec.codec == "hqq" for spec in specs) else "vanilla"
+
+
+def _check(spec: TensorSpec, backend: Backend, deviations: Deviations) -> None:
+    if spec.codec != codec_of(backend, spec.bits, spec.grouping, deviations) and spec.codec != "affine":
+        raise PlanError(
+            f"codec {spec.codec!r} of {spec.bits} bits {spec.grouping} is none of KVTuner's: choose 'affine', or keep "
+            "kvloom's own file."
+        )
     if spec.rotation:
         raise PlanError("rotation is set and KVTuner turns nothing: remove it, or keep kvloom's own file.")
     if spec.outliers:

@@ -13,15 +13,20 @@ from kvloom.plan._plan import Plan
 from kvloom.plan._spec import format_layers
 from kvloom.plan.formats import _kvtuner_tables as kvtuner
 from kvloom.plan.formats._import import import_plan
+from kvloom.plan.formats._kvmix import RATIOS
 
 
 @dataclass(frozen=True)
 class _Preset:
-    """A document, as a function of the model where every layer has its entry, and the one model it is for, if any."""
+    """A document, as a function of the model where every layer has its entry, and the one model it is for, if any.
+
+    What its authors' code cannot run, or a plan not say, is replaced by the nearest where ``substitute`` is set.
+    """
 
     form: str
     document: Callable[[Fingerprint], Any]
     only_for: Fingerprint | None = None
+    substitute: bool = False
 
 
 def preset(name: str, model: Any) -> Plan:
@@ -29,10 +34,12 @@ def preset(name: str, model: Any) -> Plan:
 
     ``kivi/...`` are KIVI's (arXiv 2402.02750: groups of 32, the newest 128 tokens exact); ``kvtuner/...`` the 32 layer
     tables of KVTuner (arXiv 2502.04420), by the names of their files; ``kvmix/2bit-...`` KVmix's uniform 2 bits (arXiv
-    2506.08018) with the exact share of its paper or of its repository; ``kvq/K4V2`` the default of KVQ 0.0.x (arXiv
+    2506.08018) with the exact share of its paper or of its repository, and likewise at its other widths (3 bits: keys
+    in its words of eleven codes, 6.0 true bits here and 5.8 there, values in plain groups of 32, since its own do not
+    run); ``kvq/K4V2`` the default of KVQ 0.0.x (arXiv
     2502.15075). ``kvloom/...`` are the best uniform plans measured here (``benchmarks/LOG.md``): keys per channel and
-    values per token, both turned by a Hadamard transform, clip ranges searched, four sinks; ``kvloom rotate``
-    (`kvloom.signals.calibrate_rotations`) puts matrices calibrated for the model in the transform's place.
+    values per token, both turned by a Hadamard transform, clip ranges searched, four sinks; ``kvloom calibrate
+    --rotate`` (`kvloom.calibrate`) puts matrices calibrated for the model in the transform's place.
 
     Args:
         name: One of `presets`.
@@ -49,7 +56,7 @@ def preset(name: str, model: Any) -> Plan:
     fingerprint = Fingerprint.of_any(model)
     if found.only_for:
         found.only_for.check(fingerprint)
-    return import_plan(found.document(fingerprint), found.form, fingerprint)
+    return import_plan(found.document(fingerprint), found.form, fingerprint, substitute=found.substitute)
 
 
 def presets() -> tuple[str, ...]:
@@ -60,7 +67,11 @@ def presets() -> tuple[str, ...]:
 @cache
 def _presets() -> dict[str, _Preset]:
     known = {f"kivi/K{bits}V{bits}": _Preset("kivi", partial(_kivi, bits)) for bits in (2, 4)}
-    known |= {f"kvmix/2bit-{ratios}": _Preset("kvmix", partial(_kvmix, ratios)) for ratios in ("paper", "repository")}
+    known |= {
+        f"kvmix/{bits}bit-{ratios}": _Preset("kvmix", partial(_kvmix, bits, ratios), substitute=bits == 3)
+        for ratios, shares in RATIOS.items()
+        for bits in shares
+    }
     known |= {f"kvloom/K{bits}V{bits}": _Preset("kvloom", partial(_kvloom, bits)) for bits in (2, 3, 4)}
     known["kvq/K4V2"] = _Preset("kvq", lambda _: {})
     for name, (model, scheme) in kvtuner.tables().items():
@@ -72,8 +83,8 @@ def _kivi(bits: int, _: Fingerprint) -> dict[str, int]:
     return {"k_bits": bits, "v_bits": bits}
 
 
-def _kvmix(ratios: str, model: Fingerprint) -> dict[str, Any]:
-    return {"quant_bits": {layer: {"k_bits": 2, "v_bits": 2} for layer in model.packed_layers}, "ratios": ratios}
+def _kvmix(bits: int, ratios: str, model: Fingerprint) -> dict[str, Any]:
+    return {"quant_bits": {layer: {"k_bits": bits, "v_bits": bits} for layer in model.packed_layers}, "ratios": ratios}
 
 
 def _kvloom(bits: int, model: Fingerprint) -> dict[str, Any]:
