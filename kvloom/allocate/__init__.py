@@ -5,18 +5,24 @@ from __future__ import annotations
 from kvloom.allocate._allocate import allocate
 from kvloom.allocate._base import Allocator, allocators, get, register
 from kvloom.allocate._budget import Budget, parse_bytes, parse_tokens
+from kvloom.allocate._constraints import Constraints, parse_pairs, parse_protect
 from kvloom.allocate._exact import Exact
+from kvloom.allocate._greedy import Greedy
 from kvloom.allocate._kvmix import KVmix
 
 __all__ = [
     "Allocator",
     "Budget",
+    "Constraints",
     "Exact",
+    "Greedy",
     "KVmix",
     "allocate",
     "allocators",
     "get",
     "parse_bytes",
+    "parse_pairs",
+    "parse_protect",
     "parse_tokens",
     "register",
 ]
