@@ -9,11 +9,13 @@ from kvloom.allocate._constraints import Constraints, parse_pairs, parse_protect
 from kvloom.allocate._exact import Exact
 from kvloom.allocate._greedy import Greedy
 from kvloom.allocate._kvmix import KVmix
+from kvloom.allocate._kvq import KVQ
 
 __all__ = [
     "Allocator",
     "Budget",
     "Constraints",
+    "KVQ",
     "Exact",
     "Greedy",
     "KVmix",

@@ -58,6 +58,21 @@ def specs_of(units: Sequence[Unit], picks: Sequence[int]) -> Specs:
     return {layer: (sides["key"], sides["value"]) for layer, sides in layers.items()}
 
 
+def picks_of(units: Sequence[Unit], specs: Specs) -> tuple[int, ...]:
+    """The picks under which the layers store this, the inverse of `specs_of`.
+
+    Raises:
+        ValueError: a format is not among the choices.
+    """
+    sides = {layer: {"key": key, "value": value} for layer, (key, value) in specs.items()}
+    return tuple(unit.choices.index({side: sides[unit.layer][side] for side in unit.choices[0]}) for unit in units)
+
+
+def side_losses(table: LossTable) -> dict[int, tuple[list[float], list[float]]]:
+    """Losses of each layer's keys, `[key_specs]`, and of its values, `[value_specs]`, by layer index."""
+    return dict(zip(table.layers, zip(table.key_loss, table.value_loss, strict=True), strict=True))
+
+
 def layer_units(units: Sequence[Unit]) -> list[Unit]:
     """The same decisions with one unit a layer, whose choices are all pairs of keys and values."""
     layers: dict[int, Unit] = {}

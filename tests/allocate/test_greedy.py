@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from profiles import profile
 from test_exact import WINDOWS, greedy, specs_of
 
@@ -12,7 +10,8 @@ from kvloom.errors import PlanError
 TOKENS = 2048
 
 
-@given(st.floats(2.6, 12), st.sampled_from(WINDOWS), st.integers(0, 3))
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("bits", "seed"), [(3.5, 0), (4.7, 1), (6, 2)])
 def test_it_is_the_heuristic_written_out(bits, window, seed):
     measured, budget = profile(3, seed=seed), Budget.bits(bits, TOKENS)
     plan = allocate(measured, budget, method="greedy", window=window)
