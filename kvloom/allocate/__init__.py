@@ -10,15 +10,20 @@ from kvloom.allocate._exact import Exact
 from kvloom.allocate._greedy import Greedy
 from kvloom.allocate._kvmix import KVmix
 from kvloom.allocate._kvq import KVQ
+from kvloom.allocate._kvtuner import KVTuner, Objective
+from kvloom.allocate._study import StudySettings
 
 __all__ = [
+    "KVQ",
     "Allocator",
     "Budget",
     "Constraints",
-    "KVQ",
     "Exact",
     "Greedy",
+    "KVTuner",
     "KVmix",
+    "Objective",
+    "StudySettings",
     "allocate",
     "allocators",
     "get",

@@ -146,7 +146,7 @@ class _Program:
         return int(self._first[-1]) + len(self._layouts)
 
     def _vector(self, parts: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-        return np.concatenate([*parts, np.zeros(len(self._layouts))]).astype(np.float64)
+        return np.concatenate([*parts, np.zeros(len(self._layouts))], dtype=np.float64)
 
     def _picks(self, solution: NDArray[np.float64]) -> tuple[int, ...]:
         spans = pairwise(self._first)

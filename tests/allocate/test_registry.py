@@ -22,7 +22,7 @@ class Same(Allocator):
 
 
 def test_methods_are_found_by_name():
-    assert allocators() == ("exact", "greedy", "kvmix", "kvq")
+    assert allocators() == ("exact", "greedy", "kvmix", "kvq", "kvtuner")
     assert get("exact") is Exact
 
 
