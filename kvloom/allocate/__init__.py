@@ -7,10 +7,13 @@ from kvloom.allocate._base import Allocator, allocators, get, register
 from kvloom.allocate._budget import Budget, parse_bytes, parse_tokens
 from kvloom.allocate._constraints import Constraints, parse_pairs, parse_protect
 from kvloom.allocate._exact import Exact
+from kvloom.allocate._front import ExactFront
+from kvloom.allocate._front_files import save_front
 from kvloom.allocate._greedy import Greedy
 from kvloom.allocate._kvmix import KVmix
 from kvloom.allocate._kvq import KVQ
 from kvloom.allocate._kvtuner import KVTuner, Objective
+from kvloom.allocate._max_kld import smallest_plan
 from kvloom.allocate._study import StudySettings
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "Budget",
     "Constraints",
     "Exact",
+    "ExactFront",
     "Greedy",
     "KVTuner",
     "KVmix",
@@ -32,4 +36,6 @@ __all__ = [
     "parse_protect",
     "parse_tokens",
     "register",
+    "save_front",
+    "smallest_plan",
 ]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvloom._extras import require
 from kvloom.allocate._constraints import Constraints
-from kvloom.allocate._knapsack import Solution, solve
+from kvloom.allocate._knapsack import Solution, cheapest, solve
 from kvloom.allocate._units import Choice, Unit, layer_units
 from kvloom.errors import PlanError
 from kvloom.plan import TensorSpec
@@ -57,9 +57,7 @@ def solve_constrained(units: Sequence[Unit], capacity: int, constraints: Constra
         MissingExtraError: scipy is not installed.
         PlanError: no picks keep to the constraints, whatever they cost, or none within the capacity do.
     """
-    require("milp", "A plan with side constraints")
-    own = tuple(_allowed(unit, constraints) for unit in (layer_units(units) if constraints.max_layouts else units))
-    program = _Program(own, constraints)
+    own, program = _program(units, constraints)
     least = program.least_cost()
     if least > capacity:
         raise PlanError(
@@ -67,6 +65,24 @@ def solve_constrained(units: Sequence[Unit], capacity: int, constraints: Constra
             "budget or loosen the constraints"
         )
     return Constrained(own, program.solve(capacity))
+
+
+def least_cost(units: Sequence[Unit], constraints: Constraints) -> int:
+    """Bytes of the smallest picks that keep to the constraints.
+
+    Raises:
+        MissingExtraError: there are constraints, and scipy is not installed.
+        PlanError: no picks keep to them.
+    """
+    if not constraints:
+        return cheapest([unit.options for unit in units])
+    return _program(units, constraints)[1].least_cost()
+
+
+def _program(units: Sequence[Unit], constraints: Constraints) -> tuple[tuple[Unit, ...], _Program]:
+    require("milp", "A plan with side constraints")
+    own = tuple(_allowed(unit, constraints) for unit in (layer_units(units) if constraints.max_layouts else units))
+    return own, _Program(own, constraints)
 
 
 def _allowed(unit: Unit, constraints: Constraints) -> Unit:
