@@ -86,7 +86,7 @@ class ExactFront:
         budgets = np.geomspace(self.least, most, points).round().astype(int)[1:-1]
         kept: list[Plan] = []
         for plan in [*map(self.plan, [self.least, *map(int, budgets)]), self.largest]:
-            if not kept or _loss(plan) < _loss(kept[-1]):
+            if not kept or predicted_loss(plan) < predicted_loss(kept[-1]):
                 kept.append(plan)
         return kept
 
@@ -95,7 +95,8 @@ class ExactFront:
         return self.profile.table.window if self.window is None else self.window
 
 
-def _loss(plan: Plan) -> float:
+def predicted_loss(plan: Plan) -> float:
+    """What the loss table predicted of a plan that a method made of it."""
     assert plan.provenance
     assert plan.provenance.predicted_loss is not None
     return plan.provenance.predicted_loss
