@@ -147,7 +147,12 @@ def contestants(model: PreTrainedModel, profile: Profile | None, tokens: int) ->
 
 
 def evaluate(
-    lineup_of: Callable[[PreTrainedModel], list[Contestant]], out: Path, windows: int, window: int, batch: int
+    lineup_of: Callable[[PreTrainedModel], list[Contestant]],
+    out: Path,
+    windows: int,
+    window: int,
+    batch: int,
+    device: str | None = None,
 ) -> None:
     """Score a model's lineup, in float32 on any device.
 
@@ -157,13 +162,14 @@ def evaluate(
         windows: of text.
         window: tokens of each.
         batch: windows in one forward pass.
+        device: where; the first GPU if there is one.
     """
     started = perf_counter()
 
     def progress(what: str, done: int, total: int) -> None:
         print(f"{perf_counter() - started:7.0f} s  {done}/{total}  {what}", flush=True)
 
-    model, tokenizer = load_model(MODEL_NAME, dtype="float32")
+    model, tokenizer = load_model(MODEL_NAME, device=device, dtype="float32")
     records = fidelity(
         model,
         token_windows(tokenizer, texts(EVALUATION), window, windows, seed=0),
