@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvloom.allocate._knapsack import Options
+from kvloom.allocate._knapsack import Options, efficient
 from kvloom.allocate._units import Choice, Unit
 
 _NEIGHBOURS = 0.05
@@ -35,11 +35,7 @@ def pruned(unit: Unit) -> Unit:
 
     KVTuner (arXiv 2502.04420, section 5.2) does so over average bits and e_o, the relative error of attention outputs.
     """
-    order = np.lexsort((unit.options.loss, unit.options.cost))
-    loss = unit.options.loss[order]
-    better = np.ones(len(order), dtype=bool)
-    better[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
-    kept = order[better]
+    kept = efficient(unit.options)
     return Unit(unit.layer, tuple(unit.choices[n] for n in kept), unit.options[kept])
 
 

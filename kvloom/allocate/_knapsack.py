@@ -105,7 +105,7 @@ def solve(units: Sequence[Options], capacity: int) -> Solution:
     """
     if cheapest(units) > capacity:
         raise ValueError(f"capacity is {capacity}, but the cheapest picks cost {cheapest(units)}")
-    kept = [_efficient(unit) for unit in units]
+    kept = [efficient(unit) for unit in units]
     fronts = [unit[index] for unit, index in zip(units, kept, strict=True)]
     dual = _maximise_dual(fronts, capacity)
     chosen = _search(fronts, capacity, dual)
@@ -120,14 +120,14 @@ def solve(units: Sequence[Options], capacity: int) -> Solution:
     )
 
 
-def _efficient(options: Options) -> NDArray[np.int64]:
+def efficient(options: Options) -> NDArray[np.int64]:
     """Indices of the options that no other beats: ascending in cost, descending in loss."""
     order = np.lexsort((options.loss, options.cost))
     loss = options.loss[order]
     improves = np.ones(len(order), dtype=bool)
     improves[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
-    efficient: NDArray[np.int64] = order[improves]
-    return efficient
+    indices: NDArray[np.int64] = order[improves]
+    return indices
 
 
 def greedy(units: Sequence[Options], capacity: int) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ def _search(fronts: Sequence[Options], capacity: int, dual: _Dual) -> list[int] 
         )
         bound = grown.loss + price * grown.cost + rest_dual[index]
         alive = np.flatnonzero((grown.cost + rest_cost[index] <= capacity) & (bound <= limit))
-        alive = alive[_efficient(grown[alive])]
+        alive = alive[efficient(grown[alive])]
         trail.append(((alive // len(states.cost)).astype(np.uint16), alive % len(states.cost)))
         states = grown[alive]
     return _walk_back(trail, len(states.cost) - 1)

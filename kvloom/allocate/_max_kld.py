@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from kvloom.allocate._front import ExactFront
 from kvloom.errors import PlanError
@@ -16,7 +17,9 @@ Interval = Mapping[str, float]
 """A figure with its 95 % interval: `value`, `low` and `high`."""
 
 
-def smallest_plan(front: ExactFront, limit: float, measure: Callable[[Plan], Interval]) -> Plan:
+def smallest_plan(
+    front: ExactFront, limit: float, measure: Callable[[Plan], Interval], measured_on: str | None = None
+) -> Plan:
     """Bisects the front for the smallest plan whose measured divergence is within a limit.
 
     A plan is accepted if the upper end of its 95 % interval is at most `limit`. The largest plan is measured first,
@@ -27,10 +30,11 @@ def smallest_plan(front: ExactFront, limit: float, measure: Callable[[Plan], Int
         front: the exact plans.
         limit: nats per scored token.
         measure: a plan's mean KL divergence on text that the profile has not seen, with its interval.
+        measured_on: which text that is, in words.
 
     Returns:
-        The plan; its certificate has `max_kld` (the limit), `measured_kld` (its own) and `tried`: bytes and divergence
-        of every plan measured, in order.
+        The plan; its certificate has `max_kld` (the limit), `measured_kld` (its own), `measured_on` and `tried`: bytes
+        and divergence of every plan measured, in order.
 
     Raises:
         PlanError: `limit` is not above 0, or not even the largest plan is accepted.
@@ -57,15 +61,17 @@ def smallest_plan(front: ExactFront, limit: float, measure: Callable[[Plan], Int
             best = plan
         else:
             refused = middle
-    return _with_proof(best, front.nbytes(best), limit, tried)
-
-
-def _with_proof(plan: Plan, nbytes: int, limit: float, tried: Sequence[tuple[int, Interval]]) -> Plan:
-    assert plan.provenance
     proof = {
-        **(plan.provenance.certificate or {}),
         "max_kld": limit,
-        "measured_kld": dict(dict(tried)[nbytes]),
-        "tried": [{"nbytes": size, "kld": dict(kld)} for size, kld in tried],
+        "measured_kld": dict(dict(tried)[front.nbytes(best)]),
+        "measured_on": measured_on,
+        "tried": [{"nbytes": nbytes, "kld": dict(kld)} for nbytes, kld in tried],
     }
-    return plan.model_copy(update={"provenance": plan.provenance.model_copy(update={"certificate": proof})})
+    return _with_proof(best, proof)
+
+
+def _with_proof(plan: Plan, proof: dict[str, Any]) -> Plan:
+    """The plan with more in its certificate."""
+    assert plan.provenance
+    certificate = {**(plan.provenance.certificate or {}), **proof}
+    return plan.model_copy(update={"provenance": plan.provenance.model_copy(update={"certificate": certificate})})

@@ -148,12 +148,15 @@ def _finished(study: Study) -> list[FrozenTrial]:
 def _open(settings: StudySettings, about: str) -> Study:
     import optuna
 
+    told = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # that a study is there is no news
     study = optuna.create_study(
         storage=_storage(settings.storage),
         study_name=settings.name,
         directions=["minimize", "minimize"],
         load_if_exists=True,
     )
+    optuna.logging.set_verbosity(told)
     if study.user_attrs.get(_ABOUT, about) != about:
         raise PlanError(
             f"the study {settings.name!r} in {settings.storage} searches something else (another profile, budget, "

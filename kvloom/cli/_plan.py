@@ -57,7 +57,8 @@ def plan(
         _write_front(curve, front)
         return
     if max_kld is not None and model:
-        made = _smallest(curve, max_kld, meter(model, windows, window, text, seed, device))
+        about = f"{windows} windows of {window} tokens of {', '.join(text or ['the evaluation essays'])}, {model}"
+        made = _smallest(curve, max_kld, meter(model, windows, window, text, seed, device), about)
     else:
         how = Exact(constraints) if method == Exact.name else method
         made = allocate(measured, budget, method=how, prefill=prefill)
@@ -81,7 +82,7 @@ def _write_front(curve: ExactFront, folder: Path) -> None:
     typer.echo(f"wrote {len(names)} plans, front.json and front.png to {folder}")
 
 
-def _smallest(curve: ExactFront, limit: float, measure: Callable[[Plan], dict[str, float]]) -> Plan:
+def _smallest(curve: ExactFront, limit: float, measure: Callable[[Plan], dict[str, float]], about: str) -> Plan:
     """The smallest plan within the limit; what was measured is printed as it comes."""
     from kvloom.allocate import smallest_plan
 
@@ -91,7 +92,8 @@ def _smallest(curve: ExactFront, limit: float, measure: Callable[[Plan], dict[st
         typer.echo(f"measured {plan.true_bits(curve.tokens, curve.dtype):.3f} true bits: KLD {interval}")
         return kld
 
-    return smallest_plan(curve, limit, told)
+    typer.echo(f"measuring on {about}")
+    return smallest_plan(curve, limit, told, about)
 
 
 def convert(

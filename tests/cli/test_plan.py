@@ -163,6 +163,8 @@ def test_max_kld_is_measured(kvloom, profile: Path, target: Path, monkeypatch: p
     assert 4.0 <= plan.true_bits(4096) < 4.3
     tried = plan.provenance.certificate["tried"]
     assert done.stdout.count("measured ") == len(tried) > 3
+    assert "measuring on 3 windows of 512 tokens of a.txt, some-model" in done.stdout
+    assert plan.provenance.certificate["measured_on"] == "3 windows of 512 tokens of a.txt, some-model"
     assert "true bits: KLD 0." in done.stdout
 
 
