@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of, constraints_of
-from kvloom.cli._terminal import Device, Seed, Texts, Window, Windows, err, meter
+from kvloom.cli._terminal import AtOnce, Device, Seed, Texts, Window, Windows, err, meter
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def plan(
     model: Annotated[str | None, typer.Option(help="What --max-kld is measured on.")] = None,
     windows: Windows = 8,
     window: Window = 2048,
+    at_once: AtOnce = 1,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,
@@ -58,7 +59,7 @@ def plan(
         return
     if max_kld is not None and model:
         about = f"{windows} windows of {window} tokens of {', '.join(text or ['the evaluation essays'])}, {model}"
-        made = _smallest(curve, max_kld, meter(model, windows, window, text, seed, device), about)
+        made = _smallest(curve, max_kld, meter(model, windows, window, at_once, text, seed, device), about)
     else:
         how = Exact(constraints) if method == Exact.name else method
         made = allocate(measured, budget, method=how, prefill=prefill)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of
-from kvloom.cli._terminal import Device, Model, Texts, Window, Windows, err, meter
+from kvloom.cli._terminal import AtOnce, Device, Model, Texts, Window, Windows, err, meter
 from kvloom.errors import PlanError
 
 
@@ -29,6 +29,7 @@ def search(
     front: Annotated[Path | None, typer.Option(help="A folder for all plans that no other beats.")] = None,
     windows: Windows = 4,
     window: Window = 2048,
+    at_once: AtOnce = 1,
     text: Texts = None,
     device: Device = None,
 ) -> None:
@@ -40,7 +41,7 @@ def search(
     if budget is None:
         raise PlanError("budget is missing: give --bits, --bytes-per-token or --memory")
     measured = Profile.load(profile)
-    measure = meter(model, windows, window, text, 0, device)
+    measure = meter(model, windows, window, at_once, text, 0, device)
     objective = Objective(
         f"KLD of {model} on {windows} windows of {window} tokens of {text or 'the evaluation essays'}",
         lambda plan: measure(plan)["value"],

@@ -28,6 +28,7 @@ Texts = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the choice of text windows.")]
 Windows = Annotated[int, typer.Option(help="Text windows to score.")]
 Window = Annotated[int, typer.Option(help="Tokens in each window.")]
+AtOnce = Annotated[int, typer.Option(help="Windows in one forward pass; more are faster on a GPU.")]
 
 
 def without_bars() -> None:
@@ -58,7 +59,7 @@ def calibration(
 
 
 def meter(
-    model: str, windows: int, window: int, text: list[str] | None, seed: int, device: str | None
+    model: str, windows: int, window: int, at_once: int, text: list[str] | None, seed: int, device: str | None
 ) -> Callable[[Plan], dict[str, float]]:
     """`kvloom.evaluate.kld_meter` of a model in fp32, on texts to score on, with a bar for each plan."""
     from kvloom.assets import EVALUATION, texts, token_windows
@@ -70,7 +71,7 @@ def meter(
 
     def measure(plan: Plan) -> dict[str, float]:
         with progress() as update:
-            return kld_meter(loaded, rows, progress=update)(plan)
+            return kld_meter(loaded, rows, batch=at_once, progress=update)(plan)
 
     return measure
 

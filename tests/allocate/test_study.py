@@ -67,6 +67,15 @@ def test_it_ends_near_the_front_and_again_so(sampler, trials):
     assert len({it.picks for it in runs[0]}) > 15
 
 
+@pytest.mark.parametrize("sampler", ["nsga2", "moead"])
+def test_proposals_learn_to_keep_to_the_constraint(sampler):
+    """Both objectives want what the constraint forbids; of random picks one in six keeps to it."""
+    own = Space((6,) * 4, lambda picks: (-float(sum(picks)), -float(picks[0])), lambda picks: sum(picks) - 6.0, (), "c")
+    found = [sum(it.picks) <= 6 for it in run_study(own, StudySettings(200, sampler, seed=1), silent)]
+    assert sum(found[:20]) < 10
+    assert sum(found[-80:]) > 40
+
+
 def test_what_was_measured_once_is_not_measured_again():
     measured = []
     found = run_study(space(measured), StudySettings(60), silent)

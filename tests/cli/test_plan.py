@@ -152,11 +152,24 @@ def test_max_kld_is_measured(kvloom, profile: Path, target: Path, monkeypatch: p
     """A meter that knows true bits and nothing else: 4 bits are enough."""
 
     def meter(*told):
-        assert told == ("some-model", 3, 512, ["a.txt"], 0, None)
+        assert told == ("some-model", 3, 512, 2, ["a.txt"], 0, None)
         return lambda plan: dict.fromkeys(("value", "low", "high"), 4.0 / plan.true_bits(4096) - 0.9)
 
     monkeypatch.setattr("kvloom.cli._plan.meter", meter)
-    words = ["--model", "some-model", "--windows", "3", "--window", "512", "--text", "a.txt", "-o", target]
+    words = [
+        "--model",
+        "some-model",
+        "--windows",
+        "3",
+        "--window",
+        "512",
+        "--at-once",
+        "2",
+        "--text",
+        "a.txt",
+        "-o",
+        target,
+    ]
     done = kvloom("plan", profile, "--max-kld", "0.1", "--tokens", "4K", *words)
     assert done.exit_code == 0, done.output
     plan = Plan.load(target)
