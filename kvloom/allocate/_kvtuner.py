@@ -51,13 +51,15 @@ class KVTuner(Allocator):
     pairs and of close losses become a group (see `grouped`); an evolutionary search picks a pair for every group, for
     little loss and few bytes, under a limit of bytes that trials may break. What is done otherwise: losses are those of
     the profile's table, whatever its signal (KVTuner's is e_o); true bytes stand for average bits; formats are the
-    profile's; the search starts from exact plans of the groups, and is seeded; a trial's objective is by default the
-    table's predicted loss, and with `objective` any measured one (KVTuner's is the accuracy on GSM8K).
+    profile's; the search is seeded, and starts from exact plans of the groups unless `warm` is False; a trial's
+    objective is by default the table's predicted loss, and with `objective` any measured one (KVTuner's is the accuracy
+    on GSM8K).
 
     Args:
         objective: what trials measure.
         settings: trials, sampler, seed, and the storage that processes share.
         widths: bits of keys and of values that pairs are made of, where the profile has them.
+        warm: whether the first trials are the exact plans of the groups at 16 budgets; KVTuner starts at random.
         progress: told `(what, done, total)` before every trial.
     """
 
@@ -68,22 +70,27 @@ class KVTuner(Allocator):
         objective: Objective | None = None,
         settings: StudySettings | None = None,
         widths: Sequence[int] = (2, 4, 8),
+        warm: bool = True,
         progress: Callable[[str, int, int], None] = _unheard,
     ) -> None:
         self._objective = objective
         self._settings = settings or StudySettings()
         self._widths = widths
+        self._warm = warm
         self._progress = progress
 
     def solve(self, profile: Profile, budget: Budget | None, *, window: Window, prefill: Prefill) -> Plan:
         """Searches, and makes the best plan found within the budget; among equals the smallest.
 
         Raises:
-            PlanError: there is no budget, keys or values have none of the widths, or not even the smallest pairs fit.
+            PlanError: there is no budget, keys or values have none of the widths, not even the smallest pairs fit, or
+                no trial kept to the budget.
             MissingExtraError: optuna or scipy is not installed.
         """
         problem, groups, found = self._searched(profile, budget, window, prefill)
         within = [it for it in found if it.values[1] <= problem.capacity]
+        if not within:
+            raise PlanError(f"none of {len(found)} trials kept to the budget of {budget}: give more, or start warm")
         return self._plan(problem, groups, min(within, key=lambda it: it.values), len(found))
 
     def front(self, profile: Profile, budget: Budget, *, window: Window, prefill: Prefill = "exact") -> list[Plan]:
@@ -119,8 +126,8 @@ class KVTuner(Allocator):
         def excess(picks: Picks) -> float:
             return float(problem.nbytes(picks_of(problem.units, _specs(groups, picks))) - problem.capacity)
 
-        capacities = np.linspace(least, problem.capacity, _STARTS).astype(int)
-        starts = dict.fromkeys(solve(options, int(capacity)).picks for capacity in reversed(capacities))
+        capacities = np.linspace(problem.capacity, least, _STARTS).astype(int) if self._warm else ()
+        starts = dict.fromkeys(solve(options, int(capacity)).picks for capacity in capacities)
         space = Space(
             sizes=tuple(len(group.choices) for group in groups),
             measure=measure,

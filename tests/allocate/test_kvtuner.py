@@ -121,6 +121,16 @@ def test_on_the_surrogate_it_finds_the_best_of_its_groups():
     assert plan.provenance.predicted_loss == pytest.approx(best)
 
 
+def test_a_cold_start_is_the_published_one_and_can_miss_the_budget():
+    measured = profile(8)
+    kept = StudySettings(trials=20, sampler="moead")
+    with pytest.raises(PlanError, match=r"none of 20 trials kept to the budget of 2\.7 true bits .* start warm"):
+        allocate(measured, Budget.bits(2.7, TOKENS), method=KVTuner(settings=kept, warm=False))
+    cold = allocate(measured, Budget.bits(6, TOKENS), method=KVTuner(settings=kept, warm=False))
+    warm = allocate(measured, Budget.bits(6, TOKENS), method=KVTuner(settings=kept))
+    assert warm.provenance.predicted_loss < cold.provenance.predicted_loss
+
+
 def test_a_measured_objective_decides():
     """The objective wants many bits in layer 2 and nothing else; the table does not know."""
     measured = profile(3, keys=[channel(b) for b in (2, 4, 8)], values=[token(b) for b in (2, 4, 8)])

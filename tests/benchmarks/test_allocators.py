@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import allocators, methods
-from benchmarks.allocators import BEGIN, BUDGETED, BUDGETS, CASES, END, Case, Pair
+from benchmarks.allocators import BEGIN, BUDGETED, BUDGETS, CASES, END, WARM, Case, Pair
 from kvloom.errors import DataError
 from kvloom.signals import compute_profile
 from tests.benchmarks.test_methods import Files, interval, record, write
@@ -34,7 +34,7 @@ def measured(monkeypatch):
 def test_every_rule_meets_an_exact_plan_of_its_bytes_at_most(measured, monkeypatch):
     pytest.importorskip("optuna", minversion="5")
     model = tiny_model()
-    cases = [Case("kvq", 3.0), Case("kvtuner", 4.0), Case("greedy", 3.0), Case("kvmix", None)]
+    cases = [Case("kvq", 3.0), Case("kvtuner", 6.0), Case(WARM, 4.0), Case("greedy", 3.0), Case("kvmix", None)]
     found = {it.name: it for it in allocators.contestants(model, measured, TOKENS, cases)}
     for case in cases:
         rule = found[case.name]
@@ -51,18 +51,21 @@ def test_every_rule_meets_an_exact_plan_of_its_bytes_at_most(measured, monkeypat
             )
 
 
-def test_a_rule_below_its_smallest_plan_is_left_out(measured, capsys):
+def test_a_rule_is_left_out_where_it_does_not_meet_the_budget(measured, capsys):
     pytest.importorskip("optuna", minversion="5")
-    found = allocators.contestants(tiny_model(), measured, TOKENS, [Case("kvtuner", 2.2), Case("greedy", 3.0)])
+    cases = [Case(WARM, 2.2), Case("kvtuner", 2.8), Case("greedy", 3.0)]
+    found = allocators.contestants(tiny_model(), measured, TOKENS, cases)
     assert [it.method for it in found] == ["greedy", "exact"]
-    assert "kvtuner 2.2 is left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kvtuner-warm 2.2 is left out: budget of 2.2 true bits" in said
+    assert "kvtuner 2.8 is left out: none of 20 trials kept to the budget" in said
 
 
 def test_without_optuna_the_others_are_compared(measured, monkeypatch, capsys):
     monkeypatch.setattr(allocators, "missing", lambda extra: ("optuna",))
     found = allocators.contestants(tiny_model(), measured, TOKENS, [Case("kvtuner", 4.0), Case("kvq", 3.0)])
     assert [it.method for it in found] == ["kvq", "exact"]
-    assert "kvtuner is left out: optuna are not installed." in capsys.readouterr().out
+    assert "KVTuner's search is left out for lack of optuna." in capsys.readouterr().out
 
 
 def result(name: str, kld: list[float], rival: str | None = None) -> dict[str, Any]:
