@@ -201,7 +201,7 @@ def evaluate(lineup_of: Callable[[PreTrainedModel], Sequence[Contestant]], asked
     def progress(what: str, done: int, total: int) -> None:
         print(f"{perf_counter() - started:7.0f} s  {done}/{total}  {what}", flush=True)
 
-    model, tokenizer = load_model(MODEL_NAME, dtype="float32")
+    model, tokenizer = load_model(MODEL_NAME, device=asked.device, dtype="float32")
     records = fidelity(
         model,
         token_windows(tokenizer, texts(EVALUATION), asked.window, asked.windows, seed=0),
@@ -222,6 +222,7 @@ def scoring_options(description: str, out: Path) -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, default=WINDOW)
     parser.add_argument("--share", type=share, default=(1, 1), metavar="I/N")
     parser.add_argument("--batch", type=int, default=1, help="windows in one forward pass")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; the first GPU if there is one")
     parser.add_argument("--readme", action="store_true")
     return parser
 

@@ -225,15 +225,13 @@ def write_readme(results: Path, readme: Path = README, kept: Path = KEPT) -> Non
     """
     rows = comparable(results, [recipe.name for recipe in RECIPES], SCRIPT)
     compared = {record["name"] for row in best(rows) for record in (row.ours, row.theirs)}
-    rows = {name: _kept(record, name in compared) for name, record in rows.items()}
+    rows = {name: kept_record(record) if name in compared else without_blocks(record) for name, record in rows.items()}
     insert(readme, table(rows), BEGIN, END)
     kept.write_text("".join(json.dumps(record) + "\n" for record in rows.values()), encoding="utf-8")
 
 
-def _kept(record: Record, compared: bool) -> dict[str, Any]:
+def kept_record(record: Record) -> dict[str, Any]:
     """A record with no more blocks than its comparison needs, of five digits."""
-    if not compared:
-        return without_blocks(record)
     blocks = {"tokens": record["blocks"]["tokens"], "kld": [float(f"{kld:.5g}") for kld in record["blocks"]["kld"]]}
     return {**without_blocks(record), "blocks": blocks}
 

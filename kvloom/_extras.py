@@ -13,8 +13,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "gguf": ("gguf", "accelerate"),
     "gpu": ("cuda.core", "triton"),
     "hqq": ("hqq",),
+    "milp": ("scipy",),
     "plot": ("matplotlib",),
     "quanto": ("optimum.quanto", "ninja"),
+    "search": ("optuna", "scipy"),
 }
 """Extra of pyproject.toml -> the modules it brings."""
 

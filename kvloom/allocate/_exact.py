@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from kvloom.allocate._base import Allocator, register
 from kvloom.allocate._budget import Budget
-from kvloom.allocate._knapsack import Solution, cheapest, solve
-from kvloom.allocate._units import Choice, Unit, units_of
-from kvloom.errors import PlanError
-from kvloom.plan import Plan, Prefill, Provenance, TensorSpec, Window
+from kvloom.allocate._constraints import Constraints
+from kvloom.allocate._knapsack import Solution, solve
+from kvloom.allocate._milp import solve_constrained
+from kvloom.allocate._problem import Problem
+from kvloom.allocate._units import Unit
+from kvloom.plan import Plan, Prefill, Window
 from kvloom.signals import Profile
 
 
@@ -24,56 +26,48 @@ class Exact(Allocator):
     `lower_bound` (what the search over all plans proves, hence `gap` 0) and `lagrangian_bound`, a
     lower bound computed in another way (the Lagrangian dual, which no plan within the budget can
     fall below), with `units`, `specs` (options of the largest unit), `capacity_bytes`,
-    `used_bytes` and `seconds`.
+    `used_bytes` and `seconds`. Of thousands of units a search can be too long: then `lower_bound` is
+    the Lagrangian one and `gap` says how much of `optimum` is not proven. Under side constraints both
+    bounds are those of branch and cut.
+
+    Args:
+        constraints: what the plan must keep to besides the budget.
     """
 
     name = "exact"
 
+    def __init__(self, constraints: Constraints | None = None) -> None:
+        self._constraints = constraints or Constraints()
+
     def solve(self, profile: Profile, budget: Budget | None, *, window: Window, prefill: Prefill) -> Plan:
-        """Makes the plan of least predicted loss; among equals, the smallest.
+        """Makes the plan of least predicted loss; among equals, without side constraints, the smallest.
 
         Raises:
-            PlanError: there is no budget, or not even the cheapest candidates fit into it.
+            PlanError: there is no budget, not even the cheapest candidates fit into it, or no plan within it keeps to
+                the constraints.
+            MissingExtraError: there are constraints, and scipy is not installed.
         """
-        if budget is None:
-            raise PlanError("budget is missing: method 'exact' needs one, such as Budget.bits(3, 2048)")
         started = time.perf_counter()
-        units = units_of(profile.table, budget, window)
-        options = [unit.options for unit in units]
-        capacity = budget.total(profile.model)
-        least = cheapest(options)
-        if least > capacity:
-            raise PlanError(_too_small(budget, capacity, least, profile))
-        solution = solve(options, capacity)
-        seconds = time.perf_counter() - started
-        return Plan.from_specs(
-            profile.model,
-            _specs(units, solution.picks),
-            window=window,
-            prefill=prefill,
-            provenance=Provenance(
-                signal=profile.table.signal,
-                solver=self.name,
-                budget=asdict(budget),
-                calibration=profile.calibration.model_dump(),
-                predicted_loss=solution.loss,
-                certificate=_certificate(units, solution, capacity, seconds),
-            ),
-        )
+        problem = Problem.of(profile, budget, window, prefill, self.name)
+        self._constraints.check(profile.model)
+        problem, solution = self._solved(problem)
+        proof = _certificate(problem.units, solution, problem.capacity, time.perf_counter() - started)
+        if self._constraints:
+            proof["constraints"] = str(self._constraints)
+        return problem.plan(solution.picks, self.name, proof)
 
-
-def _specs(units: Sequence[Unit], picks: Sequence[int]) -> dict[int, tuple[TensorSpec, TensorSpec]]:
-    layers: dict[int, Choice] = {}
-    for unit, pick in zip(units, picks, strict=True):
-        layers.setdefault(unit.layer, {}).update(unit.choices[pick])
-    return {layer: (sides["key"], sides["value"]) for layer, sides in layers.items()}
+    def _solved(self, problem: Problem) -> tuple[Problem, Solution]:
+        if not self._constraints:
+            return problem, solve(problem.options, problem.capacity)
+        found = solve_constrained(problem.units, problem.capacity, self._constraints)
+        return replace(problem, units=found.units), found.solution
 
 
 def _certificate(units: Sequence[Unit], solution: Solution, capacity: int, seconds: float) -> dict[str, Any]:
     return {
         "optimum": solution.loss,
-        "lower_bound": solution.loss,
-        "gap": 0.0,
+        "lower_bound": solution.lower_bound,
+        "gap": solution.gap,
         "lagrangian_bound": solution.bound,
         "units": len(units),
         "specs": max(len(unit.choices) for unit in units),
@@ -81,12 +75,3 @@ def _certificate(units: Sequence[Unit], solution: Solution, capacity: int, secon
         "used_bytes": solution.cost,
         "seconds": round(seconds, 6),
     }
-
-
-def _too_small(budget: Budget, capacity: int, least: int, profile: Profile) -> str:
-    reach = budget.true_bits(least, profile.model)
-    return (
-        f"budget of {budget} is {capacity} bytes, and the smallest plan of this profile's "
-        f"candidates takes {least} bytes ({reach:.4g} true bits): raise the budget, keep a smaller "
-        "window, or profile with fewer bits among the candidates"
-    )

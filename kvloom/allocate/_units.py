@@ -1,8 +1,11 @@
-"""The knapsack's units: what each layer may store, what it costs in bytes and what it loses."""
+"""The knapsack's units: what each layer may store, what it costs in bytes and what it loses.
+
+Only this file knows the shape of a loss table and of a plan's layers; methods see units, and picks of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +17,8 @@ from kvloom.plan import LayerPlan, TensorSpec, Window, full_pages, head_layouts,
 from kvloom.signals import LossTable
 
 Choice = dict[str, TensorSpec]
+Specs = dict[int, tuple[TensorSpec, TensorSpec]]
+"""(key, value) formats by layer index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,49 @@ def units_of(table: LossTable, budget: Budget, window: Window) -> list[Unit]:
     """
     costs = _Costs.of(table, budget, window)
     return list(_sides(table, costs) if costs.separable else _pairs(table, costs))
+
+
+def specs_of(units: Sequence[Unit], picks: Sequence[int]) -> Specs:
+    """What the layers store under these picks, one of every unit."""
+    layers: dict[int, Choice] = {}
+    for unit, pick in zip(units, picks, strict=True):
+        layers.setdefault(unit.layer, {}).update(unit.choices[pick])
+    return {layer: (sides["key"], sides["value"]) for layer, sides in layers.items()}
+
+
+def picks_of(units: Sequence[Unit], specs: Specs) -> tuple[int, ...]:
+    """The picks under which the layers store this, the inverse of `specs_of`.
+
+    Raises:
+        ValueError: a format is not among the choices.
+    """
+    sides = {layer: {"key": key, "value": value} for layer, (key, value) in specs.items()}
+    return tuple(unit.choices.index({side: sides[unit.layer][side] for side in unit.choices[0]}) for unit in units)
+
+
+def side_losses(table: LossTable) -> dict[int, tuple[list[float], list[float]]]:
+    """Losses of each layer's keys, `[key_specs]`, and of its values, `[value_specs]`, by layer index."""
+    return dict(zip(table.layers, zip(table.key_loss, table.value_loss, strict=True), strict=True))
+
+
+def layer_units(units: Sequence[Unit]) -> list[Unit]:
+    """The same decisions with one unit a layer, whose choices are all pairs of keys and values."""
+    layers: dict[int, Unit] = {}
+    for unit in units:
+        layers[unit.layer] = _joined(layers[unit.layer], unit) if unit.layer in layers else unit
+    return list(layers.values())
+
+
+def _joined(one: Unit, other: Unit) -> Unit:
+    """A unit of every pair of choices of two units of one layer."""
+    return Unit(
+        one.layer,
+        tuple({**a, **b} for a in one.choices for b in other.choices),
+        Options(
+            np.add.outer(one.options.cost, other.options.cost).ravel(),
+            np.add.outer(one.options.loss, other.options.loss).ravel(),
+        ),
+    )
 
 
 def _sides(table: LossTable, costs: _Costs) -> Iterator[Unit]:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvloom import __version__, errors
-from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _plan, _profile, _run
+from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _plan, _profile, _run, _search
 
 _SHOWN = (
     errors.CacheError,
@@ -66,6 +66,7 @@ for command in (
     _doctor.doctor,
     _profile.profile,
     _plan.plan,
+    _search.search,
     _calibrate.calibrate,
     _plan.convert,
     _plan.show,

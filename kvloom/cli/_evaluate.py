@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, load, progress, without_bars
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, Window, Windows, load, progress, without_bars
 
 if TYPE_CHECKING:
     from kvloom import Plan
@@ -19,8 +19,8 @@ def evaluate(
     model: Model,
     plan: Annotated[list[Path], typer.Option(help="A kv_plan.json; give it again for more.")],
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("runs/eval.jsonl"),
-    windows: Annotated[int, typer.Option(help="Text windows to score.")] = 8,
-    window: Annotated[int, typer.Option(help="Tokens in each window.")] = 2048,
+    windows: Windows = 8,
+    window: Window = 2048,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 128,
     text: Texts = None,
     seed: Seed = 0,

@@ -3,65 +3,98 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from kvloom.cli._terminal import err
+from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of, constraints_of
+from kvloom.cli._terminal import AtOnce, Device, Seed, Texts, Window, Windows, err, meter
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
-    from kvloom import Budget
-
-Tokens = Annotated[str, typer.Option(help="Context length: 2048, 128K, ...")]
+    from kvloom import Budget, Plan
+    from kvloom.allocate import ExactFront
 
 
 def plan(
     profile: Annotated[Path, typer.Argument(help="Made by `kvloom profile`.")],
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("kv_plan.json"),
-    bits: Annotated[float | None, typer.Option(help="Budget in true bits a number.")] = None,
-    bytes_per_token: Annotated[float | None, typer.Option(help="Budget of one sequence.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Total budget: 6GiB, '24 GB', ...")] = None,
+    bits: Bits = None,
+    bytes_per_token: BytesPerToken = None,
+    memory: Memory = None,
+    max_kld: Annotated[float | None, typer.Option(help="Instead: the smallest plan measured to lose no more.")] = None,
+    front: Annotated[Path | None, typer.Option(help="Instead: a folder for the best plan of every size.")] = None,
     tokens: Tokens = "8K",
     batch: Annotated[int | None, typer.Option(help="Sequences that share --memory.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of tokens kept exactly; the profiled model's by default.")] = None,
-    method: Annotated[str, typer.Option(help="exact, or kvmix, which takes no budget.")] = "exact",
+    method: Annotated[str, typer.Option(help="exact, greedy, kvq, kvtuner; kvmix takes no budget.")] = "exact",
     prefill: Annotated[Literal["exact", "quantized"], typer.Option(help="What a prompt attends to.")] = "exact",
+    equal_in: Annotated[int, typer.Option(help="Layers in a block that share their bits.")] = 1,
+    pairs: Annotated[str | None, typer.Option(help="Bits a layer may have: K4V4,K4V2,...")] = None,
+    max_layouts: Annotated[int | None, typer.Option(help="Different pairs of formats in the plan.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="Layers and their least bits: 0-1,29:8.")] = None,
+    model: Annotated[str | None, typer.Option(help="What --max-kld is measured on.")] = None,
+    windows: Windows = 8,
+    window: Window = 2048,
+    at_once: AtOnce = 1,
+    text: Texts = None,
+    seed: Seed = 0,
+    device: Device = None,
 ) -> None:
     """Spend a memory budget where it matters."""
     from kvloom import Profile
-    from kvloom.allocate import allocate, parse_tokens
+    from kvloom.allocate import Exact, ExactFront, allocate, parse_tokens
 
-    budget = _budget(bits, bytes_per_token, memory, tokens, batch, dtype)
-    made = allocate(Profile.load(profile), budget, method=method, prefill=prefill)
+    budget = budget_of(bits, bytes_per_token, memory, tokens, batch, dtype)
+    constraints = constraints_of(equal_in, pairs, max_layouts, protect)
+    _check_goal(budget, max_kld, front, model)
+    if method != Exact.name and (constraints or max_kld is not None or front):
+        raise PlanError(f"side constraints, --max-kld and --front need method exact, not {method!r}")
+    measured, length = Profile.load(profile), parse_tokens(tokens)
+    curve = ExactFront(measured, length, 1, dtype, constraints, prefill=prefill)
+    if front:
+        _write_front(curve, front)
+        return
+    if max_kld is not None and model:
+        about = f"{windows} windows of {window} tokens of {', '.join(text or ['the evaluation essays'])}, {model}"
+        made = _smallest(curve, max_kld, meter(model, windows, window, at_once, text, seed, device), about)
+    else:
+        how = Exact(constraints) if method == Exact.name else method
+        made = allocate(measured, budget, method=how, prefill=prefill)
     made.save(output)
-    typer.echo(made.describe(parse_tokens(tokens)))
+    typer.echo(made.describe(length))
     typer.echo(f"wrote {output}")
 
 
-def _budget(
-    bits: float | None,
-    bytes_per_token: float | None,
-    memory: str | None,
-    tokens: str,
-    batch: int | None,
-    dtype: str | None,
-) -> Budget | None:
-    from kvloom import Budget
+def _check_goal(budget: Budget | None, max_kld: float | None, front: Path | None, model: str | None) -> None:
+    """Refuse two goals at once, and a model that nothing is measured on."""
+    if sum((budget is not None, max_kld is not None, front is not None)) > 1:
+        raise PlanError("give a budget, --max-kld or --front, and only one of them")
+    if (max_kld is None) != (model is None):
+        raise PlanError("--max-kld is measured on --model: give both")
 
-    given = [amount for amount in (bits, bytes_per_token, memory) if amount is not None]
-    if len(given) > 1:
-        raise PlanError("give one budget: --bits, --bytes-per-token or --memory")
-    if batch is not None and memory is None:
-        raise PlanError("--batch goes with --memory: the other budgets are of one sequence")
-    if bits is not None:
-        return Budget.bits(bits, tokens, dtype)
-    if bytes_per_token is not None:
-        return Budget.bytes_per_token(bytes_per_token, tokens, dtype)
-    if memory is not None:
-        return Budget.memory(memory, batch or 1, tokens, dtype)
-    return None
+
+def _write_front(curve: ExactFront, folder: Path) -> None:
+    from kvloom.allocate import save_front
+
+    names = save_front(curve.plans(), folder, curve.tokens, curve.batch, curve.dtype)
+    typer.echo(f"wrote {len(names)} plans, front.json and front.png to {folder}")
+
+
+def _smallest(curve: ExactFront, limit: float, measure: Callable[[Plan], dict[str, float]], about: str) -> Plan:
+    """The smallest plan within the limit; what was measured is printed as it comes."""
+    from kvloom.allocate import smallest_plan
+
+    def told(plan: Plan) -> dict[str, float]:
+        kld = measure(plan)
+        interval = f"{kld['value']:.4g} [{kld['low']:.4g}, {kld['high']:.4g}]"
+        typer.echo(f"measured {plan.true_bits(curve.tokens, curve.dtype):.3f} true bits: KLD {interval}")
+        return kld
+
+    typer.echo(f"measuring on {about}")
+    return smallest_plan(curve, limit, told, about)
 
 
 def convert(

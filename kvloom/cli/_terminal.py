@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from kvloom import Plan
 
 err = Console(stderr=True, highlight=False, markup=False)
 
@@ -23,6 +26,9 @@ Texts = Annotated[
     typer.Option("--text", help="Essay name, .txt or .jsonl file; give it again for more."),
 ]
 Seed = Annotated[int, typer.Option(help="Of the choice of text windows.")]
+Windows = Annotated[int, typer.Option(help="Text windows to score.")]
+Window = Annotated[int, typer.Option(help="Tokens in each window.")]
+AtOnce = Annotated[int, typer.Option(help="Windows in one forward pass; more are faster on a GPU.")]
 
 
 def without_bars() -> None:
@@ -50,6 +56,24 @@ def calibration(
     sources = texts(text or CALIBRATION)
     loaded, tokenizer = load(model, device, dtype)
     return loaded, token_windows(tokenizer, sources, tokens, prompts, seed), [source.name for source in sources]
+
+
+def meter(
+    model: str, windows: int, window: int, at_once: int, text: list[str] | None, seed: int, device: str | None
+) -> Callable[[Plan], dict[str, float]]:
+    """`kvloom.evaluate.kld_meter` of a model in fp32, on texts to score on, with a bar for each plan."""
+    from kvloom.assets import EVALUATION, texts, token_windows
+    from kvloom.evaluate import kld_meter
+
+    sources = texts(text or EVALUATION)
+    loaded, tokenizer = load(model, device, "float32")
+    rows = token_windows(tokenizer, sources, window, windows, seed)
+
+    def measure(plan: Plan) -> dict[str, float]:
+        with progress() as update:
+            return kld_meter(loaded, rows, batch=at_once, progress=update)(plan)
+
+    return measure
 
 
 @contextmanager

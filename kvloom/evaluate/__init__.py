@@ -8,6 +8,7 @@ from kvloom.evaluate._decode import WARM_UP, decode_speed
 from kvloom.evaluate._drift import drift
 from kvloom.evaluate._fidelity import Protocol, fidelity
 from kvloom.evaluate._ledger import Record, write_records
+from kvloom.evaluate._meter import kld_meter
 from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_prompt
 from kvloom.evaluate._paired import paired_difference, paired_speed
 from kvloom.evaluate._peers import Peers, peer_contestants
@@ -25,6 +26,7 @@ __all__ = [
     "dense_contestant",
     "drift",
     "fidelity",
+    "kld_meter",
     "model_name",
     "needle",
     "needle_cases",

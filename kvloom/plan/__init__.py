@@ -24,6 +24,8 @@ from kvloom.plan.formats import (
     preset,
     presets,
     readable_formats,
+    spend_bits,
+    spend_groups,
     writable_formats,
 )
 
@@ -55,5 +57,7 @@ __all__ = [
     "presets",
     "readable_formats",
     "rotation_name",
+    "spend_bits",
+    "spend_groups",
     "writable_formats",
 ]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvloom.allocate._knapsack import Options, cheapest, solve
+from kvloom.allocate import _knapsack as knapsack
+from kvloom.allocate._knapsack import Options, cheapest, greedy, solve
 
 # Losses on a grid make ties common; free floats make sums inexact.
 LOSSES = st.integers(-3, 12).map(float) | st.floats(0, 10, allow_subnormal=False)
@@ -107,3 +108,41 @@ def test_many_units_whose_costs_share_no_divisor():
     found = solve(units, capacity)
     assert found.cost <= capacity
     assert found.bound <= found.loss <= found.bound * 1.05
+
+
+@given(UNITS, st.integers(0, 200), st.integers(0, 30))
+def test_a_search_that_is_cut_short_ends_with_feasible_picks_and_a_true_gap(units, capacity, work):
+    capacity = max(capacity, cheapest(options(units)))
+    least = min(loss for cost, loss in every_total(units) if cost <= capacity)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "_WORK", work)
+        found = solve(options(units), capacity)
+    chosen = [unit[pick] for unit, pick in zip(units, found.picks, strict=True)]
+    assert found.cost == sum(cost for cost, _ in chosen) <= capacity
+    assert found.loss == pytest.approx(math.fsum(loss for _, loss in chosen), abs=1e-9)
+    assert found.lower_bound <= least + 1e-9
+    assert found.gap >= 0
+    if found.loss > 1e-6:
+        assert found.loss * (1 - found.gap) <= least + 1e-9
+    if found.is_optimal:
+        assert found.gap == 0
+        assert found.loss == pytest.approx(least, abs=1e-9)
+
+
+@given(UNITS, st.integers(0, 200))
+def test_greedy_fits_and_is_no_better_than_the_optimum(units, capacity):
+    given_options = options(units)
+    capacity = max(capacity, cheapest(given_options))
+    chosen = [unit[pick] for unit, pick in zip(units, greedy(given_options, capacity), strict=True)]
+    assert sum(cost for cost, _ in chosen) <= capacity
+    assert math.fsum(loss for _, loss in chosen) >= solve(given_options, capacity).loss - 1e-9
+
+
+def test_ten_thousand_units_are_close_to_the_bound():
+    rng = np.random.default_rng(0)
+    units = [Options(64 * rng.integers(1, 200, 12), rng.random(12) * rng.lognormal(0, 2)) for _ in range(10_000)]
+    capacity = 2 * cheapest(units)
+    found = solve(units, capacity)
+    assert found.cost <= capacity
+    assert found.gap <= 0.005
+    assert found.bound >= 0.995 * found.loss

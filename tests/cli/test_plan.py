@@ -111,3 +111,117 @@ def test_show(kvloom, tmp_path: Path):
 def test_schema_is_json_that_knows_the_fields(kvloom):
     schema = json.loads(kvloom("schema").stdout)
     assert set(schema["properties"]) >= {"schema_version", "model", "layers", "prefill"}
+
+
+def bits_of(plan: Plan) -> list[tuple[int, int]]:
+    return [(plan.spec(i).key.bits, plan.spec(i).value.bits) for i in range(4)]
+
+
+def test_side_constraints(kvloom, profile: Path, target: Path):
+    pytest.importorskip("scipy")
+    words = ["--equal-in", "2", "--pairs", "K4V4,K4V2,K8V8", "--protect", "0:4", "--max-layouts", "2", "-o", target]
+    done = kvloom("plan", profile, "--bits", "5", *words)
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(target)
+    found = bits_of(plan)
+    assert set(found) <= {(4, 4), (8, 8)}  # the second layer of a block has the first one's bits
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert plan.provenance.certificate["constraints"].startswith("equal_in 2")
+
+
+@pytest.mark.parametrize("method", ["greedy", "kvq"])
+def test_other_methods_take_the_budget(kvloom, profile: Path, target: Path, method: str):
+    done = kvloom("plan", profile, "--bits", "4", "--method", method, "-o", target)
+    assert done.exit_code == 0, done.output
+    assert Plan.load(target).provenance.solver == method
+
+
+def test_front(kvloom, profile: Path, tmp_path: Path, target: Path):
+    pytest.importorskip("matplotlib")
+    done = kvloom("plan", profile, "--front", tmp_path / "front", "--tokens", "2K", "-o", target)
+    assert done.exit_code == 0, done.output
+    listed = json.loads((tmp_path / "front" / "front.json").read_text())
+    plans = [Plan.load(tmp_path / "front" / it["file"]) for it in listed["plans"]]
+    assert f"wrote {len(plans)} plans" in done.stdout
+    assert [plan.nbytes(1, 2048) for plan in plans] == [it["nbytes"] for it in listed["plans"]]
+    assert not target.exists()
+
+
+def test_max_kld_is_measured(kvloom, profile: Path, target: Path, monkeypatch: pytest.MonkeyPatch):
+    """A meter that knows true bits and nothing else: 4 bits are enough."""
+
+    def meter(*told):
+        assert told == ("some-model", 3, 512, 2, ["a.txt"], 0, None)
+        return lambda plan: dict.fromkeys(("value", "low", "high"), 4.0 / plan.true_bits(4096) - 0.9)
+
+    monkeypatch.setattr("kvloom.cli._plan.meter", meter)
+    words = [
+        "--model",
+        "some-model",
+        "--windows",
+        "3",
+        "--window",
+        "512",
+        "--at-once",
+        "2",
+        "--text",
+        "a.txt",
+        "-o",
+        target,
+    ]
+    done = kvloom("plan", profile, "--max-kld", "0.1", "--tokens", "4K", *words)
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(target)
+    assert 4.0 <= plan.true_bits(4096) < 4.3
+    tried = plan.provenance.certificate["tried"]
+    assert done.stdout.count("measured ") == len(tried) > 3
+    assert "measuring on 3 windows of 512 tokens of a.txt, some-model" in done.stdout
+    assert plan.provenance.certificate["measured_on"] == "3 windows of 512 tokens of a.txt, some-model"
+    assert "true bits: KLD 0." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bits", "4", "--max-kld", "0.1", "--model", "m"], "only one of them"),
+        (["--bits", "4", "--front", "f"], "only one of them"),
+        (["--max-kld", "0.1"], "measured on --model: give both"),
+        (["--bits", "4", "--model", "m"], "measured on --model: give both"),
+        (["--bits", "4", "--equal-in", "2", "--method", "kvq"], "need method exact, not 'kvq'"),
+        (["--front", "f", "--method", "greedy"], "need method exact"),
+        (["--bits", "4", "--pairs", "4,4"], "cannot read the pairs"),
+        (["--bits", "4", "--protect", "9:4"], "protect names layer 9"),
+    ],
+)
+def test_goals_and_constraints_that_do_not_go_together(kvloom, profile, target, words: list[str], message: str):
+    failed = kvloom("plan", profile, *words, "-o", target)
+    assert failed.exit_code == 2
+    assert failed.stderr.startswith("error: ")
+    assert message in failed.stderr
+    assert not target.exists()
+
+
+def test_search_measures_and_can_go_on(kvloom, profile: Path, target: Path, tmp_path: Path, monkeypatch):
+    pytest.importorskip("optuna", minversion="5")
+    measured = []
+
+    def meter(*told):
+        def measure(plan: Plan) -> dict[str, float]:
+            measured.append(bits_of(plan))
+            return {"value": 1.0 / plan.spec(3).key.bits, "low": 0.0, "high": 1.0}
+
+        return measure
+
+    monkeypatch.setattr("kvloom.cli._search.meter", meter)
+    words = ["--bits", "5", "--study", tmp_path / "search.log", "--sampler", "moead", "-o", target]
+    for trials in ("10", "40"):
+        done = kvloom("search", "some-model", profile, *words, "--trials", trials, "--front", tmp_path / "front")
+        assert done.exit_code == 0, done.output
+    plan = Plan.load(target)
+    assert plan.spec(3).key.bits == 8
+    assert plan.true_bits(8192) <= 5
+    assert plan.provenance.certificate["trials"] == 40
+    assert len(measured) <= 40
+    assert (tmp_path / "front" / "front.json").exists()
+    assert "budget is missing" in kvloom("search", "some-model", profile).stderr
