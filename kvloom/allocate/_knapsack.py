@@ -26,6 +26,9 @@ _NEVER = 2.0**62
 _WORK = 3 * 10**8
 """Partial picks that the search may weigh before it gives up: some seconds."""
 
+ROUNDING = 1e-12
+"""Differences of losses, in nats a token, that sums in another order make."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -68,8 +71,9 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """Largest share of `loss` by which the minimum can be smaller."""
-        return 0.0 if self.loss == self.lower_bound else (self.loss - self.lower_bound) / abs(self.loss)
+        """Largest share of `loss` by which the minimum can be smaller; 0 where the difference is but rounding."""
+        room = self.loss - self.lower_bound
+        return room / abs(self.loss) if room > ROUNDING else 0.0
 
 
 @dataclass(frozen=True, slots=True)
