@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvloom._ledger import Ledger, Record, fingerprint, pack_floats, pieces_path, unpack_floats
 from kvloom.errors import DataError
 from kvloom.evaluate._bootstrap import block_mean, block_quantile
 from kvloom.evaluate._contestants import Contestant, check_names, plan_layers
@@ -30,16 +31,8 @@ from kvloom.evaluate._context import (
     surroundings,
     tokens_hash,
 )
-from kvloom.evaluate._ledger import (
-    Ledger,
-    Record,
-    fingerprint,
-    pack_floats,
-    pieces_path,
-    unpack_floats,
-    write_records,
-)
 from kvloom.evaluate._live import live_bytes, true_bits
+from kvloom.evaluate._records import write_records
 from kvloom.evaluate._scores import TokenScores, score_tokens
 from kvloom.evaluate._through import attention, check_multiple, chunked_logits
 from kvloom.plan import Fingerprint

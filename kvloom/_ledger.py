@@ -1,11 +1,11 @@
-"""Result files: JSON lines that survive a killed run."""
+"""Finished pieces of work: JSON lines that survive a killed run."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Ledger:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             path.write_bytes(whole)
-        for record in _parse(path, whole.decode()):
+        for record in parse_lines(path, whole.decode()):
             if "key" not in record:
                 raise DataError(f"{path} is not a file of unfinished kvloom work: delete it.")
             self._pieces[record["key"]] = record
@@ -82,25 +82,12 @@ def pieces_path(results: Path) -> Path:
     return results.with_name(results.name + ".pieces")
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Put records into a results file; those with the same `kind` and `id` are replaced.
-
-    The file is replaced as a whole, so that a crash leaves the old one.
+def parse_lines(path: Path, text: str) -> Iterator[Record]:
+    """The objects of a file of JSON lines.
 
     Raises:
-        DataError: the file exists and is not JSON lines.
+        DataError: a line is no JSON object.
     """
-    kept = list(_parse(path, path.read_text(encoding="utf-8"))) if path.exists() else []
-    merged = {(record.get("kind"), record.get("id", n)): record for n, record in enumerate(kept)}
-    merged |= {(record["kind"], record["id"]): record for record in records}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    lines = [json.dumps(record) + "\n" for record in merged.values()]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
-
-
-def _parse(path: Path, text: str) -> Iterator[Record]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
