@@ -15,7 +15,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kvloom.signals._base import Side
 from kvloom.signals._tap import Run, Tapped, grouped_matmul, seen_by
+
+_ALTERNATIVES = {"cpu": 1}
+"""Alternatives whose scores exist at a time: few enough that they stay in a CPU's caches."""
+
+_MANY_ALTERNATIVES = 8
+"""Elsewhere: enough to fill a GPU."""
 
 
 def value_gradient(tapped: Tapped) -> Tensor:
@@ -35,28 +42,65 @@ def key_changes(tapped: Tapped, stored: Sequence[Tensor]) -> Tensor:
         stored: Alternatives, each `[batch, kv_heads, tokens, head_dim]`; only packed tokens matter.
 
     Returns:
-        float32 `[alternatives, batch, tokens]`, summed over heads.
+        float32 `[alternatives, batch, kv_heads, tokens]`, summed over the query heads of a KV head.
     """
-    batch, tokens = tapped.key.shape[0], tapped.key.shape[2]
-    changes = tapped.key.new_zeros((len(stored), batch, tokens), dtype=torch.float32)
-    key, value = tapped.key.float(), tapped.value.float()
+    several = _ALTERNATIVES.get(tapped.key.device.type, _MANY_ALTERNATIVES)
+    parts = [_key_changes(tapped, torch.stack(list(stored[n : n + several]))) for n in range(0, len(stored), several)]
+    return torch.cat(parts)
+
+
+def _key_changes(tapped: Tapped, stored: Tensor) -> Tensor:
+    """The same for alternatives `[alternatives, batch, kv_heads, tokens, head_dim]`, all in one batch."""
+    count, batch, heads, tokens = stored.shape[:4]
+    changes = torch.zeros((count, batch, heads, tokens), device=stored.device)
+    key, value = tapped.key.float().repeat(count, 1, 1, 1), tapped.value.float()
+    scoring = tapped.scoring.repeated(count)
     for run, query, weights, gradient in _packed_runs(tapped):
         slope = grouped_matmul(gradient, value[:, :, : run.stop].transpose(-1, -2))
-        for alternative, other in zip(changes, stored, strict=True):
-            seen = seen_by(run, key, other)
-            moved = tapped.scoring.probabilities(query, seen, run.start) - weights
-            alternative[:, run.start : run.stop] = (moved * slope).sum(dim=(1, 2, 4))
+        seen = seen_by(run, key, stored.flatten(0, 1))
+        seen_as = scoring.probabilities(query.repeat(count, 1, 1, 1, 1), seen, run.start)
+        moved = seen_as.unflatten(0, (count, batch)) - weights
+        changes[..., run.start : run.stop] = (moved * slope).sum(dim=(3, 5))
     return changes
 
 
-def _packed_runs(tapped: Tapped) -> Iterator[tuple[Run, Tensor, Tensor, Tensor]]:
-    """Runs that see packed tokens, with their queries, exact weights and output gradients in float32."""
-    if tapped.gradient is None:
-        raise RuntimeError("the tapped attention has seen no backward pass")
+def output_changes(tapped: Tapped, side: Side, stored: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attention outputs of the queries that see packed tokens, and their changes when one side is read as stored.
+
+    Args:
+        tapped: The kept attention.
+        side: Which side is stored.
+        stored: Alternatives, each `[batch, kv_heads, tokens, head_dim]`; only packed tokens matter.
+
+    Yields:
+        For each run of queries the outputs, float32 `[batch, kv_heads, group, queries, head_dim]`, and their changes,
+        `[alternatives, ...]`.
+    """
+    key, value = tapped.key.float(), tapped.value.float()
+    for run, query, weights in seen_runs(tapped):
+        exact = grouped_matmul(weights, value[:, :, : run.stop])
+        changes = []
+        for other in stored:
+            if side == "key":
+                moved = tapped.scoring.probabilities(query, seen_by(run, key, other), run.start)
+                changes.append(grouped_matmul(moved, value[:, :, : run.stop]) - exact)
+            else:
+                changes.append(grouped_matmul(weights, seen_by(run, value, other)) - exact)
+        yield exact, torch.stack(changes)
+
+
+def seen_runs(tapped: Tapped) -> Iterator[tuple[Run, Tensor, Tensor]]:
+    """Runs that see packed tokens, with their queries and exact weights in float32."""
     for run in tapped.runs:
         if run.last > run.first:
-            rows = slice(run.start, run.stop)
-            query = tapped.query[:, :, :, rows].float()
+            query = tapped.query[:, :, :, run.start : run.stop].float()
             key = tapped.key[:, :, : run.stop].float()
-            weights = tapped.scoring.probabilities(query, key, run.start)
-            yield run, query, weights, tapped.gradient[:, :, :, rows].float()
+            yield run, query, tapped.scoring.probabilities(query, key, run.start)
+
+
+def _packed_runs(tapped: Tapped) -> Iterator[tuple[Run, Tensor, Tensor, Tensor]]:
+    """Likewise, with the gradients by their outputs."""
+    if tapped.gradient is None:
+        raise RuntimeError("the tapped attention has seen no backward pass")
+    for run, query, weights in seen_runs(tapped):
+        yield run, query, weights, tapped.gradient[:, :, :, run.start : run.stop].float()
