@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,17 @@ class Ledger:
 
     Args:
         path: the file, made on the first piece; None keeps the pieces in memory only.
+        others: files of other runs that share the work; they are read and never changed.
 
     Raises:
-        DataError: the file exists and is no ledger.
+        DataError: a file exists and is no ledger.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, others: Iterable[Path] = ()) -> None:
         self.path = path
         self._pieces: dict[str, Record] = {}
+        for other in others:
+            self._take(other, _whole_lines(other.read_bytes()))
         if path is not None and path.exists():
             self._read(path)
 
@@ -68,13 +71,20 @@ class Ledger:
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = _whole_lines(data)
         if len(whole) < len(data):
             path.write_bytes(whole)
+        self._take(path, whole)
+
+    def _take(self, path: Path, whole: bytes) -> None:
         for record in parse_lines(path, whole.decode()):
             if "key" not in record:
                 raise DataError(f"{path} is not a file of unfinished kvloom work: delete it.")
             self._pieces[record["key"]] = record
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
 
 
 def pieces_path(results: Path) -> Path:

@@ -11,17 +11,21 @@ from kvloom.evaluate._fidelity import Protocol, fidelity
 from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_prompt
 from kvloom.evaluate._paired import paired_difference, paired_speed
 from kvloom.evaluate._peers import Peers, peer_contestants
+from kvloom.evaluate._random_plans import PlanCounts
 from kvloom.evaluate._records import write_records
 from kvloom.evaluate._samples import samples
+from kvloom.evaluate._signals import compare_signals
 
 __all__ = [
     "WARM_UP",
     "Contestant",
     "NeedleCase",
     "Peers",
+    "PlanCounts",
     "Progress",
     "Protocol",
     "Record",
+    "compare_signals",
     "decode_speed",
     "dense_contestant",
     "drift",

@@ -158,8 +158,8 @@ def score_windows(
             wanted = own[first : first + len(rows)]
             if not all(key in ledger for key in wanted):
                 if reference is None:
-                    reference = _dense_logits(model, rows, protocol.chunk)
-                for key, piece in zip(wanted, _score_rows(model, rows, contestant, reference, protocol), strict=True):
+                    reference = dense_logits(model, rows, protocol.chunk)
+                for key, piece in zip(wanted, score_rows(model, rows, contestant, reference, protocol), strict=True):
                     if key not in ledger:
                         ledger.add("fidelity_piece", key, piece)
             done += len(rows)
@@ -175,7 +175,7 @@ def piece_scores(pieces: Sequence[Record]) -> TokenScores:
 
 
 @torch.no_grad()
-def _dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
+def dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
     """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`."""
     cache = DynamicCache(config=model.config)
     with attention(model, packed=False):
@@ -184,7 +184,7 @@ def _dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
 
 
 @torch.no_grad()
-def _score_rows(
+def score_rows(
     model: PreTrainedModel,
     rows: Tensor,
     contestant: Contestant,
