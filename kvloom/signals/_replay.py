@@ -21,7 +21,7 @@ from kvloom.signals._tap import Run, Tapped, grouped_matmul, seen_by
 _ALTERNATIVES = {"cpu": 1}
 """Alternatives whose scores exist at a time: few enough that they stay in a CPU's caches."""
 
-_MANY_ALTERNATIVES = 8
+_MANY_ALTERNATIVES = 16
 """Elsewhere: enough to fill a GPU."""
 
 
