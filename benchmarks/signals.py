@@ -1,6 +1,7 @@
 """The table of signals in docs/signals.md: what `kvloom signals compare` measured.
 
-    kvloom signals compare smollm2-135m --measured --device cuda --batch 8 -o benchmarks/results/signals.jsonl
+    kvloom signals compare smollm2-135m --measured --device cuda --dtype float32 --batch 8 \
+        -o benchmarks/results/signals.jsonl
     python -m benchmarks.signals
 
 The first is resumable and can be split (`--share 2/8`). The second scores nothing: it writes the table between the two

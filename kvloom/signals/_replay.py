@@ -45,23 +45,33 @@ def key_changes(tapped: Tapped, stored: Sequence[Tensor]) -> Tensor:
         float32 `[alternatives, batch, kv_heads, tokens]`, summed over the query heads of a KV head.
     """
     several = _ALTERNATIVES.get(tapped.key.device.type, _MANY_ALTERNATIVES)
-    parts = [_key_changes(tapped, torch.stack(list(stored[n : n + several]))) for n in range(0, len(stored), several)]
-    return torch.cat(parts)
-
-
-def _key_changes(tapped: Tapped, stored: Tensor) -> Tensor:
-    """The same for alternatives `[alternatives, batch, kv_heads, tokens, head_dim]`, all in one batch."""
-    count, batch, heads, tokens = stored.shape[:4]
-    changes = torch.zeros((count, batch, heads, tokens), device=stored.device)
-    key, value = tapped.key.float().repeat(count, 1, 1, 1), tapped.value.float()
-    scoring = tapped.scoring.repeated(count)
+    groups = [torch.cat(list(stored[n : n + several])) for n in range(0, len(stored), several)]
+    batch, heads, tokens = tapped.key.shape[:3]
+    changes = torch.zeros((len(stored), batch, heads, tokens), device=tapped.key.device)
+    key, value = tapped.key.float(), tapped.value.float()
     for run, query, weights, gradient in _packed_runs(tapped):
         slope = grouped_matmul(gradient, value[:, :, : run.stop].transpose(-1, -2))
-        seen = seen_by(run, key, stored.flatten(0, 1))
-        seen_as = scoring.probabilities(query.repeat(count, 1, 1, 1, 1), seen, run.start)
-        moved = seen_as.unflatten(0, (count, batch)) - weights
-        changes[..., run.start : run.stop] = (moved * slope).sum(dim=(3, 5))
+        parts = [((_weights(tapped, run, query, key, group) - weights) * slope).sum(dim=(3, 5)) for group in groups]
+        changes[..., run.start : run.stop] = torch.cat(parts)
     return changes
+
+
+def _weights(tapped: Tapped, run: Run, query: Tensor, key: Tensor, stored: Tensor) -> Tensor:
+    """Weights of a run's queries under each alternative, `[alternatives, batch, kv_heads, group, queries, keys]`.
+
+    Args:
+        tapped: The kept attention.
+        run: The run.
+        query: Its queries.
+        key: Exact keys, `[batch, kv_heads, tokens, head_dim]`.
+        stored: Alternatives, one after the other in the first dimension.
+    """
+    batch = key.shape[0]
+    times = stored.shape[0] // batch
+    seen = seen_by(run, key.repeat(times, 1, 1, 1), stored)
+    weights = tapped.scoring.repeated(times).probabilities(query.repeat(times, 1, 1, 1, 1), seen, run.start)
+    apart: Tensor = weights.unflatten(0, (times, batch))
+    return apart
 
 
 def output_changes(tapped: Tapped, side: Side, stored: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -319,3 +319,22 @@ def test_signals_of_padding_are_those_of_the_text() -> None:
 def test_names_are_sorted_and_found() -> None:
     assert list(signals()) == sorted(signals())
     assert all(get(name).name == name for name in signals())
+
+
+@pytest.mark.parametrize("signal", ["error_gradient", "measured_kl"])
+def test_what_exists_at_a_time_changes_nothing(signal: str, monkeypatch) -> None:
+    """Blocks of rows of logits and of alternatives, with padding, of several prompts at once."""
+    model, tokens = tiny("llama"), random_tokens(2, TOKENS)
+    mask = torch.ones_like(tokens)
+    mask[1, :20] = 0
+    specs = {"key_specs": [*KEYS, KEYS[0].model_copy(update={"bits": 3})], "value_specs": VALUES}
+    arguments = {"signal": signal, "attention_mask": mask, "batch": 2, "window": WINDOW, **specs}
+    whole = compute_profile(model, tokens, **arguments)
+    monkeypatch.setattr("kvloom.signals._measure._ROWS", 7)
+    monkeypatch.setattr("kvloom.signals._measured_kl._ROWS", 11)
+    monkeypatch.setattr("kvloom.signals._replay._ALTERNATIVES", {"cpu": 2})
+    parts = compute_profile(model, tokens, **arguments)
+    for one, other in zip(units(whole.table), units(parts.table), strict=True):
+        assert one[3] == pytest.approx(other[3], rel=1e-4)
+    if whole.gradient:
+        assert whole.gradient.key == pytest.approx(parts.gradient.key, rel=1e-5)
