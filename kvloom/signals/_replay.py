@@ -44,19 +44,25 @@ def key_changes(tapped: Tapped, stored: Sequence[Tensor]) -> Tensor:
     Returns:
         float32 `[alternatives, batch, kv_heads, tokens]`, summed over the query heads of a KV head.
     """
-    several = _ALTERNATIVES.get(tapped.key.device.type, _MANY_ALTERNATIVES)
-    groups = [torch.cat(list(stored[n : n + several])) for n in range(0, len(stored), several)]
+    groups = in_groups(stored)
     batch, heads, tokens = tapped.key.shape[:3]
     changes = torch.zeros((len(stored), batch, heads, tokens), device=tapped.key.device)
     key, value = tapped.key.float(), tapped.value.float()
     for run, query, weights, gradient in _packed_runs(tapped):
         slope = grouped_matmul(gradient, value[:, :, : run.stop].transpose(-1, -2))
-        parts = [((_weights(tapped, run, query, key, group) - weights) * slope).sum(dim=(3, 5)) for group in groups]
+        moved = (stored_weights(tapped, run, query, key, group) - weights for group in groups)
+        parts = [(change * slope).sum(dim=(3, 5)) for change in moved]
         changes[..., run.start : run.stop] = torch.cat(parts)
     return changes
 
 
-def _weights(tapped: Tapped, run: Run, query: Tensor, key: Tensor, stored: Tensor) -> Tensor:
+def in_groups(stored: Sequence[Tensor]) -> list[Tensor]:
+    """Alternatives in groups that are worked on at a time, one after the other in the first dimension."""
+    several = _ALTERNATIVES.get(stored[0].device.type, _MANY_ALTERNATIVES)
+    return [torch.cat(list(stored[n : n + several])) for n in range(0, len(stored), several)]
+
+
+def stored_weights(tapped: Tapped, run: Run, query: Tensor, key: Tensor, stored: Tensor) -> Tensor:
     """Weights of a run's queries under each alternative, `[alternatives, batch, kv_heads, group, queries, keys]`.
 
     Args:
@@ -64,7 +70,7 @@ def _weights(tapped: Tapped, run: Run, query: Tensor, key: Tensor, stored: Tenso
         run: The run.
         query: Its queries.
         key: Exact keys, `[batch, kv_heads, tokens, head_dim]`.
-        stored: Alternatives, one after the other in the first dimension.
+        stored: A group of alternatives; see `in_groups`.
     """
     batch = key.shape[0]
     times = stored.shape[0] // batch
@@ -86,17 +92,16 @@ def output_changes(tapped: Tapped, side: Side, stored: Sequence[Tensor]) -> Iter
         For each run of queries the outputs, float32 `[batch, kv_heads, group, queries, head_dim]`, and their changes,
         `[alternatives, ...]`.
     """
-    key, value = tapped.key.float(), tapped.value.float()
+    groups, key, value = in_groups(stored), tapped.key.float(), tapped.value.float()
     for run, query, weights in seen_runs(tapped):
-        exact = grouped_matmul(weights, value[:, :, : run.stop])
-        changes = []
-        for other in stored:
-            if side == "key":
-                moved = tapped.scoring.probabilities(query, seen_by(run, key, other), run.start)
-                changes.append(grouped_matmul(moved, value[:, :, : run.stop]) - exact)
-            else:
-                changes.append(grouped_matmul(weights, seen_by(run, value, other)) - exact)
-        yield exact, torch.stack(changes)
+        seen = value[:, :, : run.stop]
+        if side == "key":
+            moved = (stored_weights(tapped, run, query, key, group) - weights for group in groups)
+            changes = torch.cat([torch.einsum("abhgqk,bhkd->abhgqd", change, seen) for change in moved])
+        else:
+            errors = torch.stack([seen_by(run, value, other) - seen for other in stored])
+            changes = torch.einsum("bhgqk,abhkd->abhgqd", weights, errors)
+        yield grouped_matmul(weights, seen), changes
 
 
 def seen_runs(tapped: Tapped) -> Iterator[tuple[Run, Tensor, Tensor]]:

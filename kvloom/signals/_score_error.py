@@ -7,13 +7,13 @@ over the tokens that a query sees (the mean over them would differ from query to
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvloom.signals._base import Evidence, LayerSignal
-from kvloom.signals._replay import seen_runs
+from kvloom.signals._replay import in_groups, seen_runs, stored_weights
 from kvloom.signals._state_error import STATE_ERROR
 from kvloom.signals._stored import as_read
-from kvloom.signals._tap import seen_by
 
 
 class ScoreError(LayerSignal):
@@ -26,11 +26,10 @@ class ScoreError(LayerSignal):
         if evidence.side == "value":
             return STATE_ERROR.score(evidence)
         attention, key = evidence.attention, evidence.states.float()
-        stored = [as_read(key, evidence.packed, fmt, evidence.rope) for fmt in evidence.formats]
-        total, queries = key.new_zeros((len(stored), *key.shape[:2])), 0
+        groups = in_groups([as_read(key, evidence.packed, fmt, evidence.rope) for fmt in evidence.formats])
+        total, queries = key.new_zeros((len(evidence.formats), *key.shape[:2])), 0
         for run, query, weights in seen_runs(attention):
-            for n, other in enumerate(stored):
-                moved = attention.scoring.probabilities(query, seen_by(run, key, other), run.start) - weights
-                total[n] += moved.abs().sum(dim=(2, 3, 4))
+            moved = (stored_weights(attention, run, query, key, group) - weights for group in groups)
+            total += torch.cat([change.abs().sum(dim=(3, 4, 5)) for change in moved])
             queries += query.shape[2] * query.shape[3]
         return total.permute(1, 2, 0) / max(queries, 1)
