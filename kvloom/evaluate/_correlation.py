@@ -14,6 +14,9 @@ from kvloom.evaluate._bootstrap import Estimate, block_counts
 
 LEAST_PAIRS = 4
 
+_ROUNDING = 1e-10
+"""Of the spread of all pairs: a draw with less is one pair over and over."""
+
 
 def pearson(x: Tensor, y: Tensor) -> Estimate:
     """Pearson's correlation of `[pairs]`.
@@ -53,12 +56,13 @@ def _ranks(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weighted(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """Weighted correlation of each row of `[draws, pairs]`."""
+    """Weighted correlation of each row of `[draws, pairs]`; NaN where one side does not vary."""
     total = weights.sum(dim=1, keepdim=True)
     x = x - (weights * x).sum(dim=1, keepdim=True) / total
     y = y - (weights * y).sum(dim=1, keepdim=True) / total
     spread = (weights * x * x).sum(dim=1).sqrt() * (weights * y * y).sum(dim=1).sqrt()
-    return (weights * x * y).sum(dim=1) / spread
+    varies = spread > _ROUNDING * spread[0]
+    return ((weights * x * y).sum(dim=1) / spread).where(varies, torch.nan)
 
 
 def _estimate(correlations: Tensor) -> Estimate:

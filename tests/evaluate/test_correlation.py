@@ -22,14 +22,13 @@ def plain(x: list[float], y: list[float]) -> float:
     a, b = sum(x) / len(x), sum(y) / len(y)
     top = sum((p - a) * (q - b) for p, q in zip(x, y, strict=True))
     spread = sum((p - a) ** 2 for p in x) * sum((q - b) ** 2 for q in y)
-    return top / spread**0.5 if spread > 1e-12 else float("nan")
+    return top / spread**0.5 if len(set(x)) > 1 and len(set(y)) > 1 else float("nan")
 
 
 @given(VALUES, st.data())
 def test_both_are_what_they_are_called_and_so_are_their_draws(x: list[float], data) -> None:
-    y = data.draw(st.lists(st.floats(-3, 3, width=16), min_size=len(x), max_size=len(x)))
+    y = data.draw(st.lists(st.integers(-5, 5).map(float), min_size=len(x), max_size=len(x)))
     assume(len(set(x)) > 1 and len(set(y)) > 1)
-    assume(plain(y, y) == plain(y, y))
     made = {pearson: lambda values: values, spearman: mean_ranks}
     for correlation, of in made.items():
         estimate = correlation(torch.tensor(x), torch.tensor(y))
