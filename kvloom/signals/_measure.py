@@ -87,7 +87,8 @@ class Meter:
 
         Args:
             prompts: The batch.
-            signals: What looks at the pass with these labels; None: at the forward pass alone.
+            signals: What looks at the pass with these labels. Those under None look at a forward pass alone, and then
+                there are no others.
 
         Returns:
             Scores by the signal's name.
@@ -97,18 +98,16 @@ class Meter:
             ModelError: The attention of a packed layer was not seen.
         """
         tap = Tap(self.layers, self.window, self.page_tokens)
-        backward = {labels: wanted for labels, wanted in signals.items() if labels is not None}
         with torch.inference_mode(False), at_rest(self.model), tapped(self.model, tap):
-            found = self._read_backward(prompts, tap, backward) if backward else self._read_forward(prompts, tap)
-            for signal in signals.get(None, ()):
-                found[signal.name] = self._scores(signal, prompts, tap, None, {})
-        return found
+            if None in signals:
+                return self._read_forward(prompts, tap, signals[None])
+            return self._read_backward(prompts, tap, {labels: some for labels, some in signals.items() if labels})
 
-    def _read_forward(self, prompts: Prompts, tap: Tap) -> dict[str, Scores]:
-        with torch.no_grad():
-            self.model.get_decoder()(**inputs_of(self.model, prompts), use_cache=False)
+    @torch.no_grad()
+    def _read_forward(self, prompts: Prompts, tap: Tap, signals: Sequence[LayerSignal]) -> dict[str, Scores]:
+        self.model.get_decoder()(**inputs_of(self.model, prompts), use_cache=False)
         check_seen(self.model, tap)
-        return {}
+        return {signal.name: self._scores(signal, prompts, tap, None, {}) for signal in signals}
 
     def _read_backward(
         self, prompts: Prompts, tap: Tap, signals: Mapping[Labels, Sequence[LayerSignal]]
