@@ -98,6 +98,7 @@ class Bench:
                 self.windows(CALIBRATION, PROMPT_TOKENS, PROMPTS),
                 texts=CALIBRATION,
                 seed=SEED,
+                out=path,
                 progress=lambda done, total, what: self.progress(what, done, total),
             )
             self.out.mkdir(parents=True, exist_ok=True)

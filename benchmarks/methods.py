@@ -347,7 +347,7 @@ def insert(readme: Path, body: str, begin: str = BEGIN, end: str = END) -> None:
 
 
 def between(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
-    """A README up to the first marker, between the markers, and from the second one on.
+    """A page up to the first marker, between the markers, and from the second one on.
 
     Raises:
         DataError: the markers are not there once each, in order.
@@ -355,7 +355,7 @@ def between(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, st
     before, first, rest = text.partition(begin)
     body, second, after = rest.partition(end)
     if not (first and second) or begin in rest or end in after:
-        raise DataError(f"README.md does not hold {begin} and then {end} once: put them where the table belongs.")
+        raise DataError(f"the page does not hold {begin} and then {end} once: put them where the table belongs.")
     return before + begin, body.strip("\n"), end + after
 
 

@@ -39,12 +39,18 @@ class KVmix(Allocator):
         """Applies the rule to the profile's gradient norms.
 
         Raises:
-            PlanError: a budget was given, which the rule cannot honour.
+            PlanError: a budget was given, which the rule cannot honour, or the profile has no
+                gradient norms.
         """
         if budget is not None:
             raise PlanError("budget must be None for method 'kvmix': its rule fixes the bits")
-        key_high = _high(profile.gradient.key)
-        value_high = _high(profile.gradient.value)
+        gradient = profile.gradient
+        if gradient is None:
+            raise PlanError(
+                f"the profile of signal {profile.table.signal!r} has no gradient norms for method 'kvmix': profile "
+                "with signal gradient_norm or error_gradient"
+            )
+        key_high, value_high = _high(gradient.key), _high(gradient.value)
         specs = {
             layer: (
                 self._key(3 if row in key_high else 2),

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvloom import __version__, errors
-from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _plan, _profile, _run, _search
+from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _plan, _profile, _run, _search, _signals
 
 _SHOWN = (
     errors.CacheError,
@@ -78,3 +78,4 @@ for command in (
 ):
     app.command(name="eval" if command is _evaluate.evaluate else None)(command)
 app.add_typer(_bench.app, name="bench")
+app.add_typer(_signals.app, name="signals")

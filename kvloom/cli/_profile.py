@@ -20,14 +20,18 @@ def profile(
     rotated: Annotated[
         bool, typer.Option(help="Measure rotated formats with searched clip ranges too; better at 3 bits and below.")
     ] = False,
+    signal: Annotated[
+        str | None, typer.Option(help="What predicts losses: error_gradient, or another of docs/signals.md.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts in one forward pass; the numbers do not depend on it.")] = 1,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure how much each layer's keys and values matter."""
+    """Measure how much each layer's keys and values matter; a killed run goes on where it stopped."""
     from kvloom.plan import Fingerprint, Window
-    from kvloom.signals import compute_profile, default_specs, rotated_specs
+    from kvloom.signals import DEFAULT_SIGNAL, compute_profile, default_specs, rotated_specs
 
     loaded, windows, names = calibration(model, text, prompts, tokens, seed, device, dtype)
     keys, values = default_specs(Fingerprint.of(loaded).head_dim)
@@ -42,6 +46,9 @@ def profile(
             texts=names,
             window=Window(sinks=sinks, recent=recent),
             seed=seed,
+            signal=signal or DEFAULT_SIGNAL,
+            batch=batch,
+            out=output,
             progress=lambda done, total, what: update(what, done, total),
         )
     made.save(output)

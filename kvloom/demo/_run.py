@@ -126,14 +126,14 @@ def run_demo(
 
 
 def signal_record(profile: Profile, model: PreTrainedModel) -> Record:
-    """The profile's gradient norms as a `signal` record."""
+    """The gradient norms of a profile that has some, as a `signal` record."""
     name = model_name(model)
     return {
         "kind": "signal",
         "id": f"{name} {profile.calibration.sha256[:20]}",
         "model": name,
         "layers": list(profile.table.layers),
-        "gradient": profile.gradient.model_dump(),
+        "gradient": profile.gradient and profile.gradient.model_dump(),
         "calibration": profile.calibration.model_dump(),
     }
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from kvloom._ledger import Record
 from kvloom.evaluate._contestants import Contestant, dense_contestant, plan_contestant
 from kvloom.evaluate._context import Progress, model_name, silent
 from kvloom.evaluate._decode import WARM_UP, decode_speed
 from kvloom.evaluate._drift import drift
 from kvloom.evaluate._fidelity import Protocol, fidelity
-from kvloom.evaluate._ledger import Record, write_records
 from kvloom.evaluate._meter import kld_meter
 from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_prompt
 from kvloom.evaluate._paired import paired_difference, paired_speed
 from kvloom.evaluate._peers import Peers, peer_contestants
+from kvloom.evaluate._random_plans import PlanCounts
+from kvloom.evaluate._records import write_records
 from kvloom.evaluate._samples import samples
+from kvloom.evaluate._signals import compare_signals
 
 __all__ = [
     "WARM_UP",
     "Contestant",
     "NeedleCase",
     "Peers",
+    "PlanCounts",
     "Progress",
     "Protocol",
     "Record",
+    "compare_signals",
     "decode_speed",
     "dense_contestant",
     "drift",

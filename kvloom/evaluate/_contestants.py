@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import DynamicCache
 
+from kvloom._ledger import Record
 from kvloom.cache import LoomCache
 from kvloom.errors import DataError
-from kvloom.evaluate._ledger import Record
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 
+from kvloom._conditions import conditions as shared_conditions
+from kvloom._conditions import device_name
+from kvloom._ledger import Record
 from kvloom.errors import DataError, ModelError
-from kvloom.evaluate._ledger import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +22,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """`(what, done, total)`, called before each piece of work and once at the end."""
 
-_CODE = ("cache", "codecs", "kernels", "pages", "plan")
-_OWN_CODE = ("_peers.py", "_scores.py", "_through.py")
-_SAMPLE = 64
+_CODE = (
+    *("cache", "codecs", "kernels", "pages", "plan"),
+    *("evaluate/_peers.py", "evaluate/_scores.py", "evaluate/_through.py"),
+)
+"""The code that a score goes through."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -41,7 +42,7 @@ def surroundings(model: PreTrainedModel, name: str | None) -> Record:
     """The fields that say on what a record was measured."""
     return {
         "model": name or model_name(model),
-        "device": _device(model),
+        "device": device_name(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "when": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
@@ -49,13 +50,7 @@ def surroundings(model: PreTrainedModel, name: str | None) -> Record:
 
 def conditions(model: PreTrainedModel) -> Record:
     """What a finished piece of work must share with a later run to be used by it."""
-    return {
-        "model": _weights_hash(model),
-        "device": _device(model),
-        "code": _code_hash(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return shared_conditions(model, _CODE)
 
 
 def tokens_hash(tokens: Tensor) -> str:
@@ -85,29 +80,3 @@ def check_logits(logits: Tensor, who: str) -> Tensor:
             f"The logits of {who} are not finite: try float32, and check that the model's weights are whole."
         )
     return logits
-
-
-def _device(model: PreTrainedModel) -> str:
-    kind = model.device.type
-    return torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
-
-
-def _weights_hash(model: PreTrainedModel) -> str:
-    """Hash of every parameter's name, shape, dtype and first elements."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@cache
-def _code_hash() -> str:
-    """Hash of the code that a score goes through, comments aside: pieces of another kvloom are not used."""
-    root = Path(__file__).parents[1]
-    files = [file for room in _CODE for file in sorted((root / room).rglob("*.py"))]
-    files += [root / "evaluate" / name for name in _OWN_CODE]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(ast.dump(ast.parse(file.read_bytes())).encode())
-    return digest.hexdigest()

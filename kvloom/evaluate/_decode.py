@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvloom._ledger import Record, fingerprint
 from kvloom.errors import DataError
 from kvloom.evaluate._bootstrap import median_interval
 from kvloom.evaluate._contestants import Contestant, check_names
 from kvloom.evaluate._context import Progress, check_model, silent, surroundings
-from kvloom.evaluate._ledger import Record, fingerprint, write_records
+from kvloom.evaluate._records import write_records
 from kvloom.evaluate._through import Prompt, attention, step
 
 if TYPE_CHECKING:

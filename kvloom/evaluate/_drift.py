@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvloom._ledger import Ledger, Record, fingerprint, pieces_path
 from kvloom.evaluate._bootstrap import block_slope
 from kvloom.evaluate._contestants import Contestant, check_names
 from kvloom.evaluate._context import Progress, check_model, silent, surroundings, tokens_hash
@@ -19,7 +20,7 @@ from kvloom.evaluate._fidelity import (
     piece_scores,
     score_windows,
 )
-from kvloom.evaluate._ledger import Ledger, Record, fingerprint, pieces_path, write_records
+from kvloom.evaluate._records import write_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvloom._ledger import Ledger, Record, fingerprint, pack_floats, pieces_path, unpack_floats
 from kvloom.errors import DataError
 from kvloom.evaluate._bootstrap import block_mean, block_quantile
 from kvloom.evaluate._contestants import Contestant, check_names, plan_layers
@@ -30,16 +31,8 @@ from kvloom.evaluate._context import (
     surroundings,
     tokens_hash,
 )
-from kvloom.evaluate._ledger import (
-    Ledger,
-    Record,
-    fingerprint,
-    pack_floats,
-    pieces_path,
-    unpack_floats,
-    write_records,
-)
 from kvloom.evaluate._live import live_bytes, true_bits
+from kvloom.evaluate._records import write_records
 from kvloom.evaluate._scores import TokenScores, score_tokens
 from kvloom.evaluate._through import attention, check_multiple, chunked_logits
 from kvloom.plan import Fingerprint
@@ -165,8 +158,8 @@ def score_windows(
             wanted = own[first : first + len(rows)]
             if not all(key in ledger for key in wanted):
                 if reference is None:
-                    reference = _dense_logits(model, rows, protocol.chunk)
-                for key, piece in zip(wanted, _score_rows(model, rows, contestant, reference, protocol), strict=True):
+                    reference = dense_logits(model, rows, protocol.chunk)
+                for key, piece in zip(wanted, score_rows(model, rows, contestant, reference, protocol), strict=True):
                     if key not in ledger:
                         ledger.add("fidelity_piece", key, piece)
             done += len(rows)
@@ -182,7 +175,7 @@ def piece_scores(pieces: Sequence[Record]) -> TokenScores:
 
 
 @torch.no_grad()
-def _dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
+def dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
     """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`."""
     cache = DynamicCache(config=model.config)
     with attention(model, packed=False):
@@ -191,7 +184,7 @@ def _dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
 
 
 @torch.no_grad()
-def _score_rows(
+def score_rows(
     model: PreTrainedModel,
     rows: Tensor,
     contestant: Contestant,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvloom._ledger import Ledger, Record, fingerprint, pieces_path
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant, check_names
 from kvloom.evaluate._context import (
@@ -28,7 +29,7 @@ from kvloom.evaluate._context import (
     surroundings,
     tokens_hash,
 )
-from kvloom.evaluate._ledger import Ledger, Record, fingerprint, pieces_path, write_records
+from kvloom.evaluate._records import write_records
 from kvloom.evaluate._through import Prompt, greedy, stop_tokens
 
 if TYPE_CHECKING:

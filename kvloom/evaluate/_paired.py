@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from kvloom._ledger import Record
 from kvloom.errors import DataError
 from kvloom.evaluate._bootstrap import Estimate, block_mean, median_interval
-from kvloom.evaluate._ledger import Record
 
 _SAME = ("model", "device", "dtype", "context", "unscored")
 

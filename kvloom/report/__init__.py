@@ -8,7 +8,8 @@ Path("report.html").write_text(render_html(records, title="SmolLM2"), encoding="
 from __future__ import annotations
 
 from kvloom.report._page import render_html
+from kvloom.report._ranking import HEADINGS, ranking_notes, ranking_rows
 from kvloom.report._records import Record, load_records
 from kvloom.report._text import render_text
 
-__all__ = ["Record", "load_records", "render_html", "render_text"]
+__all__ = ["HEADINGS", "Record", "load_records", "ranking_notes", "ranking_rows", "render_html", "render_text"]

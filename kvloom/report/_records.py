@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 NAMED = ("fidelity", "decode", "sample", "needle", "drift")
 BENCH = ("ceilings", "backend", "dense", "attend", "encode", "append")
-KINDS = (*NAMED, "signal", *(f"kernel_{kind}" for kind in BENCH))
+KINDS = (*NAMED, "signal", "signal_comparison", "random_plan", *(f"kernel_{kind}" for kind in BENCH))
 
 
 def load_records(source: str | Path) -> list[Record]:

@@ -6,20 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvloom.signals._base import Evidence, Labels, Side, Signal, get, register
+    from kvloom.signals._base import Evidence, Labels, LayerSignal, ModelSignal, Side, Signal
     from kvloom.signals._calibrate import calibrate
     from kvloom.signals._codebooks import calibrate_codebooks
-    from kvloom.signals._compute import compute_profile, default_specs, rotated_specs
+    from kvloom.signals._compute import DEFAULT_SIGNAL, FOUR_SINKS, compute_profile, default_specs, rotated_specs
     from kvloom.signals._profile import Calibration, GradientNorms, Profile
+    from kvloom.signals._registry import get, register, signals
     from kvloom.signals._rotations import calibrate_rotations
     from kvloom.signals._table import LossTable
 
 _HOMES = {
+    "DEFAULT_SIGNAL": "kvloom.signals._compute",
+    "FOUR_SINKS": "kvloom.signals._compute",
     "Calibration": "kvloom.signals._profile",
     "Evidence": "kvloom.signals._base",
     "GradientNorms": "kvloom.signals._profile",
     "Labels": "kvloom.signals._base",
+    "LayerSignal": "kvloom.signals._base",
     "LossTable": "kvloom.signals._table",
+    "ModelSignal": "kvloom.signals._base",
     "Profile": "kvloom.signals._profile",
     "Side": "kvloom.signals._base",
     "Signal": "kvloom.signals._base",
@@ -28,17 +33,22 @@ _HOMES = {
     "calibrate_rotations": "kvloom.signals._rotations",
     "compute_profile": "kvloom.signals._compute",
     "default_specs": "kvloom.signals._compute",
-    "get": "kvloom.signals._base",
-    "register": "kvloom.signals._base",
+    "get": "kvloom.signals._registry",
+    "register": "kvloom.signals._registry",
     "rotated_specs": "kvloom.signals._compute",
+    "signals": "kvloom.signals._registry",
 }
 
 __all__ = [
+    "DEFAULT_SIGNAL",
+    "FOUR_SINKS",
     "Calibration",
     "Evidence",
     "GradientNorms",
     "Labels",
+    "LayerSignal",
     "LossTable",
+    "ModelSignal",
     "Profile",
     "Side",
     "Signal",
@@ -50,6 +60,7 @@ __all__ = [
     "get",
     "register",
     "rotated_specs",
+    "signals",
 ]
 
 

@@ -27,11 +27,11 @@ from kvloom.codecs import NUQ, dual, dual_of, group, rotated, signs, split
 from kvloom.errors import DataError, PlanError
 from kvloom.pages import PAGE_TOKENS, Codebook, Format, num_outliers
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, Provenance, TensorSpec, Window, head_layouts
-from kvloom.signals._base import Side
+from kvloom.signals._base import SIDES, Side
 from kvloom.signals._compute import Progress, silent
-from kvloom.signals._gradient_norm import find_projections, projected
 from kvloom.signals._kmeans import weighted_kmeans
-from kvloom.signals._measure import at_rest, check_seen, logit_gradient, logits_of, packed_slice, probabilities_of
+from kvloom.signals._measure import at_rest, check_seen, logit_gradient, logits_of, packed_slice
+from kvloom.signals._projections import find_projections, projected
 from kvloom.signals._prompts import Prompts
 from kvloom.signals._tap import Tap, Tapped, tapped
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 _BINS = 1 << 14
 """Of the normalised range [-1, 1]: a quarter of fp16's step at its ends."""
-
-_SIDES: tuple[Side, Side] = ("key", "value")
 
 
 def calibrate_codebooks(
@@ -172,7 +170,7 @@ def _units(plan: Plan, tokens: int, rope: Rope | None) -> Iterator[_Unit]:
     heads, dim = plan.model.num_kv_heads, plan.model.head_dim
     for entry in plan.layers:
         page_tokens = head_layouts(entry, heads, dim, 2)[0].page_tokens
-        for n, side in enumerate(_SIDES):
+        for n, side in enumerate(SIDES):
             specs = [entry.head(head)[n] for head in range(heads)]
             for spec in dict.fromkeys(spec for spec in specs if spec.is_calibrated):
                 own = [head for head in range(heads) if specs[head] == spec]
@@ -196,7 +194,7 @@ def _turn(plan: Plan, layer: int, side: Side, spec: TensorSpec, heads: list[int]
 def _count(attention: Tapped, units: Sequence[_Unit]) -> None:
     if not units:
         return
-    gradients = dict(zip(_SIDES, attention.state_gradients(), strict=True))
+    gradients = dict(zip(SIDES, attention.state_gradients(), strict=True))
     for unit in units:
         unit.add(attention.key if unit.side == "key" else attention.value, gradients[unit.side])
 
@@ -215,7 +213,7 @@ def _attention(model: PreTrainedModel, fingerprint: Fingerprint, prompts: Prompt
     ):
         logits = logits_of(model, prompts)
         check_seen(model, tap)
-        start = logit_gradient(prompts, "true", probabilities_of(logits, prompts)).to(logits.dtype)
+        start = logit_gradient(prompts, "true", logits)
         torch.autograd.grad(logits, list(kept.outputs.values()), start)
     return tap.caught
 

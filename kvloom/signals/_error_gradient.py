@@ -18,6 +18,8 @@ independent must stay together:
 
 The parts were chosen by comparison with measured KL divergence, one layer's keys or values at a time,
 on SmolLM2-135M. Smaller parts predict less than is measured; larger ones scatter more.
+
+A head's share of its layer is what its own parts say, scaled so that the shares of keys add up to the layer's loss.
 """
 
 from __future__ import annotations
@@ -26,60 +28,44 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvloom import codecs
-from kvloom.pages import Format, page_tokens_of
-from kvloom.signals._base import Evidence, Signal, register
+from kvloom.signals._base import Evidence, LayerSignal
 from kvloom.signals._replay import key_changes, value_gradient
+from kvloom.signals._stored import as_read, state_error
 
 QUERY_BLOCK = 16
 """Neighbouring queries whose changes are added before they are squared."""
 
 
-class ErrorGradient(Signal):
-    """One column a candidate format: expected KL divergence in nats per scored token."""
+class ErrorGradient(LayerSignal):
+    """Expected KL divergence in nats per scored token."""
 
     name = "error_gradient"
+    labels = "sampled"
 
     def score(self, evidence: Evidence) -> Tensor:
-        """See `Signal.score`; `[batch, formats]`, nats of KL divergence per scored token."""
+        """See `LayerSignal.score`; `[batch, kv_heads, formats]`, nats of KL divergence per scored token."""
         parts = _key_parts(evidence) if evidence.side == "key" else _value_parts(evidence)
-        return parts / (2.0 * evidence.scored[:, None])
-
-
-def storage_error(packed: Tensor, fmt: Format) -> Tensor:
-    """Decoded minus original: float32 `[batch, kv_heads, tokens, head_dim]`, whole pages."""
-    return codecs.as_stored(packed, fmt, page_tokens_of(fmt)) - packed.float()
+        return parts / (2.0 * evidence.scored[:, None, None])
 
 
 def _value_parts(evidence: Evidence) -> Tensor:
-    """Sum of squared changes of channels, `[batch, formats]`."""
+    """Sum of squared changes of channels, `[batch, kv_heads, formats]`."""
     gradient = value_gradient(evidence.attention)[:, :, evidence.packed]
-    values = evidence.attention.value[:, :, evidence.packed]
-    squares = [
-        torch.einsum("bhtd,bhtd->bhd", gradient, storage_error(values, fmt)).square().sum(dim=(1, 2))
-        for fmt in evidence.formats
-    ]
-    return torch.stack(squares, dim=1)
+    squares = []
+    for fmt in evidence.formats:
+        error = state_error(evidence.states, evidence.packed, fmt, None)
+        squares.append(torch.einsum("bhtd,bhtd->bhd", gradient, error).square().sum(dim=2))
+    return torch.stack(squares, dim=2)
 
 
 def _key_parts(evidence: Evidence) -> Tensor:
-    """Sum of squared changes of blocks of queries, `[batch, formats]`."""
-    key = evidence.attention.key.float()
-    stored = [_stored(key, evidence, fmt) for fmt in evidence.formats]
+    """Sum of squared changes of blocks of queries over all heads, shared out by heads, `[batch, kv_heads, formats]`."""
+    stored = [as_read(evidence.states, evidence.packed, fmt, evidence.rope) for fmt in evidence.formats]
     changes = key_changes(evidence.attention, stored)
     whole = pad(changes, (0, -changes.shape[-1] % QUERY_BLOCK))
-    blocks: Tensor = whole.unflatten(-1, (-1, QUERY_BLOCK)).sum(dim=-1)
-    return blocks.square().sum(dim=-1).T
-
-
-def _stored(key: Tensor, evidence: Evidence, fmt: Format) -> Tensor:
-    stored, packed = key.clone(), evidence.packed
-    if evidence.rope and fmt.pre_rope:
-        before = evidence.rope.before(key[:, :, packed], packed.start)
-        stored[:, :, packed] += evidence.rope.after(storage_error(before, fmt), packed.start)
-    else:
-        stored[:, :, packed] += storage_error(key[:, :, packed], fmt)
-    return stored
-
-
-ERROR_GRADIENT = register(ErrorGradient())
+    blocks = whole.unflatten(-1, (-1, QUERY_BLOCK)).sum(dim=-1)  # [formats, batch, kv_heads, blocks]
+    own = blocks.square().sum(dim=-1)
+    layer = blocks.sum(dim=2).square().sum(dim=-1)
+    tiny = torch.finfo(own.dtype).tiny
+    shares: Tensor = own * (layer / own.sum(dim=2).clamp_min(tiny))[:, :, None]
+    return shares.permute(1, 2, 0)

@@ -3,125 +3,58 @@
 Source: KVmix (arXiv 2506.08018), equations 2 to 11: the 2-norm of `dL / dW_k` and of `dL / dW_v` of each layer, `L` the
 mean cross entropy of the true next tokens, mean over prompts. One backward pass serves all layers: the gradient by a
 projection's weight is the product of the gradient by its output and its input.
+
+KVmix ranks layers by the norm and never sees a format. Here a format's predicted loss is the norm times the relative
+error of what it stores, `||x_hat - x|| / ||x||` (2-norms over a layer's packed keys, or values).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kvloom.errors import ModelError
-from kvloom.signals._base import Evidence, Side, Signal, register
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
+from kvloom.signals._base import Evidence, LayerSignal
+from kvloom.signals._stored import state_error
 
 
-class GradientNorm(Signal):
-    """One column: the 2-norm of the gradient of the mean loss by the projection's weight."""
+class WeightGradient(LayerSignal):
+    """One column: the 2-norm of the gradient of the mean loss by the projection's weight; no prediction."""
 
-    name = "gradient_norm"
+    name = "weight_gradient"
+    labels = "true"
 
     def score(self, evidence: Evidence) -> Tensor:
-        """See `Signal.score`; `[batch, 1]` in nats per unit of weight."""
+        """Norms `[batch, 1, 1]` in nats per unit of weight."""
+        if evidence.inputs is None or evidence.output_gradient is None:
+            raise RuntimeError("the projection has seen no backward pass")
         outputs, inputs = evidence.output_gradient.float(), evidence.inputs.float()
         weight_gradient = torch.einsum("bto,bti->boi", outputs, inputs)
         norms: Tensor = torch.linalg.vector_norm(weight_gradient, dim=(1, 2)) / evidence.scored
-        return norms[:, None]
+        return norms[:, None, None]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """Where one layer's keys and values come out of a linear map.
+class GradientNorm(LayerSignal):
+    """The norm times the relative error of what is stored."""
 
-    Attributes:
-        modules: The maps of keys and of values; the same module twice if they are fused.
-        columns: Their columns of the maps' outputs.
-    """
+    name = "gradient_norm"
+    labels = "true"
 
-    modules: tuple[nn.Module, nn.Module]
-    columns: tuple[slice, slice]
-
-    def of(self, side: Side) -> tuple[nn.Module, slice]:
-        """Module and columns of the keys or the values."""
-        which = 0 if side == "key" else 1
-        return self.modules[which], self.columns[which]
+    def score(self, evidence: Evidence) -> Tensor:
+        """See `LayerSignal.score`; `[batch, 1, formats]`."""
+        return WEIGHT_GRADIENT.score(evidence) * relative_errors(evidence)
 
 
-@dataclass
-class Projected:
-    """Inputs and outputs of the projections in one forward pass, `[batch, tokens, ...]` by module."""
-
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-
-def find_projections(model: nn.Module, layers: Collection[int], width: int) -> dict[int, Projection]:
-    """Key and value projections of each layer.
-
-    Known are separate `k_proj` and `v_proj`, and the fused `qkv_proj` whose output is queries, keys, values.
-
-    Args:
-        model: The decoder.
-        layers: Layer indices.
-        width: Columns of a layer's keys, `kv_heads * head_dim`.
-
-    Raises:
-        ModelError: A layer's projections cannot be told.
-    """
-    found: dict[int, Projection] = {}
-    unknown: dict[int, str] = {}
-    for name, module in model.named_modules():
-        layer = getattr(module, "layer_idx", None)
-        if not isinstance(layer, int) or layer not in layers:
-            continue
-        projection = _projection(module, width)
-        if projection is not None:
-            found[layer] = projection
-        else:
-            unknown[layer] = name
-    for layer in layers:
-        if layer not in found:
-            raise ModelError(
-                f"layer {layer} ({unknown.get(layer, type(model).__name__)}) has neither k_proj and v_proj nor "
-                "qkv_proj, so the gradient by its key and value weights is unknown; choose another model."
-            )
-    return found
+def relative_errors(evidence: Evidence) -> Tensor:
+    """`||x_hat - x|| / ||x||` of each format over a layer's packed keys or values, `[batch, 1, formats]`."""
+    whole = _norm(evidence.states[:, :, evidence.packed].float())
+    formats = [state_error(evidence.states, evidence.packed, fmt, evidence.rope) for fmt in evidence.formats]
+    return (torch.stack([_norm(error) for error in formats], dim=1) / whole[:, None])[:, None]
 
 
-def _projection(attention: nn.Module, width: int) -> Projection | None:
-    children = dict(attention.named_children())
-    if "k_proj" in children and "v_proj" in children:
-        return Projection((children["k_proj"], children["v_proj"]), (slice(None), slice(None)))
-    if "qkv_proj" in children:
-        fused = children["qkv_proj"]
-        return Projection((fused, fused), (slice(-2 * width, -width), slice(-width, None)))
-    return None
+def _norm(states: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(states, dim=(1, 2, 3))
+    return norms
 
 
-@contextmanager
-def projected(projections: Collection[Projection]) -> Iterator[Projected]:
-    """Keeps the projections' inputs and outputs; the graph of gradients begins at the first output."""
-    kept = Projected()
-
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_()
-        kept.inputs[module], kept.outputs[module] = inputs[0].detach(), output
-
-    handles: list[RemovableHandle] = []
-    try:
-        for module in {module: None for each in projections for module in each.modules}:
-            handles.append(module.register_forward_hook(keep))
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-GRADIENT_NORM = register(GradientNorm())
+WEIGHT_GRADIENT = WeightGradient()
+"""Not registered, as it predicts nothing: every profile with a backward pass records it, for KVmix's own rule."""

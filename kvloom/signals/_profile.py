@@ -61,7 +61,8 @@ class Profile(BaseModel):
     Attributes:
         schema_version: version of the file format.
         model: the model that was measured.
-        gradient: gradient norms of the projections, one for each packed layer.
+        gradient: gradient norms of the projections, one for each packed layer; None if the signal takes no backward
+            pass.
         table: predicted loss of every candidate format.
         calibration: what the model read.
         seconds: time the measurement took.
@@ -71,7 +72,7 @@ class Profile(BaseModel):
 
     schema_version: Literal[1] = 1
     model: Fingerprint
-    gradient: GradientNorms
+    gradient: GradientNorms | None
     table: LossTable
     calibration: Calibration
     seconds: float = Field(ge=0)
@@ -80,7 +81,7 @@ class Profile(BaseModel):
     def _consistent(self) -> Profile:
         if self.table.model != self.model:
             raise ValueError("table.model must equal model")
-        for name in ("key", "value", "key_spread", "value_spread"):
+        for name in ("key", "value", "key_spread", "value_spread") if self.gradient else ():
             if len(getattr(self.gradient, name)) != len(self.table.layers):
                 raise ValueError(
                     f"gradient.{name} must have {len(self.table.layers)} numbers, one for each packed layer"

@@ -56,6 +56,12 @@ class Prompts:
         """Hash of the token ids, little-endian int64, prompt after prompt."""
         return hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes of the token ids, and of what is scored and drawn: what a measurement of these prompts depends on."""
+        drawn = hashlib.sha256(self.scored.numpy().tobytes() + self.uniform.numpy().tobytes())
+        return {"prompts": self.sha256, "drawn": drawn.hexdigest()}
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
@@ -65,11 +71,18 @@ class Prompts:
         mask = None if self.mask is None else self.mask[rows]
         return Prompts(self.tokens[rows], mask, self.scored[rows], self.uniform[rows])
 
-    def next_tokens(self, labels: Labels, probabilities: Tensor) -> Tensor:
-        """Labels `[batch, tokens]`, meaningless where nothing is scored; drawn by inverting the distribution."""
+    def next_tokens(self, labels: Labels, probabilities: Tensor, start: int = 0) -> Tensor:
+        """Labels `[batch, rows]`, meaningless where nothing is scored; drawn by inverting the distribution.
+
+        Args:
+            labels: Which next tokens.
+            probabilities: `[batch, rows, vocabulary]` after the tokens from `start` on.
+            start: Position of the first row.
+        """
+        rows = slice(start, start + probabilities.shape[1])
         if labels == "true":
-            return self.tokens.roll(-1, dims=1).to(probabilities.device)
+            return self.tokens.roll(-1, dims=1)[:, rows].to(probabilities.device)
         total = probabilities.cumsum(dim=-1)
-        draw = self.uniform.to(total.device)[..., None] * total[..., -1:]
+        draw = self.uniform[:, rows].to(total.device)[..., None] * total[..., -1:]
         drawn = torch.searchsorted(total, draw, right=True)[..., 0]
         return drawn.clamp_(max=total.shape[-1] - 1)

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvloom.codecs import fitted
-from kvloom.errors import ModelError, PlanError
+from kvloom.errors import PlanError
 from kvloom.pages import PAGE_TOKENS, PASSTHROUGH_BITS, Role
 from kvloom.plan import (
     Fingerprint,
@@ -30,6 +30,7 @@ from kvloom.plan import (
 )
 from kvloom.signals._compute import Progress, silent
 from kvloom.signals._measure import at_rest, check_seen, packed_slice
+from kvloom.signals._projections import output_moment
 from kvloom.signals._prompts import Prompts
 from kvloom.signals._tap import Tap, tapped
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LABEL = "reading prompts"
-_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
 _MEAN_SHARE = 1e-3
 """Of a group's mean in a covariance: zero points carry the mean, but in fp16, and exact tokens in the compute dtype."""
 
@@ -174,23 +174,3 @@ def state_covariance(states: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
             whole = _MEAN_SHARE * whole + moment((groups - groups.mean(1, keepdim=True)).flatten(0, 1))
         sums.append(whole)
     return torch.stack(sums)
-
-
-def output_moment(model: PreTrainedModel, layer: int, shape: Fingerprint) -> Tensor:
-    """Second moment of what the output projection makes of values, float64 ``[kv_heads, head_dim, head_dim]``.
-
-    ``sum_h W_h^T W_h`` over the query heads ``h`` of a KV head's group, ``W_h`` their columns of the projection.
-
-    Raises:
-        ModelError: The attention has no linear map named like an output projection.
-    """
-    for module in model.get_decoder().modules():
-        if getattr(module, "layer_idx", None) == layer:
-            for name, child in module.named_children():
-                if name in _OUTPUT_PROJECTIONS and isinstance(child, nn.Linear):
-                    heads = child.weight.detach().double().unflatten(1, (shape.num_kv_heads, -1, shape.head_dim))
-                    return torch.einsum("ohgi,ohgj->hij", heads, heads).cpu()
-    raise ModelError(
-        f"layer {layer} has no linear map named {' or '.join(_OUTPUT_PROJECTIONS)}, so what reads its values is "
-        "unknown; leave its values unrotated or at 16 bits."
-    )

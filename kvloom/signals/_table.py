@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isclose
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -23,11 +24,14 @@ class LossTable(BaseModel):
         layers: indices of the packed layers, equal to `model.packed_layers`.
         key_specs: the candidate formats of keys.
         value_specs: the candidate formats of values.
-        key_loss: [layers][key_specs], nats of KL divergence per scored token, mean over
-            prompts.
+        key_loss: [layers][key_specs], mean over prompts; in nats of KL divergence per scored
+            token where the signal predicts that, else in the signal's own unit.
         value_loss: [layers][value_specs], likewise.
         key_spread: [layers][key_specs], standard deviation of the loss over prompts.
         value_spread: [layers][value_specs], likewise.
+        key_head_loss: [layers][kv_heads][key_specs], each head's share of its layer's loss, or None if the signal does
+            not tell heads apart.
+        value_head_loss: [layers][kv_heads][value_specs], likewise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -42,6 +46,8 @@ class LossTable(BaseModel):
     value_loss: list[list[float]]
     key_spread: list[list[float]]
     value_spread: list[list[float]]
+    key_head_loss: list[list[list[float]]] | None = None
+    value_head_loss: list[list[list[float]]] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> LossTable:
@@ -53,7 +59,24 @@ class LossTable(BaseModel):
         for name, rows, columns in self._grids():
             if len(rows) != len(self.layers) or any(len(row) != columns for row in rows):
                 raise ValueError(f"{name} must have {len(self.layers)} rows (layers) of {columns} (specs)")
+        for name, layers, losses in (
+            ("key_head_loss", self.key_head_loss, self.key_loss),
+            ("value_head_loss", self.value_head_loss, self.value_loss),
+        ):
+            if layers is not None:
+                self._check_heads(name, layers, losses)
         return self
+
+    def _check_heads(self, name: str, layers: list[list[list[float]]], losses: list[list[float]]) -> None:
+        heads = self.model.num_kv_heads
+        if len(layers) != len(losses):
+            raise ValueError(f"{name} must have {len(losses)} rows (layers)")
+        for rows, loss in zip(layers, losses, strict=True):
+            if len(rows) != heads or any(len(row) != len(loss) for row in rows):
+                raise ValueError(f"{name} must have {heads} rows (heads) of {len(loss)} (specs) in each layer")
+            sums = [sum(column) for column in zip(*rows, strict=True)]
+            if not all(isclose(own, whole, rel_tol=1e-6, abs_tol=1e-30) for own, whole in zip(sums, loss, strict=True)):
+                raise ValueError(f"{name} must add up to the layers' losses")
 
     def _grids(self) -> Iterator[tuple[str, Sequence[Sequence[float]], int]]:
         yield "key_loss", self.key_loss, len(self.key_specs)
@@ -62,7 +85,7 @@ class LossTable(BaseModel):
         yield "value_spread", self.value_spread, len(self.value_specs)
 
     def predicted_loss(self, specs: Mapping[int, tuple[TensorSpec, TensorSpec]]) -> float:
-        """Predicted loss of a choice of formats, in nats of KL divergence per scored token.
+        """Predicted loss of a choice of formats, in the unit of the table.
 
         Args:
             specs: (key, value) formats by layer index; exactly the table's layers.

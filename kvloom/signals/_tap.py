@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,6 +96,10 @@ class Scoring:
         weights = scores.softmax(dim=-1)[..., : key.shape[-2]]
         # A query that may look nowhere (padding) has equal weights here and must have none.
         return weights if self.mask is None else weights * allowed
+
+    def repeated(self, times: int) -> Scoring:
+        """The scoring of a batch that is the old one so many times over."""
+        return self if self.mask is None else replace(self, mask=self.mask.repeat(times, 1, 1, 1))
 
     def _allowed(self, queries: int, keys: int, start: int, device: torch.device) -> Tensor:
         """Bool `[batch or 1, 1, 1, queries, keys]`."""
@@ -194,16 +198,20 @@ class Tapped:
     scoring: Scoring
     runs: list[Run]
     gradient: Tensor | None = None
+    _by_states: tuple[Tensor, Tensor] | None = None
 
     def keep(self, gradient: Tensor) -> None:
         """Takes the gradient by the output."""
-        self.gradient = gradient
+        self.gradient, self._by_states = gradient, None
 
     def state_gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients by the keys and by the values, shaped like them, after a backward pass."""
         if self.gradient is None:
             raise RuntimeError("the tapped attention has seen no backward pass")
-        return _gradients(self.query, self.key, self.value, self.runs, self.scoring, self.gradient)[1:]
+        if self._by_states is None:
+            gradients = _gradients(self.query, self.key, self.value, self.runs, self.scoring, self.gradient)
+            self._by_states = gradients[1:]
+        return self._by_states
 
 
 @dataclass

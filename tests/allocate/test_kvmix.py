@@ -78,3 +78,9 @@ def test_the_loss_is_predicted_where_the_table_knows_the_formats():
     assert plan.provenance.predicted_loss == known.table.predicted_loss(specs)
     unknown = profile(10, keys=(channel(4),), values=(token(4),))
     assert allocate(unknown, None, method="kvmix").provenance.predicted_loss is None
+
+
+def test_a_profile_without_gradient_norms_is_refused():
+    forward_only = profile(10).model_copy(update={"gradient": None})
+    with pytest.raises(PlanError, match="has no gradient norms for method 'kvmix'"):
+        allocate(forward_only, None, method="kvmix")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import tiny
 import torch
@@ -17,7 +15,7 @@ from kvloom import codecs
 from kvloom.cache import LoomCache, Rope, rope_of
 from kvloom.errors import CacheError, ModelError
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
-from kvloom.signals import _error_gradient
+from kvloom.signals._stored import as_read
 
 TOKENS = 200
 CHUNKS = [150, 26, *[1] * 24]
@@ -265,8 +263,7 @@ def test_a_profile_predicts_what_is_stored(model):
     cache = LoomCache(plan, model)
     cache.update(key, value, 0)
     layer = cache.packed_layers[0]
-    evidence = SimpleNamespace(packed=slice(4, 132), rope=cache.rope)
-    predicted = _error_gradient._stored(key, evidence, plan.spec(0).key.format(16))
+    predicted = as_read(key, slice(4, 132), plan.spec(0).key.format(16), cache.rope)
     torch.testing.assert_close(predicted[:, :, 4:], layer._unpacked(layer.pages)[0], atol=1e-4, rtol=0)
     assert not predicted.equal(key)
 

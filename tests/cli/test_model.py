@@ -21,7 +21,7 @@ def plan(smollm2, tmp_path: Path) -> Path:
 
 def test_profile_then_plan(kvloom, fetched, tmp_path: Path):
     profile, plan = tmp_path / "profile.json", tmp_path / "kv_plan.json"
-    words = ["--prompts", "2", "--tokens", "128", "--device", "cpu", "--rotated", "-o", profile]
+    words = ["--prompts", "2", "--tokens", "128", "--device", "cpu", "--rotated", "--batch", "2", "-o", profile]
     done = kvloom("profile", MODEL, *words)
     assert done.exit_code == 0, done.output
     assert "30 layers measured" in done.stdout
@@ -115,3 +115,21 @@ def test_eval_then_report(kvloom, plan: Path, tmp_path: Path):
     assert shown.exit_code == 0, shown.output
     assert "k4v4" in shown.stdout
     assert "A title" in page.read_text(encoding="utf-8")
+
+
+def test_signals_are_compared(kvloom, fetched, tmp_path: Path):
+    out = tmp_path / "signals.jsonl"
+    words = ["signals", "compare", MODEL, "--device", "cpu", "--signal", "weight_frobenius", "--signal", "state_error"]
+    words += ["--plans", "4", "--equal", "0", "--windows", "1", "--window", "263", "--prompts", "1", "--tokens", "128"]
+    shared = kvloom(*words, "--share", "1/2", "-o", out)
+    assert shared.exit_code == 0, shared.output
+    assert "share 1/2 measured" in shared.stdout
+    done = kvloom(*words, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "weight_frobenius" in done.stdout
+    assert "4 random plans" in done.stdout
+    assert {record["kind"] for record in load_records(out)} == {"signal_comparison", "random_plan"}
+    for text in ("2", "3/2", "a/b"):
+        refused = kvloom(*words, "--share", text, "-o", out)
+        assert refused.exit_code == 2
+        assert "is no share" in refused.stderr

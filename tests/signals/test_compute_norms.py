@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from kvloom.errors import ModelError
 from kvloom.plan import TensorSpec
 from kvloom.signals import Profile, compute_profile
-from kvloom.signals._gradient_norm import find_projections
+from kvloom.signals._projections import find_projections
 from tests.signals.models import random_tokens, tiny
 
 SPECS = {

@@ -9,7 +9,7 @@ import torch
 
 from kvloom.errors import DataError, ModelError, PlanError
 from kvloom.plan import Fingerprint, TensorSpec, Window
-from kvloom.signals import Evidence, Profile, Signal, compute_profile, register
+from kvloom.signals import Evidence, LayerSignal, Profile, compute_profile, register
 from tests.signals.models import falcon, random_tokens, tiny
 
 SPECS = {
@@ -76,11 +76,11 @@ def test_bfloat16_agrees_with_float32() -> None:
 
 
 def test_any_registered_signal_can_predict() -> None:
-    class ErrorEnergy(Signal):
+    class ErrorEnergy(LayerSignal):
         name = "test_error_energy"
 
         def score(self, evidence: Evidence) -> torch.Tensor:
-            return torch.full((len(evidence.scored), len(evidence.formats)), 0.5 + (evidence.side == "key"))
+            return torch.full((len(evidence.scored), 1, len(evidence.formats)), 0.5 + (evidence.side == "key"))
 
     register(ErrorEnergy())
     table = compute_profile(tiny("llama"), random_tokens(1, 80), signal="test_error_energy", **SPECS).table
@@ -104,7 +104,7 @@ def test_bad_data_is_refused_in_a_sentence() -> None:
         compute_profile(model, tokens, window=Window(recent=40))
     with pytest.raises(DataError, match="batch is 0"):
         compute_profile(model, tokens, batch=0)
-    with pytest.raises(PlanError, match="signal 'magic' is unknown; choose one of error_gradient"):
+    with pytest.raises(PlanError, match="signal 'magic' is unknown; choose one of cache_frobenius"):
         compute_profile(model, tokens, signal="magic")
 
 

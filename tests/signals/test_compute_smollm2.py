@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 from kvloom.assets import CALIBRATION, texts, token_windows
 from kvloom.plan import TensorSpec, Window
 from kvloom.signals import compute_profile
-from kvloom.signals._error_gradient import storage_error
+from kvloom.signals._stored import storage_error
 from kvloom.signals._tap import Tap, packed_end, tapped
 
 BITS = (2, 4)

@@ -168,3 +168,43 @@ def test_a_format_that_was_not_measured_has_no_predicted_loss():
 def test_every_layer_needs_a_format():
     with pytest.raises(DataError, match=r"exactly the layers \[1, 3\]"):
         table().predicted_loss({1: (KEYS[0], VALUES[0])})
+
+
+KEY_HEADS = [[[0.1, 0.05, 0.01], [0.2, 0.05, 0.01]], [[0.5, 0.0, 0.04], [0.0, 0.2, 0.0]]]
+
+
+def test_losses_of_heads_survive_the_file(tmp_path):
+    written = profile(table=table(key_head_loss=KEY_HEADS))
+    written.save(tmp_path / "profile.json")
+    read = Profile.load(tmp_path / "profile.json").table
+    assert (read.key_head_loss, read.value_head_loss) == (KEY_HEADS, None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "why"),
+    [
+        (KEY_HEADS[:1], r"key_head_loss must have 2 rows \(layers\)"),
+        ([KEY_HEADS[0], KEY_HEADS[1][:1]], r"key_head_loss must have 2 rows \(heads\) of 3 \(specs\) in each layer"),
+        ([KEY_HEADS[0], [[0.5], [0.0]]], r"key_head_loss must have 2 rows \(heads\) of 3 \(specs\) in each layer"),
+        ([KEY_HEADS[1], KEY_HEADS[0]], "key_head_loss must add up to the layers' losses"),
+    ],
+)
+def test_losses_of_heads_that_do_not_fit_are_refused(heads, why):
+    with pytest.raises(ValidationError, match=why):
+        table(key_head_loss=heads)
+
+
+def test_a_profile_without_gradient_norms_survives_its_file(tmp_path):
+    written = profile(gradient=None)
+    written.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == written
+
+
+def test_a_file_from_before_heads_is_read(tmp_path):
+    path = tmp_path / "profile.json"
+    profile().save(path)
+    data = json.loads(path.read_text("utf-8"))
+    for field in ("key_head_loss", "value_head_loss"):
+        del data["table"][field]
+    path.write_text(json.dumps(data), "utf-8")
+    assert Profile.load(path) == profile()

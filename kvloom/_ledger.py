@@ -1,4 +1,4 @@
-"""Result files: JSON lines that survive a killed run."""
+"""Finished pieces of work: JSON lines that survive a killed run."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ class Ledger:
 
     Args:
         path: the file, made on the first piece; None keeps the pieces in memory only.
+        others: files of other runs that share the work; they are read and never changed.
 
     Raises:
-        DataError: the file exists and is no ledger.
+        DataError: a file exists and is no ledger.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, others: Iterable[Path] = ()) -> None:
         self.path = path
         self._pieces: dict[str, Record] = {}
+        for other in others:
+            self._take(other, _whole_lines(other.read_bytes()))
         if path is not None and path.exists():
             self._read(path)
 
@@ -68,13 +71,20 @@ class Ledger:
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = _whole_lines(data)
         if len(whole) < len(data):
             path.write_bytes(whole)
-        for record in _parse(path, whole.decode()):
+        self._take(path, whole)
+
+    def _take(self, path: Path, whole: bytes) -> None:
+        for record in parse_lines(path, whole.decode()):
             if "key" not in record:
                 raise DataError(f"{path} is not a file of unfinished kvloom work: delete it.")
             self._pieces[record["key"]] = record
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
 
 
 def pieces_path(results: Path) -> Path:
@@ -82,25 +92,12 @@ def pieces_path(results: Path) -> Path:
     return results.with_name(results.name + ".pieces")
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Put records into a results file; those with the same `kind` and `id` are replaced.
-
-    The file is replaced as a whole, so that a crash leaves the old one.
+def parse_lines(path: Path, text: str) -> Iterator[Record]:
+    """The objects of a file of JSON lines.
 
     Raises:
-        DataError: the file exists and is not JSON lines.
+        DataError: a line is no JSON object.
     """
-    kept = list(_parse(path, path.read_text(encoding="utf-8"))) if path.exists() else []
-    merged = {(record.get("kind"), record.get("id", n)): record for n, record in enumerate(kept)}
-    merged |= {(record["kind"], record["id"]): record for record in records}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    lines = [json.dumps(record) + "\n" for record in merged.values()]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
-
-
-def _parse(path: Path, text: str) -> Iterator[Record]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

@@ -1,0 +1,61 @@
+"""What a finished piece of work depends on besides its input: the model, the code, the machine."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+
+from kvloom._ledger import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SAMPLE = 64
+
+
+def conditions(model: PreTrainedModel, code: tuple[str, ...]) -> Record:
+    """What a finished piece of work must share with a later run to be used by it.
+
+    Args:
+        model: the model.
+        code: rooms and files, relative to the package, whose code made the piece.
+    """
+    return {
+        "model": _weights_hash(model),
+        "device": device_name(model),
+        "code": _code_hash(code),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def device_name(model: PreTrainedModel) -> str:
+    """The GPU's name, or the kind of device."""
+    kind = model.device.type
+    return torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
+
+
+def _weights_hash(model: PreTrainedModel) -> str:
+    """Hash of every parameter's name, shape, dtype and first elements."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def _code_hash(code: tuple[str, ...]) -> str:
+    """Hash of code, comments aside: pieces of another kvloom are not used."""
+    root = Path(__file__).parent
+    files = [file for name in code for file in (sorted((root / name).rglob("*.py")) or [root / name])]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(ast.dump(ast.parse(file.read_bytes())).encode())
+    return digest.hexdigest()

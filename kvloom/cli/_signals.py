@@ -1,0 +1,85 @@
+"""`kvloom signals compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, load, progress
+
+app = typer.Typer(no_args_is_help=True, help="Compare what predicts the loss of a plan.")
+
+_PIPE_WIDTH = 140
+
+
+@app.callback()
+def _signals() -> None:
+    """Make `compare` a command of its own although it is the only one."""
+
+
+@app.command()
+def compare(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("runs/signals.jsonl"),
+    signal: Annotated[list[str] | None, typer.Option(help="A signal; give it again for more. All cheap ones.")] = None,
+    measured: Annotated[bool, typer.Option(help="Measure every unit and format by itself, too: the truth.")] = False,
+    plans: Annotated[int, typer.Option(help="Random plans of 2.2 to 6 true bits.")] = 200,
+    equal: Annotated[int, typer.Option(help="Random plans of equal true bits.")] = 100,
+    bits: Annotated[float, typer.Option(help="True bits of those.")] = 3.0,
+    windows: Annotated[int, typer.Option(help="Text windows to score plans on.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens in each window.")] = 1031,
+    chunk: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 512,
+    prompts: Annotated[int, typer.Option(help="Prompts to measure signals on.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 512,
+    batch: Annotated[int, typer.Option(help="Windows, or prompts, in one forward pass.")] = 1,
+    share: Annotated[str, typer.Option(help="2/8: measure every eighth plan only, from the second on.")] = "1/1",
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure random plans and rank every signal's predictions with them; a killed run goes on where it stopped."""
+    from kvloom.assets import CALIBRATION, EVALUATION, texts, token_windows
+    from kvloom.evaluate import PlanCounts, Protocol, compare_signals
+    from kvloom.report import HEADINGS, ranking_notes, ranking_rows
+    from kvloom.signals import signals
+
+    own = _share(share)
+    loaded, tokenizer = load(model, device, dtype)
+    wanted = signal or [name for name in signals() if not name.startswith("measured")]
+    with progress() as update:
+        records = compare_signals(
+            loaded,
+            token_windows(tokenizer, texts(EVALUATION), window, windows, seed),
+            token_windows(tokenizer, texts(CALIBRATION), tokens, prompts, seed),
+            wanted=[*wanted, "measured_kl"] if measured else wanted,
+            plans=PlanCounts(plans, equal, bits, seed=seed),
+            protocol=Protocol(chunk=chunk),
+            texts=EVALUATION,
+            calibration=CALIBRATION,
+            out=output,
+            share=own,
+            batch=batch,
+            progress=update,
+        )
+    if not records:
+        typer.echo(f"share {share} measured; without --share the table is made of all")
+        return
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal and console.width == 80:  # what rich takes a pipe for
+        console.width = _PIPE_WIDTH
+    table = Table(*HEADINGS, box=None, pad_edge=False)
+    for row in ranking_rows(records):
+        table.add_row(*row)
+    console.print(table, "", ranking_notes(records), "", f"wrote {output}", sep="\n")
+
+
+def _share(text: str) -> tuple[int, int]:
+    """``2/8`` as ``(2, 8)``."""
+    first, _, of = text.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+        raise typer.BadParameter(f"{text!r} is no share: give the first and the number of shares, such as 2/8.")
+    return int(first), int(of)
