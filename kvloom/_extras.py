@@ -13,8 +13,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "gguf": ("gguf", "accelerate"),
     "gpu": ("cuda.core", "triton"),
     "hqq": ("hqq",),
+    "lm-eval": ("lm_eval",),
     "plot": ("matplotlib",),
     "quanto": ("optimum.quanto", "ninja"),
+    "tasks": ("rouge_score", "wonderwords", "pyarrow"),
 }
 """Extra of pyproject.toml -> the modules it brings."""
 

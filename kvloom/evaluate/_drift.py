@@ -67,7 +67,7 @@ def drift(
     scored = score_windows(model, windows, contestants, protocol, ledger, progress)
     where = {**surroundings(model, name), "text": {"names": [], "sha256": tokens_hash(windows)}}
     records = [
-        _record(contestant, piece_scores(pieces).kld, windows, protocol, where)
+        _record(contestant, pieces, windows, protocol, where)
         for contestant, pieces in zip(contestants, scored, strict=True)
     ]
     if out:
@@ -75,8 +75,10 @@ def drift(
     return records
 
 
-def _record(contestant: Contestant, kld: Tensor, windows: Tensor, protocol: Protocol, where: Record) -> Record:
-    count = windows.shape[0]
+def _record(
+    contestant: Contestant, pieces: Sequence[Record], windows: Tensor, protocol: Protocol, where: Record
+) -> Record:
+    kld, count = piece_scores(pieces).kld, windows.shape[0]
     steps = torch.arange(len(kld) // count).repeat(count)
     block_of = blocks_of(count, windows.shape[1], protocol)
     by_step = kld.double().view(count, -1).mean(dim=0)
@@ -84,6 +86,8 @@ def _record(contestant: Contestant, kld: Tensor, windows: Tensor, protocol: Prot
         "kind": "drift",
         "id": fingerprint([contestant.identity, protocol.fields, where["model"], where["device"], where["text"]]),
         **contestant.labels,
+        "true_bits": pieces[0]["true_bits"],
+        "live_bytes": pieces[0]["live_bytes"],
         "steps": len(by_step),
         "windows": count,
         "chunk": protocol.chunk,
