@@ -33,6 +33,7 @@ def drift(
     contestants: Sequence[Contestant],
     *,
     protocol: Protocol | None = None,
+    texts: Sequence[str] = (),
     name: str | None = None,
     out: Path | None = None,
     progress: Progress = silent,
@@ -46,6 +47,7 @@ def drift(
         contestants: what is scored.
         protocol: by default one token at a time after 128 tokens of prompt. Plans with
             `prefill="quantized"` score the same with a larger chunk, in less time.
+        texts: names of the texts the windows come from, for the records.
         name: of the model in the records; by default the last part of its path.
         out: results file, as for `fidelity`.
         progress: told before every piece of work.
@@ -65,7 +67,7 @@ def drift(
     check_windows(model, windows, contestants, protocol)
     ledger = Ledger(pieces_path(out) if out else None)
     scored = score_windows(model, windows, contestants, protocol, ledger, progress)
-    where = {**surroundings(model, name), "text": {"names": [], "sha256": tokens_hash(windows)}}
+    where = {**surroundings(model, name), "text": {"names": list(texts), "sha256": tokens_hash(windows)}}
     records = [
         _record(contestant, pieces, windows, protocol, where)
         for contestant, pieces in zip(contestants, scored, strict=True)

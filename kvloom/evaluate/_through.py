@@ -135,7 +135,7 @@ def greedy(
     tokens: int,
     stop: frozenset[int],
     *,
-    ended: Callable[[list[int]], bool] = lambda written: False,
+    ended: Callable[[list[int]], bool] = lambda _: False,
     at_least: int = 0,
 ) -> Written:
     """The most probable continuation, token by token through the contestant's cache.

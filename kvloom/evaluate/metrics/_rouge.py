@@ -11,8 +11,8 @@ from kvloom._extras import require
 def rouge_l(answer: str, reference: str) -> float:
     """F-measure of the longest common subsequence of words, by `rouge-score`, without stemming.
 
-    LongBench's own script takes another package, `rouge`, which splits at spaces only and joins sentences' subsequences,
-    so its values differ.
+    LongBench's own script takes another package, `rouge`, which splits at spaces only and joins the subsequences of
+    sentences, so its values differ.
 
     Raises:
         MissingExtraError: the `tasks` extra is not installed.
