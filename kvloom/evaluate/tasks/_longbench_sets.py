@@ -54,9 +54,9 @@ def _edit(answer: str, reference: str, _: Sequence[str]) -> float:
 
 
 _PASSAGES = (
-    "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\nThe "
-    "following are given passages.\n{context}\n\nAnswer the question based on the given passages. Only give me the "
-    "answer and do not output any other words.\n\nQuestion: {input}\nAnswer:"
+    "Answer the question based on the given passages. Only give me the answer and do not output any other "
+    "words.\n\nThe following are given passages.\n{context}\n\nAnswer the question based on the given passages. Only "
+    "give me the answer and do not output any other words.\n\nQuestion: {input}\nAnswer:"
 )
 
 SETS: dict[str, LongBenchSet] = {
@@ -70,13 +70,13 @@ SETS: dict[str, LongBenchSet] = {
         _f1,
     ),
     "qasper": LongBenchSet(
-        "You are given a scientific article and a question. Answer the question as concisely as you can, using a single "
-        "phrase or sentence if possible. If the question cannot be answered based on the information in the article, "
-        'write "unanswerable". If the question is a yes/no question, answer "yes", "no", or "unanswerable". Do not '
-        "provide any explanation.\n\nArticle: {context}\n\n Answer the question based on the above article as concisely "
-        "as you can, using a single phrase or sentence if possible. If the question cannot be answered based on the "
-        'information in the article, write "unanswerable". If the question is a yes/no question, answer "yes", "no", or '
-        '"unanswerable". Do not provide any explanation.\n\nQuestion: {input}\n\nAnswer:',
+        "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
+        "single phrase or sentence if possible. If the question cannot be answered based on the information in the "
+        'article, write "unanswerable". If the question is a yes/no question, answer "yes", "no", or "unanswerable". '
+        "Do not provide any explanation.\n\nArticle: {context}\n\n Answer the question based on the above article as "
+        "concisely as you can, using a single phrase or sentence if possible. If the question cannot be answered "
+        'based on the information in the article, write "unanswerable". If the question is a yes/no question, answer '
+        '"yes", "no", or "unanswerable". Do not provide any explanation.\n\nQuestion: {input}\n\nAnswer:',
         128,
         "f1",
         _f1,
@@ -92,23 +92,23 @@ SETS: dict[str, LongBenchSet] = {
     "2wikimqa": LongBenchSet(_PASSAGES, 32, "f1", _f1),
     "musique": LongBenchSet(_PASSAGES, 32, "f1", _f1),
     "gov_report": LongBenchSet(
-        "You are given a report by a government agency. Write a one-page summary of the report.\n\nReport:\n{context}\n\n"
-        "Now, write a one-page summary of the report.\n\nSummary:",
+        "You are given a report by a government agency. Write a one-page summary of the "
+        "report.\n\nReport:\n{context}\n\nNow, write a one-page summary of the report.\n\nSummary:",
         512,
         "rouge_l",
         _rouge,
     ),
     "qmsum": LongBenchSet(
-        "You are given a meeting transcript and a query containing a question or instruction. Answer the query in one or "
-        "more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the above meeting transcript in one "
-        "or more sentences.\n\nQuery: {input}\nAnswer:",
+        "You are given a meeting transcript and a query containing a question or instruction. Answer the query in one "
+        "or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the above meeting transcript "
+        "in one or more sentences.\n\nQuery: {input}\nAnswer:",
         512,
         "rouge_l",
         _rouge,
     ),
     "multi_news": LongBenchSet(
-        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\nNow, write a "
-        "one-page summary of all the news.\n\nSummary:",
+        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\nNow, "
+        "write a one-page summary of all the news.\n\nSummary:",
         512,
         "rouge_l",
         _rouge,
@@ -122,8 +122,8 @@ SETS: dict[str, LongBenchSet] = {
         first_line=True,
     ),
     "triviaqa": LongBenchSet(
-        "Answer the question based on the given passage. Only give me the answer and do not output any other words. The "
-        "following are some examples.\n\n{context}\n\n{input}",
+        "Answer the question based on the given passage. Only give me the answer and do not output any other words. "
+        "The following are some examples.\n\n{context}\n\n{input}",
         32,
         "f1",
         _f1,
@@ -139,19 +139,20 @@ SETS: dict[str, LongBenchSet] = {
         first_line=True,
     ),
     "passage_count": LongBenchSet(
-        "There are some paragraphs below sourced from Wikipedia. Some of them may be duplicates. Please carefully read "
-        "these paragraphs and determine how many unique paragraphs there are after removing duplicates. In other words, "
-        "how many non-repeating paragraphs are there in total?\n\n{context}\n\nPlease enter the final count of unique "
-        "paragraphs after removing duplicates. The output format should only contain the number, such as 1, 2, 3, and so "
-        "on.\n\nThe final answer is: ",
+        "There are some paragraphs below sourced from Wikipedia. Some of them may be duplicates. Please carefully "
+        "read these paragraphs and determine how many unique paragraphs there are after removing duplicates. In other "
+        "words, how many non-repeating paragraphs are there in total?\n\n{context}\n\nPlease enter the final count of "
+        "unique paragraphs after removing duplicates. The output format should only contain the number, such as 1, 2, "
+        "3, and so on.\n\nThe final answer is: ",
         32,
         "count",
         _count,
     ),
     "passage_retrieval_en": LongBenchSet(
-        "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine which paragraph the abstract is "
-        "from.\n\n{context}\n\nThe following is an abstract.\n\n{input}\n\nPlease enter the number of the paragraph that "
-        'the abstract is from. The answer format must be like "Paragraph 1", "Paragraph 2", etc.\n\nThe answer is: ',
+        "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine which paragraph the abstract "
+        "is from.\n\n{context}\n\nThe following is an abstract.\n\n{input}\n\nPlease enter the number of the "
+        'paragraph that the abstract is from. The answer format must be like "Paragraph 1", "Paragraph 2", '
+        "etc.\n\nThe answer is: ",
         32,
         "retrieval",
         _retrieval,
