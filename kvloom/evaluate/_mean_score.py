@@ -33,4 +33,5 @@ def wilson(hits: int, trials: int) -> Interval:
     share, weight = hits / trials, _Z**2 / trials
     centre = (share + weight / 2) / (1 + weight)
     reach = _Z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    return Interval(share, max(0.0, centre - reach), min(1.0, centre + reach))
+    low, high = (centre - reach if hits else 0.0), (centre + reach if hits < trials else 1.0)
+    return Interval(share, low, high)
