@@ -40,3 +40,5 @@ class Settings:
         for name in ("limit", "shots"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DataError(f"{name} is {getattr(self, name)}: give at least 1, or leave it out.")
+        if self.lengths is not None and min(self.lengths, default=0) < 2:
+            raise DataError(f"lengths is {list(self.lengths)}: give at least one length, each of at least 2 tokens.")
