@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from importlib.util import find_spec
 from random import Random
 from zlib import crc32
 
@@ -33,19 +34,32 @@ class Words(Letters):
         return type("Encoding", (), {"input_ids": ids})
 
 
+WORDY = {"cwe", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multivalue", "niah_multiquery"}
+WORDY |= {"niah_multikey_1", "niah_multikey_2"}
+
+
 def sub_tasks():
     niah = [each.among(ESSAYS) if each.haystack == "essay" else each for each in NIAH]
     own = [VariableTracking(), CommonWords(), FrequentWords()]
     return [*niah, *own, Questions("qa_1", squad(SQUAD)), Questions("qa_2", hotpotqa(HOTPOTQA))]
 
 
+def wordless(name):
+    return name in WORDY and find_spec("wonderwords") is None
+
+
+EVERY = [
+    pytest.param(
+        each, id=each.name, marks=pytest.mark.skipif(wordless(each.name), reason="wonderwords is not installed")
+    )
+    for each in sub_tasks()
+]
+
+
 def by_name(name):
+    if wordless(name):
+        pytest.skip("wonderwords is not installed")
     return next(each for each in sub_tasks() if each.name == name)
-
-
-@pytest.fixture(autouse=True)
-def words():
-    pytest.importorskip("wonderwords")
 
 
 def drawn(name, units, seed=0, room=LENGTH):
@@ -57,7 +71,7 @@ def test_there_are_thirteen():
     assert len({each.name for each in sub_tasks()}) == 13
 
 
-@pytest.mark.parametrize("sub", sub_tasks(), ids=lambda sub: sub.name)
+@pytest.mark.parametrize("sub", EVERY)
 @pytest.mark.parametrize("length", [900, 4096])
 def test_prompts_are_as_long_as_they_may_be_and_the_same_every_time(sub, length):
     cases = list(Ruler(sub, length, 3, seed=0).questions(Words()))
@@ -71,13 +85,13 @@ def test_prompts_are_as_long_as_they_may_be_and_the_same_every_time(sub, length)
     assert list(Ruler(sub, length, 1, seed=0).questions(Words())) == cases[:1]  # a longer run has the shorter one's
 
 
-@pytest.mark.parametrize("sub", sub_tasks(), ids=lambda sub: sub.name)
+@pytest.mark.parametrize("sub", EVERY)
 def test_a_length_without_room_is_one_sentence(sub):
     with pytest.raises(DataError, match=rf"^ruler/{sub.name} has at least \d+ tokens of prompt, and there is room"):
         list(Ruler(sub, sub.new_tokens + 9, 1, seed=0).questions(Words()))
 
 
-@pytest.mark.parametrize("sub", sub_tasks(), ids=lambda sub: sub.name)
+@pytest.mark.parametrize("sub", EVERY)
 @settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), units=st.integers(0, 60))
 def test_more_units_are_more_text_with_the_same_answers(sub, seed, units):
@@ -181,6 +195,7 @@ def test_common_words_come_often(room, example, often, seldom):
 
 
 def test_common_words_go_on_with_pairs_where_the_list_ends():
+    drawn("cwe", 20)
     from kvloom.evaluate.tasks.ruler._words import single_words
 
     more = len(single_words()) + 5
@@ -229,6 +244,7 @@ def test_files_of_another_schema_are_refused(document):
 
 
 def test_the_group_leaves_out_what_has_no_data_and_says_so(tmp_path, fetched):
+    by_name("cwe")
     chosen = choose(["ruler"], Settings(limit=1))
     assert len(chosen.tasks) == 11
     assert [note.partition(" is left out: ")[0] for note in chosen.notes] == ["ruler/qa_1", "ruler/qa_2"]
@@ -240,12 +256,11 @@ def test_the_group_leaves_out_what_has_no_data_and_says_so(tmp_path, fetched):
     assert not every.notes
 
 
-def test_without_the_words_package_the_sub_tasks_say_so(monkeypatch):
+def test_sub_tasks_of_words_say_before_they_run_what_they_need(monkeypatch, fetched):
     from kvloom import _extras
-    from kvloom.evaluate.tasks.ruler import _words
 
-    _words.single_words.cache_clear()
-    _words._listed.cache_clear()
     monkeypatch.setattr(_extras, "_found", lambda module: module != "wonderwords")
-    with pytest.raises(MissingExtraError, match="needs wonderwords"):
-        list(Ruler(CommonWords(), 900, 1, 0).questions(Words()))
+    with pytest.raises(MissingExtraError, match=r"^A list of English words needs wonderwords: run pip install"):
+        choose(["ruler/cwe"], Settings())
+    chosen = choose(["ruler"], Settings(limit=1))
+    assert {task.name for task in chosen.tasks} == {"ruler/fwe", "ruler/vt", "ruler/niah_multikey_3"}

@@ -22,6 +22,7 @@ from kvloom.evaluate.tasks.ruler._niah import NIAH, Niah, essay_words
 from kvloom.evaluate.tasks.ruler._qa import Questions, hotpotqa, squad
 from kvloom.evaluate.tasks.ruler._sub_task import Draft, SubTask
 from kvloom.evaluate.tasks.ruler._vt import VariableTracking
+from kvloom.evaluate.tasks.ruler._words import check_words
 
 CASES = 500
 """Published number of questions of a sub-task."""
@@ -84,15 +85,22 @@ def _make(sub_task: Callable[[Settings], SubTask], settings: Settings) -> list[R
 
 
 def _niah(variant: Niah, settings: Settings) -> Niah:
+    if variant.key == "words":
+        check_words()
     if variant.haystack != "essay":
         return variant
     return variant.among(essay_words([text.content for text in texts(settings.texts)]))
 
 
+def _cwe(_: Settings) -> CommonWords:
+    check_words()
+    return CommonWords()
+
+
 for _variant in NIAH:
     register(f"ruler/{_variant.name}", partial(_make, partial(_niah, _variant)))
 register("ruler/vt", partial(_make, lambda _: VariableTracking()))
-register("ruler/cwe", partial(_make, lambda _: CommonWords()))
+register("ruler/cwe", partial(_make, _cwe))
 register("ruler/fwe", partial(_make, lambda _: FrequentWords()))
 register("ruler/qa_1", partial(_make, lambda it: Questions("qa_1", squad(json_file(it.data, "ruler/squad.json")))))
 register(
