@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 """`(what, done, total)`, called before each piece of work and once at the end."""
 
 _CODE = ("cache", "codecs", "kernels", "pages", "plan")
-_OWN_CODE = ("_live.py", "_peers.py", "_scores.py", "_through.py")
+_OWN_CODE = ("_continuation.py", "_live.py", "_peers.py", "_reply.py", "_scores.py", "_through.py")
 _SAMPLE = 64
 
 

@@ -44,3 +44,6 @@ def test_a_second_prompt_is_found_near_the_first():
     tried.clear()
     fitter.fill(prompt, 1)
     assert tried == [10_000, 10_001]
+    tried.clear()
+    fitter.fill(lambda units: prompt(units) + [0] * 7, 1)
+    assert tried == [10_000, 9_993, 9_994]

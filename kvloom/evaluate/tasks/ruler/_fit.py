@@ -34,34 +34,24 @@ class Fitter:
             DataError: the least prompt has no room.
         """
         made: dict[int, list[int]] = {}
-
-        def fits(units: int) -> bool:
+        low, high, units = least - 1, None, max(self.units, least)
+        while high is None or high - low > 1:
             made[units] = prompt(units)
-            return len(made[units]) <= self._room
-
-        low, high = _bracket(fits, max(self.units, least), least)
+            if len(made[units]) <= self._room:
+                low = units
+            else:
+                high = units
+            wanted = max(low + 1, units + self._step(units, len(made[units])))
+            units = wanted if high is None else min(wanted, high - 1)
         if low < least:
             raise DataError(
                 f"{self._what} has at least {len(made[least])} tokens of prompt, and there is room for {self._room}: "
                 "give a greater length."
             )
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
         self.units = low
         return made[low]
 
-
-def _bracket(fits: Callable[[int], bool], guess: int, least: int) -> tuple[int, int]:
-    """Units that fit, and more that do not, in steps that double from a guess; less than `least` if none fit."""
-    step = 1
-    if fits(guess):
-        while fits(guess + step):
-            guess, step = guess + step, 2 * step
-        return guess, guess + step
-    while guess > least:
-        lower = max(least, guess - step)
-        if fits(lower):
-            return lower, guess
-        guess, step = lower, 2 * step
-    return least - 1, least
+    def _step(self, units: int, tokens: int) -> int:
+        """Units to add to a prompt of so many tokens, or to take away, if all have as many as those it has."""
+        step = (self._room - tokens) * units // max(tokens, 1)
+        return max(step, 1) if tokens <= self._room else min(step, -1)
