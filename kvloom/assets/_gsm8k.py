@@ -37,7 +37,11 @@ def gsm8k_rows(split: Literal["train", "test"], folder: Path | None) -> Rows:
         MissingExtraError: the hub's are there, and the `tasks` extra that reads them is not.
     """
     rows = _far(split) if folder is None else jsonl_rows(local_file(folder, f"gsm8k/{split}.jsonl"))
-    return Rows(tuple(map(_published, rows.rows)), rows.source).need("question", "answer")
+    found = Rows(tuple(map(_published, rows.rows)), rows.source).need("question", "answer")
+    for number, row in enumerate(found.rows, start=1):
+        if "#### " not in row["answer"]:
+            raise DataError(f'Row {number} of {found.source} has no "#### " in its answer: give the published file.')
+    return found
 
 
 def _far(split: str) -> Rows:

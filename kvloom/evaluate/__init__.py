@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvloom.evaluate._contestants import Contestant, dense_contestant, plan_contestant
-from kvloom.evaluate._context import Progress, model_name, silent, surroundings
+from kvloom.evaluate._context import Progress, model_name, reads_at_most, silent, surroundings
 from kvloom.evaluate._decode import WARM_UP, decode_speed
 from kvloom.evaluate._drift import drift
 from kvloom.evaluate._evaluate import evaluate
@@ -47,6 +47,7 @@ __all__ = [
     "paired_speed",
     "peer_contestants",
     "plan_contestant",
+    "reads_at_most",
     "samples",
     "silent",
     "surroundings",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -35,6 +35,12 @@ def silent(what: str, done: int, total: int) -> None:
 def model_name(model: PreTrainedModel) -> str:
     """The last part of the model's name or folder."""
     return Path(str(model.config.name_or_path)).name or type(model).__name__
+
+
+def reads_at_most(model: PreTrainedModel) -> int | None:
+    """Tokens that a model reads, as its configuration says; None if it does not."""
+    config: Any = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
 
 
 def surroundings(model: PreTrainedModel, name: str | None) -> Record:

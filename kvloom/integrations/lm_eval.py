@@ -22,6 +22,7 @@ from kvloom.evaluate import (
     fingerprint,
     mean_score,
     plan_contestant,
+    reads_at_most,
     silent,
     surroundings,
     write_records,
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 256
 """Tokens of an answer where a task does not say, as lm-eval has it."""
+
+_LENGTH = 2048
+"""Tokens of a sequence where a model does not say, as lm-eval has it."""
 
 _Z = 1.959963984540054
 
@@ -95,7 +99,7 @@ class KvloomLM(TemplateLM):  # type: ignore[misc]
         if isinstance(model, str):
             model, tokenizer = load_model(model, device=device, dtype=dtype)
         self.tokenizer = tokenizer
-        self.max_length = max_length or _context(model)
+        self.max_length = max_length or reads_at_most(model) or _LENGTH
         self._reader = Reader(
             model, tokenizer, contestant or _contestant(model, plan, prefill), chunk=chunk, out=out and Path(out)
         )
@@ -313,7 +317,3 @@ def _contestant(model: PreTrainedModel, plan: Plan | str | None, prefill: Any) -
         return dense_contestant(model)
     wanted = Plan.load(plan) if isinstance(plan, str) else plan
     return plan_contestant(wanted, model, name="plan", method="plan", prefill=prefill)
-
-
-def _context(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant, check_names
-from kvloom.evaluate._context import check_model, conditions, surroundings, tokens_hash
+from kvloom.evaluate._context import check_model, conditions, reads_at_most, surroundings, tokens_hash
 from kvloom.evaluate._ledger import Ledger, Record, fingerprint, pieces_path, write_records
 from kvloom.evaluate._live import fullest
 from kvloom.evaluate._mean_score import mean_score
@@ -44,10 +45,15 @@ class AnswerTask(Task):
 
         `score` is the mean of the task's own metric and `scores` has every metric's, each with its interval; `cases`
         has every answer; bytes and true bits are those of the fullest cache.
+
+        Raises:
+            DataError: prompts do not fit the model, or a contestant.
+            ModelError: the model is in training mode.
         """
         check_names(bench.contestants)
         check_model(bench.model)
         cases = self.cases(bench)
+        self._check_room(bench, cases)
         answers = self._answers(bench, cases)
         where = surroundings(bench.model, bench.name)
         records = [
@@ -57,6 +63,15 @@ class AnswerTask(Task):
         if bench.out:
             write_records(bench.out, records)
         return records
+
+    def _check_room(self, bench: Bench, cases: Sequence[Case]) -> None:
+        longest = max(len(case.prompt) for case in cases) + self.request.new_tokens
+        reads = reads_at_most(bench.model)
+        if reads and longest > reads:
+            raise DataError(
+                f"{self.name} takes {longest} tokens of prompt and answer, and the model reads {reads}: give a smaller "
+                "length, or fewer shots."
+            )
 
     def _answers(self, bench: Bench, cases: Sequence[Case]) -> list[list[Record]]:
         """Of every contestant the pieces of all cases."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvloom.assets import Row, Rows, longbench_rows
 from kvloom.errors import DataError
+from kvloom.evaluate._context import reads_at_most
 from kvloom.evaluate._ledger import Record
 from kvloom.evaluate._reply import Request
 from kvloom.evaluate.tasks._answers import AnswerTask
@@ -56,7 +57,8 @@ class LongBench(AnswerTask):
         """See `AnswerTask.scores`; the best reference counts."""
         if self._set.first_line:
             answer = answer.lstrip("\n").split("\n")[0]
-        return {self._set.metric: max(self._set.score(answer, each, case.classes) for each in case.references)}
+        scores = (self._set.score(answer, each, case.classes) for each in case.references)
+        return {self._set.metric: max(scores, default=0.0)}
 
     def facts(self) -> Record:
         """See `AnswerTask.facts`."""
@@ -73,12 +75,12 @@ def cut(tokenizer: Any, text: str, longest: int) -> str:
 
 
 def _context(model: Any) -> int:
-    reads = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    reads = reads_at_most(model)
     if reads is None or reads <= MARGIN:
         raise DataError(
             f"The model reads {reads} tokens, too few to leave {MARGIN} of: say with --length what prompts have."
         )
-    return int(reads)
+    return reads
 
 
 for _name in SETS:

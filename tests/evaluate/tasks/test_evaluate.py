@@ -143,6 +143,15 @@ def _as_tokenizers_are_called(self, text, add_special_tokens=True, verbose=True)
     return type("Encoding", (), {"input_ids": [ord(letter) % 97 for letter in text]})
 
 
+def test_prompts_that_the_model_cannot_read_are_refused(data):
+    model = tiny_model()
+    (task,) = choose(["gsm8k"], Settings(data=data)).tasks
+    with pytest.raises(
+        DataError, match=r"^gsm8k takes \d+ tokens of prompt and answer, and the model reads 1024: give"
+    ):
+        evaluate(model, Numbers(), [task], contestants(model))
+
+
 def test_unknown_names_are_one_sentence_with_all_known_ones():
     with pytest.raises(
         DataError, match=r"^The task 'rular' is not known: choose among drift, fidelity, gsm8k, .*ruler\.$"

@@ -121,5 +121,8 @@ def test_missing_or_foreign_rows_are_refused(tmp_path):
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "x", "answer": "#### 1"}\n[]\n')
     with pytest.raises(DataError, match=r"Line 2 of test\.jsonl is not a JSON object"):
         choose(["gsm8k"], Settings(data=tmp_path))
+    write_rows(tmp_path / "gsm8k" / "test.jsonl", [{"question": "x", "answer": "3"}])
+    with pytest.raises(DataError, match=r'Row 1 of test\.jsonl has no "#### " in its answer'):
+        choose(["gsm8k"], Settings(data=tmp_path))
     with pytest.raises(DataError, match="limit is 0"):
         Settings(limit=0)
