@@ -93,3 +93,4 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     assert inside == expected
     assert "kvloom/py.typed" in inside
     assert "kvloom = kvloom.cli:main" in scripts
+    assert "[lm_eval.models]\nkvloom = kvloom.integrations.lm_eval:KvloomLM" in scripts

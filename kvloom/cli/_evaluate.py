@@ -60,7 +60,7 @@ def evaluate(
         data=data,
         seed=seed,
     )
-    chosen = choose(tasks.split(","), settings)
+    chosen = choose(_names(tasks), settings)
     plans = _plans(plan)
     for note in chosen.notes:
         err.print(note)
@@ -95,7 +95,7 @@ def lm_eval(
         records = harness(
             loaded,
             tokenizer,
-            tasks.split(","),
+            _names(tasks),
             _contestants(plans, loaded, prefill),
             limit=limit,
             shots=shots,
@@ -105,6 +105,10 @@ def lm_eval(
             progress=update,
         )
     typer.echo(render_text(records))
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")]
 
 
 def _plans(paths: list[Path]) -> list[tuple[str, Plan]]:

@@ -45,8 +45,8 @@ class LongBench(AnswerTask):
         Raises:
             DataError: the model does not say how much it reads, and no length is given.
         """
-        longest = self._longest or _context(bench.model) - MARGIN
-        return [self._case(bench.tokenizer, row, longest) for row in self._rows.rows]
+        self._longest = self._longest or _context(bench.model) - MARGIN
+        return [self._case(bench.tokenizer, row, self._longest) for row in self._rows.rows]
 
     def _case(self, tokenizer: Any, row: Row, longest: int) -> Case:
         text = self._set.prompt.format(context=row["context"], input=row["input"])
@@ -61,7 +61,7 @@ class LongBench(AnswerTask):
         return {self._set.metric: max(scores, default=0.0)}
 
     def facts(self) -> Record:
-        """See `AnswerTask.facts`."""
+        """See `AnswerTask.facts`; the length is what prompts were cut to."""
         return {"length": self._longest, "data": self._rows.facts}
 
 

@@ -15,8 +15,8 @@ class Settings:
 
     Attributes:
         limit: at most so many cases of each task; None for its published number, or all of its data.
-        lengths: tokens of prompt and answer together, for tasks of any length; of LongBench's prompts the first one is
-            the longest before they are cut. None for each task's own.
+        lengths: tokens of prompt and answer together, for tasks of any length; LongBench's prompts are cut to the first
+            one. None for each task's own.
         shots: examples in a GSM8K prompt; None for the published number.
         windows: text windows of fidelity and drift; None for all that the texts hold.
         window: tokens of each of them.

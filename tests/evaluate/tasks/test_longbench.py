@@ -106,7 +106,9 @@ def test_by_default_prompts_leave_room_in_the_model(tmp_path):
     model = tiny_model()
     made = task(tmp_path, "lcc", longbench_row(context="x" * 5000))
     assert len(cases(made, model)[0].prompt) == 2 * ((1024 - MARGIN) // 2)
+    assert made.facts()["length"] == 1024 - MARGIN
     model.config.max_position_embeddings = 500
+    made = task(tmp_path, "lcc", longbench_row(context="x" * 5000))
     with pytest.raises(DataError, match="The model reads 500 tokens"):
         cases(made, model)
 
