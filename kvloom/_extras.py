@@ -13,10 +13,12 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "gguf": ("gguf", "accelerate"),
     "gpu": ("cuda.core", "triton"),
     "hqq": ("hqq",),
+    "lm-eval": ("lm_eval",),
     "milp": ("scipy",),
     "plot": ("matplotlib",),
     "quanto": ("optimum.quanto", "ninja"),
     "search": ("optuna", "scipy"),
+    "tasks": ("rouge_score", "wonderwords", "pyarrow"),
 }
 """Extra of pyproject.toml -> the modules it brings."""
 

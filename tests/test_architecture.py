@@ -29,7 +29,7 @@ DOORS: dict[str, set[str] | str] = {
     "cache": RUNTIME,
     "signals": RUNTIME | {"cache"},
     "allocate": {"plan", "signals"},
-    "evaluate": {"plan", "cache", "signals"},
+    "evaluate": {"plan", "cache", "signals", "assets"},
     "bench": {"pages", "codecs", "kernels", "evaluate"},
     "report": {"evaluate"},
     "testing": RUNTIME | {"cache", "signals"},

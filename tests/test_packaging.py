@@ -56,7 +56,7 @@ def test_extras_are_those_of_pyproject():
     assert optional["all"] == [f"kvloom[{','.join(_extras.EXTRAS)}]"]
     for extra, modules in _extras.EXTRAS.items():
         packages = {re.split(r"[\[<>=]", requirement)[0] for requirement in optional[extra]}
-        assert packages == {module.replace(".", "-") for module in modules}
+        assert packages == {re.sub(r"[._]", "-", module) for module in modules}
 
 
 def test_an_absent_extra_is_one_sentence_with_its_command(monkeypatch: pytest.MonkeyPatch):
@@ -93,3 +93,4 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     assert inside == expected
     assert "kvloom/py.typed" in inside
     assert "kvloom = kvloom.cli:main" in scripts
+    assert "[lm_eval.models]\nkvloom = kvloom.integrations.lm_eval:KvloomLM" in scripts

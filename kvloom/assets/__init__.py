@@ -2,7 +2,10 @@
 
 from kvloom._userdir import cache_dir
 from kvloom.assets._fetch import MODEL_NAME, essays_dir, fetch, model_dir
+from kvloom.assets._gsm8k import gsm8k_rows
+from kvloom.assets._longbench import longbench_rows
 from kvloom.assets._model import load_config, load_model
+from kvloom.assets._rows import Row, Rows, json_file
 from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts
 from kvloom.assets._windows import token_windows
 
@@ -11,13 +14,18 @@ __all__ = [
     "ESSAYS",
     "EVALUATION",
     "MODEL_NAME",
+    "Row",
+    "Rows",
     "Text",
     "cache_dir",
     "digest",
     "essays_dir",
     "fetch",
+    "gsm8k_rows",
+    "json_file",
     "load_config",
     "load_model",
+    "longbench_rows",
     "model_dir",
     "texts",
     "token_windows",

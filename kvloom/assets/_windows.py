@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def token_windows(tokenizer: Any, texts: Iterable[Text], window: int, count: int, seed: int) -> torch.Tensor:
+def token_windows(tokenizer: Any, texts: Iterable[Text], window: int, count: int | None, seed: int) -> torch.Tensor:
     """Draw `count` windows of `window` tokens that do not overlap.
 
     The texts are tokenised one by one and joined; the joined tokens are cut into whole windows, and
@@ -24,7 +24,7 @@ def token_windows(tokenizer: Any, texts: Iterable[Text], window: int, count: int
         tokenizer: of the model that will read the windows.
         texts: where the tokens come from.
         window: tokens in one window.
-        count: windows.
+        count: windows; None for all that there are.
         seed: of the draw.
 
     Returns:
@@ -39,6 +39,7 @@ def token_windows(tokenizer: Any, texts: Iterable[Text], window: int, count: int
     body = window - len(start)
     tokens = list(chain.from_iterable(_tokenise(tokenizer, text) for text in texts))
     available = len(tokens) // body if body > 0 else 0
+    count = max(1, available) if count is None else count
     if min(window, count) < 1 or available < count:
         raise DataError(
             f"{count} windows of {window} tokens were asked for, but the texts hold {len(tokens)} "

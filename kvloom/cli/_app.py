@@ -73,6 +73,7 @@ for command in (
     _plan.schema,
     _run.generate,
     _evaluate.evaluate,
+    _evaluate.lm_eval,
     _evaluate.report,
     _evaluate.demo,
 ):

@@ -1,25 +1,42 @@
-"""`kvloom eval`, `kvloom report`, `kvloom demo`."""
+"""`kvloom eval`, `kvloom lm-eval`, `kvloom report`, `kvloom demo`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, Window, Windows, load, progress, without_bars
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, Window, err, load, progress, without_bars
 
 if TYPE_CHECKING:
     from kvloom import Plan
 
+Plans = Annotated[list[Path], typer.Option(help="A kv_plan.json; give it again for more.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Results, in JSON lines.")]
+Limit = Annotated[int | None, typer.Option(help="At most so many cases of each task.")]
+Prefill = Annotated[
+    Literal["quantized", "exact", "plan"],
+    typer.Option(help="What prompts attend to: what the cache holds, their exact selves, or as the plan says."),
+]
 Page = Annotated[Path, typer.Option("--output", "-o", help="The page to write.")]
 
 
 def evaluate(
     model: Model,
-    plan: Annotated[list[Path], typer.Option(help="A kv_plan.json; give it again for more.")],
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("runs/eval.jsonl"),
-    windows: Windows = 8,
+    plan: Plans,
+    tasks: Annotated[str, typer.Option(help="Names with commas between; a wrong one lists them all.")] = "fidelity",
+    output: Output = Path("runs/eval.jsonl"),
+    limit: Limit = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of prompt and answer, for tasks of any length; give it again.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples in a GSM8K prompt.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of data sets: gsm8k/test.jsonl, longbench/trec.jsonl, ...")
+    ] = None,
+    prefill: Prefill = "quantized",
+    windows: Annotated[int, typer.Option(help="Text windows of fidelity and drift; 0 takes all.", min=0)] = 8,
     window: Window = 2048,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 128,
     text: Texts = None,
@@ -27,29 +44,87 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Score plans against the uncompressed cache; a killed run goes on where it stopped."""
-    from kvloom import Plan
-    from kvloom.assets import EVALUATION, texts, token_windows
-    from kvloom.evaluate import Protocol, dense_contestant, fidelity, plan_contestant
+    """Score plans and the uncompressed cache on tasks; a killed run goes on where it stopped."""
+    from kvloom.assets import EVALUATION
+    from kvloom.evaluate import Settings, choose, evaluate
     from kvloom.report import render_text
 
-    plans = [(path.stem, Plan.load(path)) for path in plan]
-    sources = texts(text or EVALUATION)
+    settings = Settings(
+        limit=limit,
+        lengths=tuple(length) if length else None,
+        shots=shots,
+        windows=windows or None,
+        window=window,
+        chunk=chunk,
+        texts=tuple(text or EVALUATION),
+        data=data,
+        seed=seed,
+    )
+    chosen = choose(_names(tasks), settings)
+    plans = _plans(plan)
+    for note in chosen.notes:
+        err.print(note)
     loaded, tokenizer = load(model, device, dtype)
-    contestants = [dense_contestant(loaded)] + [
-        plan_contestant(it, loaded, name=name, method=_method(it), prefill="quantized") for name, it in plans
-    ]
     with progress() as update:
-        records = fidelity(
+        records = evaluate(
+            loaded, tokenizer, chosen.tasks, _contestants(plans, loaded, prefill), out=output, progress=update
+        )
+    typer.echo(render_text(records))
+
+
+def lm_eval(
+    model: Model,
+    plan: Plans,
+    tasks: Annotated[str, typer.Option(help="lm-eval's names of tasks, with commas between.")],
+    output: Output = Path("runs/lm_eval.jsonl"),
+    limit: Limit = None,
+    shots: Annotated[int | None, typer.Option(help="Examples in a prompt; each task's own number without it.")] = None,
+    include: Annotated[Path | None, typer.Option(help="A folder of more tasks.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts in the chat template.")] = False,
+    prefill: Prefill = "quantized",
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Score plans and the uncompressed cache on lm-eval's tasks; a killed run goes on where it stopped."""
+    from kvloom.integrations.lm_eval import harness
+    from kvloom.report import render_text
+
+    plans = _plans(plan)
+    loaded, tokenizer = load(model, device, dtype)
+    with progress() as update:
+        records = harness(
             loaded,
-            token_windows(tokenizer, sources, window, windows, seed),
-            contestants,
-            protocol=Protocol(chunk=chunk),
-            texts=[source.name for source in sources],
+            tokenizer,
+            _names(tasks),
+            _contestants(plans, loaded, prefill),
+            limit=limit,
+            shots=shots,
+            include=include,
+            chat=chat,
             out=output,
             progress=update,
         )
     typer.echo(render_text(records))
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")]
+
+
+def _plans(paths: list[Path]) -> list[tuple[str, Plan]]:
+    """The plans of files, each with its file's name."""
+    from kvloom import Plan
+
+    return [(path.stem, Plan.load(path)) for path in paths]
+
+
+def _contestants(plans: list[tuple[str, Plan]], model: Any, prefill: str) -> list[Any]:
+    """The uncompressed cache and every plan's."""
+    from kvloom.evaluate import dense_contestant, plan_contestant
+
+    mode: Any = None if prefill == "plan" else prefill
+    packed = [plan_contestant(it, model, name=name, method=_method(it), prefill=mode) for name, it in plans]
+    return [dense_contestant(model), *packed]
 
 
 def _method(plan: Plan) -> str:

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from kvloom._ledger import Record
+from kvloom._ledger import Record, fingerprint
 from kvloom.evaluate._contestants import Contestant, dense_contestant, plan_contestant
-from kvloom.evaluate._context import Progress, model_name, silent
+from kvloom.evaluate._context import Progress, model_name, reads_at_most, silent, surroundings
 from kvloom.evaluate._decode import WARM_UP, decode_speed
 from kvloom.evaluate._drift import drift
+from kvloom.evaluate._evaluate import evaluate
 from kvloom.evaluate._fidelity import Protocol, fidelity
+from kvloom.evaluate._mean_score import mean_score
 from kvloom.evaluate._meter import kld_meter
 from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_prompt
 from kvloom.evaluate._paired import paired_difference, paired_speed
 from kvloom.evaluate._peers import Peers, peer_contestants
 from kvloom.evaluate._random_plans import PlanCounts
+from kvloom.evaluate._reader import Reader
 from kvloom.evaluate._records import write_records
+from kvloom.evaluate._reply import Request
 from kvloom.evaluate._samples import samples
 from kvloom.evaluate._signals import compare_signals
+from kvloom.evaluate.tasks import Chosen, Settings, Task, choose, task_names
 
 __all__ = [
     "WARM_UP",
+    "Chosen",
     "Contestant",
     "NeedleCase",
     "Peers",
     "PlanCounts",
     "Progress",
     "Protocol",
+    "Reader",
     "Record",
+    "Request",
+    "Settings",
+    "Task",
+    "choose",
     "compare_signals",
     "decode_speed",
     "dense_contestant",
     "drift",
+    "evaluate",
     "fidelity",
+    "fingerprint",
     "kld_meter",
+    "mean_score",
     "model_name",
     "needle",
     "needle_cases",
@@ -40,7 +54,10 @@ __all__ = [
     "paired_speed",
     "peer_contestants",
     "plan_contestant",
+    "reads_at_most",
     "samples",
     "silent",
+    "surroundings",
+    "task_names",
     "write_records",
 ]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,8 @@ Progress = Callable[[str, int, int], None]
 
 _CODE = (
     *("cache", "codecs", "kernels", "pages", "plan"),
-    *("evaluate/_peers.py", "evaluate/_scores.py", "evaluate/_through.py"),
+    *("evaluate/_continuation.py", "evaluate/_live.py", "evaluate/_peers.py", "evaluate/_reply.py"),
+    *("evaluate/_scores.py", "evaluate/_through.py"),
 )
 """The code that a score goes through."""
 
@@ -36,6 +37,12 @@ def silent(what: str, done: int, total: int) -> None:
 def model_name(model: PreTrainedModel) -> str:
     """The last part of the model's name or folder."""
     return Path(str(model.config.name_or_path)).name or type(model).__name__
+
+
+def reads_at_most(model: PreTrainedModel) -> int | None:
+    """Tokens that a model reads, as its configuration says; None if it does not."""
+    config: Any = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None)
 
 
 def surroundings(model: PreTrainedModel, name: str | None) -> Record:

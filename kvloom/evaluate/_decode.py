@@ -17,7 +17,7 @@ from kvloom.evaluate._bootstrap import median_interval
 from kvloom.evaluate._contestants import Contestant, check_names
 from kvloom.evaluate._context import Progress, check_model, silent, surroundings
 from kvloom.evaluate._records import write_records
-from kvloom.evaluate._through import Prompt, attention, step
+from kvloom.evaluate._through import Prompt, attention, last_logits
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -116,7 +116,7 @@ def _timed_step(model: PreTrainedModel, contestant: Contestant, cache: Cache, to
     with attention(model, packed=contestant.plan is not None):
         _finish(model)
         started = perf_counter()
-        step(model, cache, token)
+        last_logits(model, cache, token)
         _finish(model)
         return perf_counter() - started
 

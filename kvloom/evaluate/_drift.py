@@ -34,6 +34,7 @@ def drift(
     contestants: Sequence[Contestant],
     *,
     protocol: Protocol | None = None,
+    texts: Sequence[str] = (),
     name: str | None = None,
     out: Path | None = None,
     progress: Progress = silent,
@@ -47,6 +48,7 @@ def drift(
         contestants: what is scored.
         protocol: by default one token at a time after 128 tokens of prompt. Plans with
             `prefill="quantized"` score the same with a larger chunk, in less time.
+        texts: names of the texts the windows come from, for the records.
         name: of the model in the records; by default the last part of its path.
         out: results file, as for `fidelity`.
         progress: told before every piece of work.
@@ -66,9 +68,9 @@ def drift(
     check_windows(model, windows, contestants, protocol)
     ledger = Ledger(pieces_path(out) if out else None)
     scored = score_windows(model, windows, contestants, protocol, ledger, progress)
-    where = {**surroundings(model, name), "text": {"names": [], "sha256": tokens_hash(windows)}}
+    where = {**surroundings(model, name), "text": {"names": list(texts), "sha256": tokens_hash(windows)}}
     records = [
-        _record(contestant, piece_scores(pieces).kld, windows, protocol, where)
+        _record(contestant, pieces, windows, protocol, where)
         for contestant, pieces in zip(contestants, scored, strict=True)
     ]
     if out:
@@ -76,8 +78,10 @@ def drift(
     return records
 
 
-def _record(contestant: Contestant, kld: Tensor, windows: Tensor, protocol: Protocol, where: Record) -> Record:
-    count = windows.shape[0]
+def _record(
+    contestant: Contestant, pieces: Sequence[Record], windows: Tensor, protocol: Protocol, where: Record
+) -> Record:
+    kld, count = piece_scores(pieces).kld, windows.shape[0]
     steps = torch.arange(len(kld) // count).repeat(count)
     block_of = blocks_of(count, windows.shape[1], protocol)
     by_step = kld.double().view(count, -1).mean(dim=0)
@@ -85,6 +89,8 @@ def _record(contestant: Contestant, kld: Tensor, windows: Tensor, protocol: Prot
         "kind": "drift",
         "id": fingerprint([contestant.identity, protocol.fields, where["model"], where["device"], where["text"]]),
         **contestant.labels,
+        "true_bits": pieces[0]["true_bits"],
+        "live_bytes": pieces[0]["live_bytes"],
         "steps": len(by_step),
         "windows": count,
         "chunk": protocol.chunk,

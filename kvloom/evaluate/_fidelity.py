@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from kvloom.evaluate._context import (
     check_logits,
     check_model,
     conditions,
+    reads_at_most,
     silent,
     surroundings,
     tokens_hash,
@@ -297,16 +298,16 @@ def check_windows(
             f"windows hold {tokens} tokens each, but {protocol.unscored} are not scored and a block"
             f" has {protocol.block}: give windows of at least {least} tokens."
         )
-    config: Any = model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = reads_at_most(model)
     if longest and tokens > longest:
         raise DataError(
             f"windows hold {tokens} tokens each, and the model reads at most {longest}: give shorter windows."
         )
-    if windows.min() < 0 or windows.max() >= config.vocab_size:
+    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+    if windows.min() < 0 or windows.max() >= vocabulary:
         raise DataError(
             f"windows hold token ids from {int(windows.min())} to {int(windows.max())}, and the "
-            f"model's vocabulary ends at {config.vocab_size - 1}: use the model's own tokenizer."
+            f"model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer."
         )
     for contestant in contestants:
         check_multiple(contestant, "chunk", protocol.chunk)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvloom._ledger import Record
 from kvloom.evaluate._contestants import Contestant
 from kvloom.plan import Fingerprint
 
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 _COMPUTE_BYTES = 2
+
+
+def held(contestant: Contestant, cache: Cache, model: Fingerprint) -> Record:
+    """Tokens, bytes and true bits of a cache of one sequence, as records have them."""
+    return {
+        "context": int(cache.get_seq_length()),
+        "live_bytes": live_bytes(contestant, cache, model),
+        "true_bits": true_bits(contestant, cache, model),
+    }
+
+
+def fullest(pieces: Sequence[Record]) -> Record:
+    """What the fullest of several caches held: its tokens, bytes and true bits."""
+    most = max(pieces, key=lambda piece: int(piece["context"]))
+    return {name: most[name] for name in ("context", "live_bytes", "true_bits")}
 
 
 def live_bytes(contestant: Contestant, cache: Cache, model: Fingerprint) -> int:

@@ -29,8 +29,11 @@ from kvloom.evaluate._context import (
     surroundings,
     tokens_hash,
 )
+from kvloom.evaluate._live import fullest, held
+from kvloom.evaluate._mean_score import mean_score
 from kvloom.evaluate._records import write_records
 from kvloom.evaluate._through import Prompt, greedy, stop_tokens
+from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,7 +164,8 @@ def needle(
 
     Returns:
         One `needle` record for each contestant; a case is `found` if its seven digits are in the
-        answer.
+        answer, and `score` is the share found with its interval. Bytes and true bits are those of
+        the fullest cache.
 
     Raises:
         DataError: see `needle_prompt`; or a length does not fit a contestant.
@@ -171,7 +175,7 @@ def needle(
     check_names(contestants)
     check_model(model)
     ledger = Ledger(pieces_path(out) if out else None)
-    shared = {**conditions(model), "new_tokens": NEW_TOKENS}
+    shared, shape = {**conditions(model), "new_tokens": NEW_TOKENS}, Fingerprint.of(model)
     answers: list[list[Record]] = [[] for _ in contestants]
     done, total = 0, len(cases) * len(contestants)
     for case in cases:
@@ -183,9 +187,9 @@ def needle(
             if key not in ledger:
                 filled = filled or Prompt(model, tokens)
                 written = greedy(model, contestant, filled, NEW_TOKENS, stop_tokens(model))
-                answer = tokenizer.decode(written)
-                found = case.number in answer
-                ledger.add("needle_piece", key, {**asdict(case), "found": found, "answer": answer})
+                answer = tokenizer.decode(written.tokens)
+                about = {**asdict(case), "found": case.number in answer, "answer": answer}
+                ledger.add("needle_piece", key, {**about, **held(contestant, written.cache, shape)})
             answered.append(ledger[key])
             done += 1
     progress("answered", done, total)
@@ -206,6 +210,8 @@ def _record(contestant: Contestant, answers: Sequence[Record], where: Record) ->
         "cases": [{key: answer[key] for key in shown} for answer in answers],
         "found": sum(answer["found"] for answer in answers),
         "total": len(answers),
+        "score": mean_score([float(answer["found"]) for answer in answers]),
+        **fullest(answers),
         **where,
     }
 

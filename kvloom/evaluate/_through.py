@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,17 +39,18 @@ def attention(model: PreTrainedModel, *, packed: bool) -> Iterator[None]:
             enable(model, batch_invariant=before == INVARIANT)
 
 
-def step(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
-    """One forward pass of tokens `[1, new]` through the cache.
+def last_logits(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
+    """Logits `[vocabulary]` of the last token of one forward pass of tokens `[1, new]` through the cache.
 
-    Returns:
-        Logits `[new, vocabulary]`.
+    Models that can are asked for no other token's: those of a long prompt take more memory than its cache.
     """
-    return _logits(model, cache, tokens)[0]
+    many = tokens.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
+    few = {"logits_to_keep": 1} if many else {}
+    return _logits(model, cache, tokens, **few)[0, -1].clone()
 
 
-def _logits(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+def _logits(model: PreTrainedModel, cache: Cache, tokens: Tensor, **options: int) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True, **options).logits
     return logits
 
 
@@ -65,7 +69,7 @@ def chunked_logits(
 
 
 class Prompt:
-    """A prompt run once through the dense cache, to fill other caches from.
+    """A prompt that is run at most once through the dense cache, to fill other caches from.
 
     A cache that is given the keys and values of the whole prompt in one update holds what it would
     hold after a forward pass of the prompt in which the prompt attended to itself exactly.
@@ -78,9 +82,13 @@ class Prompt:
     def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
         self.tokens = tokens
         self._model = model
-        self._dense = DynamicCache(config=model.config)
-        with attention(model, packed=False):
-            self._logits = step(model, self._dense, tokens)[-1].clone()
+
+    @cached_property
+    def _dense(self) -> tuple[Any, Tensor]:
+        """The dense cache that holds the prompt, and the logits `[vocabulary]` for the token after it."""
+        cache = DynamicCache(config=self._model.config)
+        with attention(self._model, packed=False):
+            return cache, last_logits(self._model, cache, self.tokens)
 
     def fill(self, contestant: Contestant) -> tuple[Cache, Tensor]:
         """A new cache of the contestant that holds the prompt.
@@ -95,16 +103,29 @@ class Prompt:
         cache = contestant.make_cache()
         with attention(self._model, packed=contestant.plan is not None):
             if contestant.prefill == "quantized" or not self._shareable:
-                return cache, step(self._model, cache, self.tokens)[-1].clone()
-            layers: list[Any] = self._dense.layers
-            for index, layer in enumerate(layers):
+                return cache, last_logits(self._model, cache, self.tokens)
+            dense, logits = self._dense
+            for index, layer in enumerate(dense.layers):
                 cache.update(layer.keys.clone(), layer.values.clone(), index)
-        return cache, self._logits
+        return cache, logits.clone()
 
     @property
     def _shareable(self) -> bool:
-        """Whether every layer still holds all keys and values (a sliding window does not)."""
-        return all(type(layer) is DynamicLayer for layer in self._dense.layers)
+        """Whether every layer keeps all keys and values (a sliding window does not)."""
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self._model.config).layers)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A continuation, and the cache that it was decoded through.
+
+    Attributes:
+        tokens: the new token ids.
+        cache: holds the prompt and all new tokens but the last.
+    """
+
+    tokens: list[int]
+    cache: Cache
 
 
 def greedy(
@@ -113,7 +134,10 @@ def greedy(
     prompt: Prompt,
     tokens: int,
     stop: frozenset[int],
-) -> list[int]:
+    *,
+    ended: Callable[[list[int]], bool] = lambda _: False,
+    at_least: int = 0,
+) -> Written:
     """The most probable continuation, token by token through the contestant's cache.
 
     Args:
@@ -122,18 +146,24 @@ def greedy(
         prompt: what is continued.
         tokens: at most so many.
         stop: token ids that end the text; not part of it.
+        ended: whether the tokens so far are all that is wanted.
+        at_least: so many tokens come before any of `stop`.
     """
     cache, logits = prompt.fill(contestant)
     chosen: list[int] = []
     with attention(model, packed=contestant.plan is not None):
         while len(chosen) < tokens:
+            if len(chosen) < at_least:
+                logits[list(stop)] = float("-inf")
             token = int(logits.argmax())
             if token in stop:
                 break
             chosen.append(token)
+            if ended(chosen):
+                break
             if len(chosen) < tokens:
-                logits = step(model, cache, prompt.tokens.new_tensor([[token]]))[-1]
-    return chosen
+                logits = last_logits(model, cache, prompt.tokens.new_tensor([[token]]))
+    return Written(chosen, cache)
 
 
 def stop_tokens(model: PreTrainedModel) -> frozenset[int]:

@@ -11,7 +11,7 @@ from kvloom.errors import DataError
 
 Record = dict[str, Any]
 
-NAMED = ("fidelity", "decode", "sample", "needle", "drift")
+NAMED = ("fidelity", "decode", "sample", "needle", "drift", "task")
 BENCH = ("ceilings", "backend", "dense", "attend", "encode", "append")
 KINDS = (*NAMED, "signal", "signal_comparison", "random_plan", *(f"kernel_{kind}" for kind in BENCH))
 

@@ -7,23 +7,24 @@ from collections.abc import Sequence
 from kvloom.report._columns import COLUMNS
 from kvloom.report._records import Record
 from kvloom.report._runs import Run, describe_protocol, group_runs
+from kvloom.report._tasks import render_tasks
 
 _INTERVALS = "[low, high] are 95 % intervals."
-_EMPTY = "No fidelity records."
+_EMPTY = "No fidelity or task records."
 
 
 def render_text(records: Sequence[Record]) -> str:
-    """Render the results as aligned plain text, one block for each run.
+    """Render the results as aligned plain text, one block for each run and one for all tasks.
 
     Args:
-        records: Result records as `load_records` returns them; only `fidelity` and `decode`
-            kinds are read.
+        records: Result records as `load_records` returns them; only the kinds `fidelity`, `decode`,
+            `task` and `needle` are read.
 
     Returns:
         The text, without a trailing newline.
     """
-    runs = group_runs(records)
-    return "\n\n".join(_run_text(run) for run in runs) if runs else _EMPTY
+    blocks = [*map(_run_text, group_runs(records)), render_tasks(records)]
+    return "\n\n".join(filter(None, blocks)) or _EMPTY
 
 
 def _body(run: Run) -> list[list[str]]:

@@ -66,3 +66,10 @@ def test_essays_suffice_for_sixteen_thousand_scored_tokens(smollm2):
     windows = token_windows(smollm2[1], texts(EVALUATION), 2048, 16, seed=0)
     assert windows.shape == (16, 2048)
     assert windows.max() < smollm2[0].config.vocab_size
+
+
+def test_all_windows_can_be_asked_for():
+    every = token_windows(Characters(), numbered(30, 25), 10, None, seed=3)
+    assert torch.equal(every, token_windows(Characters(), numbered(30, 25), 10, 5, seed=0))
+    with pytest.raises(DataError, match="1 windows of 10 tokens were asked for"):
+        token_windows(Characters(), numbered(4), 10, None, seed=0)

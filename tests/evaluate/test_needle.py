@@ -75,6 +75,10 @@ def test_found_means_the_digits_are_in_the_answer():
     tokenizer = Knowing(cases[1].number)
     (record,) = needle(model, tokenizer, HAYSTACK, [dense_contestant(model)], cases=cases)
     assert (record["found"], record["total"]) == (1, 2)
+    assert record["score"]["value"] == 0.5
+    assert record["score"]["low"] < 0.5 < record["score"]["high"]
+    assert record["true_bits"] == 16
+    assert 640 <= record["context"] < 640 + 16
     assert [case["found"] for case in record["cases"]] == [False, True]
     assert record["cases"][0] == {
         "tokens": 640,

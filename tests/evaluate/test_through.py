@@ -47,7 +47,7 @@ def test_a_filled_cache_is_what_a_forward_pass_of_the_prompt_leaves(model, prefi
 def test_greedy_writes_what_generate_writes(model, make):
     tokens = random_windows(1, 130)
     contestant = make(model)
-    written = greedy(model, contestant, Prompt(model, tokens), 12, frozenset())
+    written = greedy(model, contestant, Prompt(model, tokens), 12, frozenset()).tokens
     if contestant.plan:
         enable(model)
     expected = model.generate(
@@ -67,9 +67,29 @@ def test_greedy_stops_before_an_end_token(model):
     tokens = random_windows(1, 20)
     dense = dense_contestant(model)
     prompt = Prompt(model, tokens)
-    written = greedy(model, dense, prompt, 8, frozenset())
+    written = greedy(model, dense, prompt, 8, frozenset()).tokens
     stop = frozenset([written[4]])
-    assert greedy(model, dense, prompt, 8, stop) == written[: written.index(written[4])]
+    assert greedy(model, dense, prompt, 8, stop).tokens == written[: written.index(written[4])]
+
+
+@torch.no_grad()
+def test_greedy_can_be_made_to_write_before_it_stops():
+    model = tiny_model()
+    dense, prompt = dense_contestant(model), Prompt(model, random_windows(1, 20))
+    first, *_ = greedy(model, dense, prompt, 1, frozenset()).tokens
+    assert greedy(model, dense, prompt, 3, frozenset([first])).tokens == []
+    forced = greedy(model, dense, prompt, 3, frozenset([first]), at_least=3).tokens
+    assert len(forced) == 3
+    assert first not in forced
+    assert greedy(model, dense, prompt, 3, frozenset()).tokens[0] == first  # the shared logits are as they were
+
+
+@torch.no_grad()
+def test_greedy_ends_where_it_is_told_and_gives_the_cache_it_filled(model):
+    prompt = Prompt(model, random_windows(1, 70))
+    written = greedy(model, packed(model), prompt, 9, frozenset(), ended=lambda tokens: len(tokens) == 4)
+    assert len(written.tokens) == 4
+    assert written.cache.get_seq_length() == 70 + 3
 
 
 @torch.no_grad()

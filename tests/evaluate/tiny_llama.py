@@ -42,5 +42,9 @@ class Letters:
         ids = [ord(letter) % VOCABULARY for letter in text]
         return type("Encoding", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
 
-    def decode(self, ids):
+    def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(32 + token) for token in ids)
+
+    def text(self, decoded):
+        """A text whose tokens decode to this."""
+        return "".join(chr(ord(letter) - 32 + VOCABULARY) for letter in decoded)

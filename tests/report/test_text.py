@@ -72,4 +72,26 @@ def test_runs_on_different_models_have_tables_of_their_own() -> None:
 
 
 def test_nothing_scored() -> None:
-    assert render_text([{"kind": "signal"}]) == "No fidelity records."
+    assert render_text([{"kind": "signal"}]) == "No fidelity or task records."
+
+
+def test_task_scores_have_a_line_each() -> None:
+    score = {"value": 0.5, "low": 0.25, "high": 0.75}
+    task: Record = {
+        "kind": "task",
+        "name": "K2V2",
+        "task": "ruler/vt",
+        "length": 4096,
+        "true_bits": 2.53,
+        "score": score,
+        "metric": "match",
+        "total": 20,
+        "prefill": "quantized",
+    }
+    heading, rule, *lines = render_text([task, {**task, "kind": "needle", "task": "needle"}]).splitlines()
+    assert re.split(r" {2,}", lines[0]) == [
+        "ruler/vt", "4,096", "K2V2", "2.53", "50.0 % [25.0 %, 75.0 %]", "match", "20", "quantized"
+    ]  # fmt: skip
+    assert rule.startswith("-" * len("ruler/vt") + "  ")
+    assert heading.startswith("Task      Tokens")
+    assert lines[1].startswith("needle")

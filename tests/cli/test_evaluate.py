@@ -1,0 +1,118 @@
+"""`kvloom eval` and `kvloom lm-eval` on a tiny random model that reads the packaged model's tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvloom import Plan, _extras
+from kvloom.report import load_records
+from tests.evaluate.tasks.data import longbench_row, write_gsm8k, write_rows
+
+
+@pytest.fixture(scope="module")
+def folder(fetched, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from kvloom.assets import model_dir
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model_dir()))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        initializer_range=0.2,
+    )
+    made = tmp_path_factory.mktemp("made")
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(made / "tiny")
+    tokenizer.save_pretrained(made / "tiny")
+    for bits in (4, 2):
+        Plan.uniform(model, bits, bits).save(made / f"k{bits}.json")
+    write_gsm8k(made)
+    return made
+
+
+def test_many_tasks_and_plans_in_one_run(kvloom, folder: Path, tmp_path: Path):
+    out = tmp_path / "eval.jsonl"
+    plans = ["--plan", folder / "k4.json", "--plan", folder / "k2.json"]
+    words = ["--tasks", "gsm8k,needle,longbench,fidelity", "--limit", "1", "--length", "640", "--data", folder]
+    sizes = ["--windows", "1", "--window", "300", "--shots", "1", "--device", "cpu"]
+    wrong = kvloom("eval", folder / "tiny", *plans, *words, *sizes, "-o", out)
+    assert wrong.exit_code == 2
+    assert "lcc" in wrong.stderr or "2wikimqa.jsonl" in wrong.stderr
+    assert not out.exists()
+    words[1] = "gsm8k, needle,fidelity"
+    done = kvloom("eval", folder / "tiny", *plans, *words, *sizes, "-o", out)
+    assert done.exit_code == 0, done.output
+    records = load_records(out)
+    assert [(record["kind"], record["name"]) for record in records] == [
+        (kind, name) for kind in ("task", "needle", "fidelity") for name in ("dense", "k4", "k2")
+    ]
+    assert records[1]["prefill"] == "quantized"
+    assert "gsm8k" in done.stdout
+    assert "KLD" in done.stdout
+    again = kvloom("eval", folder / "tiny", *plans[:2], *words, *sizes, "--prefill", "exact", "-o", out)
+    assert again.exit_code == 0, again.output
+    exact = [record for record in load_records(out) if record["name"] == "k4" and record["prefill"] == "exact"]
+    assert len(exact) == 3
+
+
+def test_what_a_group_leaves_out_is_said(kvloom, folder: Path, tmp_path: Path):
+    write_rows(tmp_path / "longbench" / "lcc.jsonl", [longbench_row()])
+    plan = ["--plan", folder / "k2.json", "--device", "cpu", "-o", tmp_path / "x.jsonl"]
+    done = kvloom("eval", folder / "tiny", *plan, "--tasks", "longbench", "--data", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("is left out: There is no") == 15
+    assert done.stdout.count("longbench/lcc") == 2
+
+
+def test_an_unknown_task_is_one_line(kvloom, folder: Path):
+    failed = kvloom("eval", folder / "tiny", "--plan", folder / "k2.json", "--tasks", "gsm9k")
+    assert failed.exit_code == 2
+    assert failed.stderr.startswith("error: The task 'gsm9k' is not known: choose among drift, fidelity")
+
+
+def test_lm_eval_without_its_extra_is_one_line(kvloom, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    import sys
+
+    monkeypatch.delitem(sys.modules, "kvloom.integrations.lm_eval", raising=False)
+    monkeypatch.setattr(_extras, "_found", lambda module: module != "lm_eval")
+    failed = kvloom("lm-eval", folder / "tiny", "--plan", folder / "k2.json", "--tasks", "hellaswag")
+    assert failed.exit_code == 2
+    assert failed.stderr == ("error: kvloom.integrations.lm_eval needs lm_eval: run pip install 'kvloom[lm-eval]'.\n")
+
+
+def test_lm_eval_runs_local_tasks(kvloom, folder: Path, tmp_path: Path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "rows.json").write_text(json.dumps({"question": "2 and 2?", "choices": [" 4", " 5"], "label": 0}))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "sums.yaml").write_text(json.dumps(task))
+    out = tmp_path / "lm.jsonl"
+    words = ["--plan", folder / "k2.json", "--tasks", "sums", "--include", tmp_path, "--device", "cpu", "-o", out]
+    done = kvloom("lm-eval", folder / "tiny", *words)
+    assert done.exit_code == 0, done.output
+    records = load_records(out)
+    assert [(record["task"], record["name"]) for record in records] == [
+        ("lm-eval/sums", "dense"),
+        ("lm-eval/sums", "k2"),
+    ]
+    assert "lm-eval/sums" in done.stdout
