@@ -59,7 +59,7 @@ class EvictingLayer(LoomLayer):
         heads = key_states.shape[:2]
         self.sink_slots = torch.zeros((*heads, 0), dtype=torch.int32, device=self.device)
         self.tail_slots = self.sink_slots.clone()
-        self.tail_mass = torch.zeros((*heads, 0), device=self.device)
+        self.tail_mass = torch.zeros((*heads, 0), dtype=torch.float64, device=self.device)
         self.queries: torch.Tensor | None = None
 
     # The base class allocates and reads rectangular pages; what is held are records.
@@ -190,7 +190,7 @@ class EvictingLayer(LoomLayer):
         return self._restored(key, torch.cat([self.sinks.value, value, self.tail.value], dim=-2))
 
     def _mass(self) -> torch.Tensor:
-        """fp32 ``[batch, kv_heads, tokens]``; sinks have none, tokens of a page equal parts."""
+        """fp64 ``[batch, kv_heads, tokens]``; sinks have none, tokens of a page equal parts."""
         packed = self._by_head([kept.padded_mass(self.num_pages) for kept in self.kept]) / self.page_tokens
         packed = packed.repeat_interleave(self.page_tokens, dim=-1)
         return torch.cat([packed.new_zeros(self.sink_slots.shape), packed, self.tail_mass], dim=-1)
@@ -270,7 +270,8 @@ class EvictingLayer(LoomLayer):
 
     def _scores(self, seen: Seen, newest: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Scores of pages (NaN: none) and of exact tokens, and how many exact tokens never leave."""
-        scores = self.policy.scores(seen).double().masked_fill(~seen.is_real, _PADDING)
+        scores = self.policy.scores(seen).double().nan_to_num(nan=_PADDING, posinf=-_PADDING, neginf=_PADDING)
+        scores = scores.masked_fill(~seen.is_real, _PADDING)
         stays = seen.slots >= self.length - newest
         for start, end in self.room.protect:
             stays |= (seen.slots >= start) & (seen.slots < end)
@@ -429,7 +430,7 @@ class EvictingLayer(LoomLayer):
                 expected[f"{part}.{side}"] = ((*heads, tokens, tail.shape[3]), tail.dtype)
             expected[f"{part}.slots"] = ((*heads, tokens), torch.int32)
         if self.policy.sums_attention:
-            expected["tail.mass"] = ((*heads, tail.shape[2]), torch.float32)
+            expected["tail.mass"] = ((*heads, tail.shape[2]), torch.float64)
         for n, kept in enumerate(self.kept):
             name, of_group = f"pages.{n}", (heads[0], len(kept.heads))
             records = int(tensors.get(f"{name}.counts", torch.zeros(1)).clamp_min(0).sum())
@@ -437,7 +438,7 @@ class EvictingLayer(LoomLayer):
             expected[f"{name}.slots"] = ((records, self.page_tokens), torch.int32)
             expected[f"{name}.counts"] = (of_group, torch.int32)
             if self.policy.sums_attention:
-                expected[f"{name}.mass"] = ((records,), torch.float32)
+                expected[f"{name}.mass"] = ((records,), torch.float64)
         for n, points in enumerate(self.codebooks):
             expected[f"codebooks.{n}"] = (tuple(points.shape), points.dtype)
         return expected | {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._rotations()}

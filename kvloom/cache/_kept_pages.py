@@ -18,7 +18,7 @@ class KeptPages:
         layout: Their layout.
         data: uint8 ``[records, layout.nbytes]``.
         slots: int32 ``[records, page_tokens]``, the place of each token in its sequence.
-        mass: fp32 ``[records]``, attention that the tokens of a page have received so far; None if nobody asks.
+        mass: fp64 ``[records]``, attention that the tokens of a page have received so far; None if nobody asks.
         counts: int32 ``[batch, len(heads)]`` on the CPU: records of each.
     """
 
@@ -34,7 +34,7 @@ class KeptPages:
         """No pages, for the heads and the batch of ``group``."""
         data = group.data.flatten(0, 2)[:0].clone()
         slots = torch.zeros((0, group.layout.page_tokens), dtype=torch.int32, device=data.device)
-        mass = torch.zeros(0, device=data.device) if has_mass else None
+        mass = torch.zeros(0, dtype=torch.float64, device=data.device) if has_mass else None
         return cls(group.heads, group.layout, data, slots, mass, torch.zeros(group.data.shape[:2], dtype=torch.int32))
 
     def padded(self, most: int) -> HeadPages:
@@ -49,7 +49,7 @@ class KeptPages:
         return self._filled(self.slots.long(), most, -1)
 
     def padded_mass(self, most: int) -> torch.Tensor:
-        """fp32 ``[batch, heads, most]``; 0 for pages that a head lacks."""
+        """fp64 ``[batch, heads, most]``; 0 for pages that a head lacks."""
         assert self.mass is not None
         return self._filled(self.mass, most, 0)
 

@@ -94,7 +94,7 @@ class Prompt:
         check_multiple(contestant, "prompt", self.tokens.shape[1])
         cache = contestant.make_cache()
         with attention(self._model, packed=contestant.plan is not None):
-            if contestant.prefill == "quantized" or not self._shareable:
+            if contestant.prefill == "quantized" or not self._shareable or _evicts(contestant):
                 return cache, step(self._model, cache, self.tokens)[-1].clone()
             layers: list[Any] = self._dense.layers
             for index, layer in enumerate(layers):
@@ -105,6 +105,11 @@ class Prompt:
     def _shareable(self) -> bool:
         """Whether every layer still holds all keys and values (a sliding window does not)."""
         return all(type(layer) is DynamicLayer for layer in self._dense.layers)
+
+
+def _evicts(contestant: Contestant) -> bool:
+    """Whether tokens leave, which a cache chooses as attention reads the prompt."""
+    return contestant.plan is not None and any(entry.evict for entry in contestant.plan.layers)
 
 
 def greedy(

@@ -42,7 +42,7 @@ class Seen:
             looks at, if there are as many. The last one belongs to the last token.
         reading: How attention weighs.
         read: Gives keys and values ``[batch, kv_heads, tokens, head_dim]`` as the model made them, packed ones decoded.
-        mass: fp32 ``[batch, kv_heads, tokens]``: attention received from all queries so far (`received`), if the policy
+        mass: fp64 ``[batch, kv_heads, tokens]``: attention received from all queries so far (`received`), if the policy
             asks for it; tokens of a page have equal parts of what it received.
     """
 
@@ -103,7 +103,7 @@ def received(
         reading: How attention weighs.
 
     Returns:
-        fp32 ``[batch, kv_heads, tokens]``.
+        fp64 ``[batch, kv_heads, tokens]``: the sums do not show in what pieces queries came.
     """
     batch, heads, tokens = slots.shape
     total = torch.zeros((batch, heads, tokens), dtype=torch.float64, device=keys.device)
@@ -116,7 +116,7 @@ def received(
         visible = is_real[..., None, :] & (slots[..., None, :] <= slots[..., own, None])
         weights = _weights(queries[:, :, rows], transposed, visible, reading)
         total += (weights * is_real[:, :, None, own, None]).sum((2, 3), dtype=torch.float64)
-    return (total / (queries.shape[1] // heads)).float()
+    return total / (queries.shape[1] // heads)
 
 
 def _weights(queries: torch.Tensor, transposed: torch.Tensor, visible: torch.Tensor, reading: Reading) -> torch.Tensor:

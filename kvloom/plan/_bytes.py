@@ -15,8 +15,8 @@ _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # An element of a calibrated rotation as it is resident: F in fp16, its dual in fp32 or a wider compute dtype.
 _FORWARD_BYTES, _DUAL_BYTES = 2, 4
 
-# What a layer that evicts holds besides: int32 slots of its tokens, int32 numbers of pages, fp32 sums of attention.
-_SLOT_BYTES, _COUNT_BYTES, _MASS_BYTES = 4, 4, 4
+# What a layer that evicts holds besides: int32 slots of its tokens, int32 numbers of pages, fp64 sums of attention.
+_SLOT_BYTES, _COUNT_BYTES, _MASS_BYTES = 4, 4, 8
 
 
 def itemsize(dtype: object) -> int:
