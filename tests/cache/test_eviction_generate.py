@@ -57,7 +57,7 @@ def test_true_bits_count_every_token_seen(model):
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_padded_batch_gives_what_each_prompt_gives_alone(model, policy):
-    plan = evicting(Plan.uniform(model, 8, 8), policy, 150)
+    plan = evicting(Plan.uniform(model, 8, 8), policy, 130)
     long, short = prompt(330), prompt(270, seed=2)
     padded = torch.cat([torch.zeros(1, 60, dtype=torch.long), short], dim=1)
     inputs = torch.cat([long, padded])
@@ -105,14 +105,14 @@ def test_one_layer_at_a_time_holds_a_whole_prompt():
     held = []
 
     def note(*_):
-        held.append(
-            sum(layer.get_seq_length() > 0 and layer.tail.tokens > 100 for layer in cache.packed_layers.values())
-        )
+        layers = [layer for layer in cache.packed_layers.values() if layer.is_initialized]
+        held.append(max(layer.tail.tokens for layer in layers))
 
     for block in model.model.layers:
         block.mlp.register_forward_hook(note)
     run(model, cache, prompt(500), [500])
-    assert held == [0, 0, 0, 0]
+    assert len(held) == 4
+    assert max(held) < 100
 
 
 def test_keys_before_rope_are_turned_by_the_places_they_keep(model):
