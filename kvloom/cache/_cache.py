@@ -22,7 +22,7 @@ from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer, NonFinite
 from kvloom.cache._rope import rope_of
 from kvloom.cache._static import StaticLoomLayer
-from kvloom.errors import CacheError
+from kvloom.errors import CacheError, PlanError
 from kvloom.plan import Fingerprint, Plan, format_layers
 
 
@@ -43,7 +43,7 @@ class LoomCache(DynamicCache):
     Raises:
         ModelError: The model is not the plan's, cannot be packed, or has no rotary embedding that keys could be packed
             before (pre_rope).
-        PlanError: The plan lacks a codebook, or its tensors cannot be read.
+        PlanError: The plan lacks a codebook, its tensors cannot be read, or it evicts under ``prefill="quantized"``.
         CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite`` or with the plan.
         MissingExtraError: A codec of the plan needs a package that is not installed.
     """
@@ -65,6 +65,10 @@ class LoomCache(DynamicCache):
                 f"layers {format_layers(list(plan.pre_rope_layers))}."
             )
         evicting = [str(entry.layers) for entry in plan.layers if entry.evict is not None]
+        if evicting and plan.prefill != "exact":  # a changed copy of a plan is not validated
+            raise PlanError(
+                f'layers {evicting[0]}: evict chooses among tokens that were read exactly, not "quantized".'
+            )
         if max_tokens is not None and evicting:
             raise CacheError(
                 f"a cache of fixed size cannot evict: leave out max_tokens, or evict in layers {evicting[0]}."

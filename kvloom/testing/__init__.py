@@ -20,6 +20,7 @@ from kvloom.testing._errors import check_bound, check_constant_groups, check_non
 from kvloom.testing._formats import cache_formats, codec_formats
 from kvloom.testing._policy import (
     POLICY_CHECKS,
+    PolicyCheck,
     check_counts,
     check_kept,
     check_padding,
@@ -32,6 +33,7 @@ __all__ = [
     "CACHE_CHECKS",
     "CODEC_CHECKS",
     "POLICY_CHECKS",
+    "PolicyCheck",
     "cache_formats",
     "check_attention",
     "check_bound",

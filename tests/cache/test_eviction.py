@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_cache_invariants import page_size, rounded
 
 from kvloom.cache import LoomCache
-from kvloom.errors import CacheError
+from kvloom.errors import CacheError, PlanError
 from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
 
 EIGHT = TensorSpec(bits=8, grouping="per_channel")
@@ -427,6 +427,12 @@ def test_without_enable_nothing_is_evicted():
     tokens = stream(plan, 10)
     with pytest.raises(CacheError, match=r"a plan that evicts needs attention .*: call kvloom\.enable\(model\)"):
         LoomCache(plan, of).update(tokens.key, tokens.value, 0)
+
+
+def test_a_prompt_that_is_chosen_from_is_read_exactly():
+    plan = evicting(plan_of(), "snapkv", 200).model_copy(update={"prefill": "quantized"})
+    with pytest.raises(PlanError, match="layers 0: evict chooses among tokens that were read exactly"):
+        new_cache(plan)
 
 
 def test_caches_of_fixed_size_do_not_evict():
