@@ -66,9 +66,7 @@ class LoomCache(DynamicCache):
             )
         evicting = [str(entry.layers) for entry in plan.layers if entry.evict is not None]
         if evicting and plan.prefill != "exact":  # a changed copy of a plan is not validated
-            raise PlanError(
-                f'layers {evicting[0]}: evict chooses among tokens that were read exactly, not "quantized".'
-            )
+            raise PlanError(f'layers {evicting[0]}: evict chooses among tokens read exactly: set prefill to "exact".')
         if max_tokens is not None and evicting:
             raise CacheError(
                 f"a cache of fixed size cannot evict: leave out max_tokens, or evict in layers {evicting[0]}."

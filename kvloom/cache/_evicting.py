@@ -395,7 +395,8 @@ class EvictingLayer(LoomLayer):
     def restore(self, tensors: dict[str, torch.Tensor], length: int) -> None:
         """See `LoomLayer.restore`."""
         tail = tensors.get("tail.key", torch.empty(0))
-        if tail.shape[1::2] != (self.model.num_kv_heads, self.model.head_dim):
+        of_model = tail.shape[1::2] == (self.model.num_kv_heads, self.model.head_dim)
+        if not of_model or not tail.is_floating_point():
             raise CacheError(NOT_THIS_PLANS)
         self._clear()
         self.lazy_initialization(tail[:, :, :0], tail[:, :, :0])

@@ -431,7 +431,7 @@ def test_without_enable_nothing_is_evicted():
 
 def test_a_prompt_that_is_chosen_from_is_read_exactly():
     plan = evicting(plan_of(), "snapkv", 200).model_copy(update={"prefill": "quantized"})
-    with pytest.raises(PlanError, match="layers 0: evict chooses among tokens that were read exactly"):
+    with pytest.raises(PlanError, match="layers 0: evict chooses among tokens read exactly"):
         new_cache(plan)
 
 
