@@ -11,6 +11,7 @@ import torch
 from kvloom.cache._kept_kv import KeptKV, real_places
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._layer import NOT_THIS_PLANS, SIDES, LoomLayer
+from kvloom.cache._slots import places, slot_dtype, stored
 from kvloom.errors import CacheError
 from kvloom.eviction import Chosen, Reading, Room, Seen, choose
 from kvloom.pages import ExactKV, HeadPages
@@ -57,7 +58,7 @@ class EvictingLayer(LoomLayer):
         """See `LoomLayer.lazy_initialization`."""
         super().lazy_initialization(key_states, value_states)
         heads = key_states.shape[:2]
-        self.sink_slots = torch.zeros((*heads, 0), dtype=torch.int32, device=self.device)
+        self.sink_slots = torch.zeros((*heads, 0), dtype=slot_dtype(0), device=self.device)
         self.tail_slots = self.sink_slots.clone()
         self.tail_mass = torch.zeros((*heads, 0), dtype=torch.float64, device=self.device)
         self.queries: torch.Tensor | None = None
@@ -109,12 +110,19 @@ class EvictingLayer(LoomLayer):
         return handle, handle
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        new = torch.arange(self.length, self.length + key.shape[-2], dtype=torch.int32, device=self.device)
+        after = self.length + key.shape[-2]
+        if (dtype := slot_dtype(after)) != self.tail_slots.dtype:
+            self._widen_slots(dtype)
+        new = stored(torch.arange(self.length, after, device=self.device), dtype)
         self.tail = ExactKV(torch.cat([self.tail.key, key], -2), torch.cat([self.tail.value, value], -2))
         self.tail_slots = torch.cat([self.tail_slots, new.expand(*key.shape[:2], -1)], dim=-1)
         if self.policy.sums_attention:
             self.tail_mass = torch.cat([self.tail_mass, self.tail_mass.new_zeros(key.shape[:3])], dim=-1)
-        self.length += key.shape[-2]
+        self.length = after
+
+    def _widen_slots(self, dtype: torch.dtype) -> None:
+        self.sink_slots, self.tail_slots = (stored(places(x), dtype) for x in (self.sink_slots, self.tail_slots))
+        self.kept = tuple(kept.with_slots(dtype) for kept in self.kept)
 
     def _kept_handle(self, queries: int) -> KeptKV:
         return KeptKV(
@@ -135,7 +143,7 @@ class EvictingLayer(LoomLayer):
     def _slots(self) -> torch.Tensor:
         """Places of sinks, pages and tail, int64 ``[batch, kv_heads, tokens]``; -1 for nothing."""
         packed = self._by_head([kept.padded_slots(self.num_pages) for kept in self.kept])
-        return torch.cat([self.sink_slots.long(), packed.flatten(2), self.tail_slots.long()], dim=-1)
+        return torch.cat([places(self.sink_slots), packed.flatten(2), places(self.tail_slots)], dim=-1)
 
     def _by_head(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Tensors ``[batch, heads of a layout, ...]`` as one, in the order of the heads."""
@@ -148,6 +156,7 @@ class EvictingLayer(LoomLayer):
 
     # -- what attention shows -----------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _observe(
         self,
         query: torch.Tensor,
@@ -219,7 +228,7 @@ class EvictingLayer(LoomLayer):
         missing = min(self.entry.window.sinks - self.sinks.tokens, self.tail.tokens)
         if missing <= 0:
             return
-        order = (~_is_real(self.tail_slots.long(), real)).long().argsort(dim=-1, stable=True)
+        order = (~_is_real(places(self.tail_slots), real)).long().argsort(dim=-1, stable=True)
         first, rest = order[..., :missing], order[..., missing:].sort(dim=-1).values
         new = _gathered(self.tail, first)
         self.sinks = ExactKV(
@@ -318,7 +327,7 @@ class EvictingLayer(LoomLayer):
         slots, data = self.tail_slots[at], kept.data[:0]
         if len(row):
             key, value = (x[at].flatten(0, 1)[None, None] for x in (self.tail.key, self.tail.value))
-            data = self._encoded(key, value, kept.layout, slots.flatten())[0, 0]
+            data = self._encoded(key, value, kept.layout, places(slots).flatten())[0, 0]
         mass = None if kept.mass is None else self.tail_mass[at].sum(-1)
         return KeptPages(kept.heads, kept.layout, data, slots, mass, counts.int())
 
@@ -429,14 +438,14 @@ class EvictingLayer(LoomLayer):
         for part, tokens in (("sinks", min(length, self.entry.window.sinks)), ("tail", tail.shape[2])):
             for side in SIDES:
                 expected[f"{part}.{side}"] = ((*heads, tokens, tail.shape[3]), tail.dtype)
-            expected[f"{part}.slots"] = ((*heads, tokens), torch.int32)
+            expected[f"{part}.slots"] = ((*heads, tokens), slot_dtype(length))
         if self.policy.sums_attention:
             expected["tail.mass"] = ((*heads, tail.shape[2]), torch.float64)
         for n, kept in enumerate(self.kept):
             name, of_group = f"pages.{n}", (heads[0], len(kept.heads))
             records = int(tensors.get(f"{name}.counts", torch.zeros(1)).clamp_min(0).sum())
             expected[name] = ((records, kept.layout.nbytes), torch.uint8)
-            expected[f"{name}.slots"] = ((records, self.page_tokens), torch.int32)
+            expected[f"{name}.slots"] = ((records, self.page_tokens), slot_dtype(length))
             expected[f"{name}.counts"] = (of_group, torch.int32)
             if self.policy.sums_attention:
                 expected[f"{name}.mass"] = ((records,), torch.float64)
@@ -449,8 +458,8 @@ def _is_real(slots: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Which tokens are neither padding nor nothing, likewise ``[batch, kv_heads, tokens]``; see `real_places`."""
     if real is None:
         return slots >= 0
-    places = real.expand(len(slots), -1)[:, None].expand(-1, slots.shape[1], -1)
-    return places.gather(-1, slots.clamp_min(0)) & (slots >= 0)
+    of_heads = real.expand(len(slots), -1)[:, None].expand(-1, slots.shape[1], -1)
+    return of_heads.gather(-1, slots.clamp_min(0)) & (slots >= 0)
 
 
 def _gathered(exact: ExactKV, index: torch.Tensor) -> ExactKV:

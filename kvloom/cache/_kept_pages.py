@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvloom.cache._slots import places, slot_dtype, stored
 from kvloom.pages import HeadPages, PageLayout
 
 
@@ -17,7 +18,7 @@ class KeptPages:
         heads: Indices of those heads, rising.
         layout: Their layout.
         data: uint8 ``[records, layout.nbytes]``.
-        slots: int32 ``[records, page_tokens]``, the place of each token in its sequence.
+        slots: ``[records, page_tokens]``, the place of each token in its sequence, see `stored`.
         mass: fp64 ``[records]``, attention that the tokens of a page have received so far; None if nobody asks.
         counts: int32 ``[batch, len(heads)]`` on the CPU: records of each.
     """
@@ -33,7 +34,7 @@ class KeptPages:
     def empty(cls, group: HeadPages, *, has_mass: bool) -> KeptPages:
         """No pages, for the heads and the batch of ``group``."""
         data = group.data.flatten(0, 2)[:0].clone()
-        slots = torch.zeros((0, group.layout.page_tokens), dtype=torch.int32, device=data.device)
+        slots = torch.zeros((0, group.layout.page_tokens), dtype=slot_dtype(0), device=data.device)
         mass = torch.zeros(0, dtype=torch.float64, device=data.device) if has_mass else None
         return cls(group.heads, group.layout, data, slots, mass, torch.zeros(group.data.shape[:2], dtype=torch.int32))
 
@@ -46,7 +47,7 @@ class KeptPages:
 
     def padded_slots(self, most: int) -> torch.Tensor:
         """int64 ``[batch, heads, most, page_tokens]``; -1 in pages that a head lacks."""
-        return self._filled(self.slots.long(), most, -1)
+        return self._filled(places(self.slots), most, -1)
 
     def padded_mass(self, most: int) -> torch.Tensor:
         """fp64 ``[batch, heads, most]``; 0 for pages that a head lacks."""
@@ -80,6 +81,10 @@ class KeptPages:
         """With ``new`` ``[batch, heads, pages]`` added to the attention that pages have received."""
         assert self.mass is not None
         return replace(self, mass=self.mass + new[self._index(new.shape[-1]) >= 0])
+
+    def with_slots(self, dtype: torch.dtype) -> KeptPages:
+        """With places stored in a dtype."""
+        return replace(self, slots=stored(places(self.slots), dtype))
 
     def joined(self, other: KeptPages) -> KeptPages:
         """These pages, and after those of each head its pages of ``other``."""

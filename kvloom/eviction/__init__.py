@@ -12,7 +12,7 @@ from kvloom.eviction._h2o import H2O
 from kvloom.eviction._key_norm import KeyNorm
 from kvloom.eviction._presets import preset, presets
 from kvloom.eviction._pyramidkv import PyramidKV
-from kvloom.eviction._room import Room
+from kvloom.eviction._room import Room, slot_nbytes
 from kvloom.eviction._snapkv import SnapKV
 from kvloom.eviction._streaming_llm import StreamingLLM
 
@@ -51,6 +51,7 @@ __all__ = [
     "received",
     "register",
     "registered",
+    "slot_nbytes",
 ]
 
 

@@ -12,8 +12,15 @@ from kvloom.errors import PlanError
 if TYPE_CHECKING:
     from kvloom.eviction._base import Policy
 
+# Places in a sequence fit in 16 bits up to here.
+_SHORT = 2**16
 # A prompt of any length: longer ones do not change what a budget in tokens means.
 _LONG = 2**40
+
+
+def slot_nbytes(tokens: int) -> int:
+    """Bytes of the place of a kept token, once ``tokens`` have been seen."""
+    return 2 if tokens <= _SHORT else 4
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from kvloom.eviction._base import Pooling
 
 # Queries are taken this many scores at a time, so that a long prompt needs no [tokens, tokens] matrix.
-SCORE_BLOCK = 1 << 24
+SCORE_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -107,26 +107,27 @@ def received(
     """
     batch, heads, tokens = slots.shape
     total = torch.zeros((batch, heads, tokens), dtype=torch.float64, device=keys.device)
-    transposed = keys.float().transpose(-1, -2)
-    count = queries.shape[2]
+    transposed, group = keys.float().transpose(-1, -2), queries.shape[1] // heads
+    scaled, first = queries.float() * reading.scaling, tokens - queries.shape[2]
     step = max(1, SCORE_BLOCK // (batch * queries.shape[1] * tokens))
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        own = slice(tokens - count + rows.start, tokens - count + rows.stop)
-        visible = is_real[..., None, :] & (slots[..., None, :] <= slots[..., own, None])
-        weights = _weights(queries[:, :, rows], transposed, visible, reading)
-        total += (weights * is_real[:, :, None, own, None]).sum((2, 3), dtype=torch.float64)
-    return total / (queries.shape[1] // heads)
+    for start in range(first, tokens, step):
+        stop = min(start + step, tokens)  # what follows these queries' own tokens is hidden from them
+        own = slots[..., start:stop, None]
+        hidden = ~is_real[..., None, :stop] | (slots[..., None, :stop] > own)
+        rows = scaled[:, :, start - first : stop - first].unflatten(1, (heads, group))
+        weights = _weights(rows, transposed[..., :stop], hidden, reading)
+        weights.mul_(is_real[:, :, None, start:stop, None])
+        total[..., :stop] += weights.flatten(2, 3).sum(2)
+    return total / group
 
 
-def _weights(queries: torch.Tensor, transposed: torch.Tensor, visible: torch.Tensor, reading: Reading) -> torch.Tensor:
-    """Softmax by KV head, fp32 ``[batch, kv_heads, query heads of it, queries, tokens]``."""
-    heads = transposed.shape[1]
-    grouped = queries.float().unflatten(1, (heads, -1))
-    scores = (grouped.flatten(2, 3) @ transposed).unflatten(2, grouped.shape[2:4]) * reading.scaling
+def _weights(queries: torch.Tensor, transposed: torch.Tensor, hidden: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """Softmax of scaled queries by KV head, ``[batch, kv_heads, query heads of it, queries, tokens]``."""
+    shape, heads = queries.shape[2:4], queries.shape[1]
+    scores = (queries.flatten(2, 3) @ transposed).unflatten(2, shape)
     if reading.softcap is not None:
         scores = reading.softcap * torch.tanh(scores / reading.softcap)
-    scores = scores.masked_fill(~visible[:, :, None], torch.finfo(scores.dtype).min)
+    scores.masked_fill_(hidden[:, :, None], torch.finfo(scores.dtype).min)
     if reading.sink_logits is None:
         return torch.softmax(scores, dim=-1)
     extra = reading.sink_logits.float().view(1, heads, -1, 1, 1).expand(*scores.shape[:-1], 1)

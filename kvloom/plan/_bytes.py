@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
-from kvloom.eviction import Room
+from kvloom.eviction import Room, slot_nbytes
 from kvloom.pages import Format, PageLayout, Role, SideLayout, page_layout, page_tokens_of
 from kvloom.plan._spec import LayerPlan, Window
 
@@ -15,8 +15,8 @@ _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # An element of a calibrated rotation as it is resident: F in fp16, its dual in fp32 or a wider compute dtype.
 _FORWARD_BYTES, _DUAL_BYTES = 2, 4
 
-# What a layer that evicts holds besides: int32 slots of its tokens, int32 numbers of pages, fp64 sums of attention.
-_SLOT_BYTES, _COUNT_BYTES, _MASS_BYTES = 4, 4, 8
+# What a layer that evicts holds besides the slots of its tokens: int32 numbers of pages, fp64 sums of attention.
+_COUNT_BYTES, _MASS_BYTES = 4, 8
 
 
 def itemsize(dtype: object) -> int:
@@ -86,12 +86,19 @@ def room_of(layer: LayerPlan, kv_heads: int, head_dim: int, place: tuple[int, in
 
 
 def layer_nbytes(
-    layer: LayerPlan, kv_heads: int, head_dim: int, batch: int, tokens: int, size: int, room: Room | None = None
+    layer: LayerPlan,
+    kv_heads: int,
+    head_dim: int,
+    batch: int,
+    tokens: int,
+    size: int,
+    room: Room | None = None,
+    seen: int = 0,
 ) -> int:
     """Bytes resident for one layer: page records, exact tokens, calibrated codebooks and rotations, keys and values.
 
-    With a ``room`` they are those of ``tokens`` kept tokens (the mean over the heads), and what it takes to keep some
-    and not others counts.
+    With a ``room`` they are those of ``tokens`` kept tokens (the mean over the heads) out of ``seen`` ones, and what it
+    takes to keep some and not others counts.
     """
     layouts = head_layouts(layer, kv_heads, head_dim, size)
     pages = full_pages(layer.window, tokens, layouts[0].page_tokens)
@@ -102,7 +109,7 @@ def layer_nbytes(
     matrices = turned * kv_heads * head_dim**2 * (_FORWARD_BYTES + max(_DUAL_BYTES, size))
     if room:
         sums = (pages + exact - min(tokens, room.sinks)) * _MASS_BYTES if room.policy.sums_attention else 0
-        of_sequence += kv_heads * (tokens * _SLOT_BYTES + _COUNT_BYTES + sums)
+        of_sequence += kv_heads * (tokens * slot_nbytes(seen) + _COUNT_BYTES + sums)
     return batch * of_sequence + codebooks + matrices
 
 

@@ -25,6 +25,7 @@ def evict_to_bytes(
     parameters: Mapping[str, Any] | None = None,
     protect: Sequence[tuple[int, int]] = (),
     dtype: Any = None,
+    tokens: int = 2**16,
 ) -> Plan:
     """Let every layer keep the most tokens whose bytes are at most those of ``dense_tokens`` uncompressed ones.
 
@@ -38,6 +39,7 @@ def evict_to_bytes(
         parameters: Parameters of the policy.
         protect: Spans that are never evicted.
         dtype: Compute dtype; None takes the model's.
+        tokens: Tokens of the sequences; the places of kept tokens take more bytes in longer ones.
 
     Returns:
         The plan with an evict entry in every layer.
@@ -50,7 +52,7 @@ def evict_to_bytes(
     for n, entry in enumerate(plan.layers):
         given = {"policy": policy, "budget": 1, "protect": protect, "parameters": parameters or {}}
         evict = validated(Evict, given, f"layers[{n}].evict")
-        budget = _budget(entry.model_copy(update={"evict": evict}), plan, dense_tokens, size)
+        budget = _budget(entry.model_copy(update={"evict": evict}), plan, dense_tokens, size, tokens)
         if not budget:
             raise PlanError(
                 f"layers {entry.layers}: not even one token takes the bytes of {dense_tokens} uncompressed ones beside "
@@ -61,7 +63,7 @@ def evict_to_bytes(
     return validated(Plan, {**fields, "layers": tuple(entries)}, "the plan")
 
 
-def _budget(entry: LayerPlan, plan: Plan, dense_tokens: int, size: int) -> int:
+def _budget(entry: LayerPlan, plan: Plan, dense_tokens: int, size: int, seen: int) -> int:
     """The most tokens that fit; more of them may take less, since a page takes less than exact tokens."""
     model = plan.model
     heads, dim = model.num_kv_heads, model.head_dim
@@ -69,5 +71,7 @@ def _budget(entry: LayerPlan, plan: Plan, dense_tokens: int, size: int) -> int:
     layouts = head_layouts(entry, heads, dim, size)
     allowed = 2 * dense_tokens * heads * dim * size
     most = allowed * layouts[0].page_tokens // sum(layout.nbytes for layout in layouts)
-    fitting = (n for n in range(most, 0, -1) if layer_nbytes(entry, heads, dim, 1, n, size, room) <= allowed)
-    return next(fitting, 0)
+    for tokens in range(most, 0, -1):
+        if layer_nbytes(entry, heads, dim, 1, tokens, size, room, seen) <= allowed:
+            return tokens
+    return 0

@@ -335,7 +335,7 @@ class Plan(PlanModel):
         for i in self.model.packed_layers:
             room = self.room(i)
             held = room.resident(tokens, decoded) if room else tokens
-            total += layer_nbytes(self.spec(i), heads, dim, batch, held, size, room)
+            total += layer_nbytes(self.spec(i), heads, dim, batch, held, size, room, tokens)
         return total
 
     def room(self, layer: int) -> Room | None:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from test_cache_invariants import page_size, rounded
 
 from kvloom.cache import LoomCache
+from kvloom.cache._slots import places, stored
 from kvloom.errors import CacheError, PlanError
+from kvloom.eviction import _room
 from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
 
 EIGHT = TensorSpec(bits=8, grouping="per_channel")
@@ -361,7 +363,7 @@ def test_a_damaged_file_is_refused():
     layer = cache.packed_layers[0]
     tensors = dict(layer.tensors())
     shorter = {name: tensor[:-1] for name, tensor in tensors.items()}
-    other = {name: tensor.to(torch.int16) for name, tensor in tensors.items()}
+    other = {name: tensor.to(torch.int64) for name, tensor in tensors.items()}
     for name, bad in [*shorter.items(), *other.items()]:
         with pytest.raises(CacheError, match="do not have the sizes this plan gives them"):
             copy.deepcopy(layer).restore({**tensors, name: bad}, 300)
@@ -384,6 +386,30 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was():
     tokens.key[:, :, 350] = 0.0
     feed(cache, tokens, [300], 300)
     assert cache.get_seq_length() == 600
+
+
+def test_places_beyond_16_bits_take_four_bytes(monkeypatch):
+    monkeypatch.setattr(_room, "_SHORT", 320)
+    plan = evicting(plan_of(), "h2o", 200)
+    tokens, cache = stream(plan, 500, batch=2), new_cache(plan)
+    feed(cache, tokens, [300, *[1] * 20])
+    layer = cache.packed_layers[0]
+    before = kept_slots(cache, 1, 1)
+    assert layer.tail_slots.dtype == torch.int16
+    assert layer.nbytes() == plan.nbytes(2, 320, "float32", decoded=20)
+    feed(cache, tokens, [1], 320)
+    assert {x.dtype for name, x in layer.tensors() if name.endswith("slots")} == {torch.int32}
+    assert layer.nbytes() == plan.nbytes(2, 321, "float32", decoded=21)
+    assert kept_slots(cache, 1, 1) == [*before, 320]
+    feed(cache, tokens, [179], 321)
+    assert layer.nbytes() <= plan.nbytes(2, 500, "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_places_are_read_as_they_were_stored(dtype):
+    numbers = torch.tensor([0, 1, 32767, 32768, 65535])
+    assert stored(numbers, dtype).dtype == dtype
+    assert places(stored(numbers, dtype)).equal(numbers)
 
 
 def test_a_copy_goes_its_own_way():

@@ -50,7 +50,7 @@ def test_true_bits_count_every_token_seen(model):
     plan = evicting(tiny.passthrough(model), "snapkv", 100)
     cache = LoomCache(plan, model)
     run(model, cache, prompt(400), [400])
-    kept = 8 * (4 + 4 * 2 * 16) * 2 * 100 / (2 * 2 * 400 * 16)  # slots and fp32 states of two heads
+    kept = 8 * (2 + 4 * 2 * 16) * 2 * 100 / (2 * 2 * 400 * 16)  # slots and fp32 states of two heads
     assert cache.true_bits() == pytest.approx(kept, rel=0.01)
     assert cache.true_bits() == plan.true_bits(400, "float32")
 

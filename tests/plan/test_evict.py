@@ -84,7 +84,7 @@ def test_a_prompt_that_is_chosen_from_is_read_exactly(tmp_path) -> None:
 @given(st.integers(1, 3000), st.integers(0, 200), st.integers(1, 3))
 def test_kept_tokens_count_with_their_slots(prompt, decoded, batch) -> None:
     made, held = plan(evict=Evict(policy="snapkv", budget=400)), min(prompt, 400) + decoded
-    more = 6 * batch * 2 * (4 * held + 4)  # an int32 slot a token, an int32 number of pages a head
+    more = 6 * batch * 2 * (2 * held + 4)  # 2 bytes of a slot a token, an int32 number of pages a head
     assert made.nbytes(batch, prompt + decoded, decoded=decoded) == plan().nbytes(batch, held) + more
     summing = plan(evict=Evict(policy="h2o", budget=400, parameters={"decode": False}))
     exact = max(0, held - 4) % 64
@@ -100,15 +100,15 @@ def test_layers_of_other_bits_take_the_same_bytes(policy: str, dense: int) -> No
     made = evict_to_bytes(plan(bits), policy, dense, parameters={"recent": 8} if policy == "h2o" else {})
     budgets = [entry.evict.budget for entry in made.layers if entry.evict]
     assert budgets == sorted(budgets)
-    alone = [single(entry).nbytes(1, 100_000) for entry in made.layers]
+    alone = [single(entry).nbytes(1, 65_536) for entry in made.layers]
     assert all(dense * TOKEN * 0.98 < nbytes <= dense * TOKEN for nbytes in alone)
     more = [
         single(entry.model_copy(update={"evict": entry.evict.model_copy(update={"budget": entry.evict.budget + 1})}))
         for entry in made.layers
         if entry.evict
     ]
-    assert all(one.nbytes(1, 100_000) > dense * TOKEN for one in more)
-    assert made.nbytes(1, 100_000) == sum(n * len(e.indices) for n, e in zip(alone, made.layers, strict=True))
+    assert all(one.nbytes(1, 65_536) > dense * TOKEN for one in more)
+    assert made.nbytes(1, 65_536) == sum(n * len(e.indices) for n, e in zip(alone, made.layers, strict=True))
 
 
 def single(entry: LayerPlan) -> Plan:
