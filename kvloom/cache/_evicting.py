@@ -216,12 +216,16 @@ class EvictingLayer(LoomLayer):
 
     def _resident(self) -> int:
         """Tokens held per KV head, the mean over the heads."""
-        return self._held(torch.full(self.tail_slots.shape[:2], self.tail.tokens))
+        return self._held(self._heads() * self.tail.tokens)
 
-    def _held(self, counts: torch.Tensor) -> int:
-        """The same if every head held ``counts [batch, kv_heads]`` exact tokens besides the sinks."""
+    def _heads(self) -> int:
+        """KV heads of all sequences."""
+        return self.batch_size * self.model.num_kv_heads
+
+    def _held(self, exact: int) -> int:
+        """Tokens held per KV head, if all heads together held ``exact`` tokens besides sinks and pages."""
         packed = sum(len(kept.data) for kept in self.kept) * self.page_tokens
-        return self.sinks.tokens + (packed + int(counts.sum())) // counts.numel()
+        return self.sinks.tokens + (packed + exact) // self._heads()
 
     def _fill_sinks(self, real: torch.Tensor | None) -> None:
         """Move the first real tokens of the tail to the sinks that are missing."""
@@ -296,6 +300,8 @@ class EvictingLayer(LoomLayer):
 
     def _pack(self) -> None:
         """Encode the pages that are full and out of the exact window."""
+        if self.tail.tokens - self.room.exact(self._resident()) < self.page_tokens:
+            return
         count = torch.full(self.tail_slots.shape[:2], self.tail.tokens)
         index = torch.arange(self.tail.tokens, device=self.device).expand(self.tail_slots.shape)
         self._pack_chosen(index, count)
@@ -305,7 +311,7 @@ class EvictingLayer(LoomLayer):
 
         Numbers differ by whole pages, so that the tails that are left are equally long.
         """
-        exact = self.room.exact(self._held(counts))
+        exact = self.room.exact(self._held(int(counts.sum())))
         pages = (counts - exact).clamp_min(0) // self.page_tokens
         most = int(pages.max())
         if most:
@@ -333,8 +339,10 @@ class EvictingLayer(LoomLayer):
 
     def _keep_ceiling(self, query: torch.Tensor, real: torch.Tensor | None, reading: Reading) -> None:
         """Let the page of the least score go, as long as more tokens are held than the policy's ceiling allows."""
+        if not self.policy.evicts_while_decoding:
+            return
         limit = self.room.limit(self.length)
-        while self.policy.evicts_while_decoding and self._resident() > limit:
+        while self._resident() > limit:
             pages, _, _ = self._scores(self._seen(real, reading, query), self.room.newest(limit))
             least = pages.nan_to_num(nan=_PROTECTED, posinf=_PROTECTED).min(dim=-1)
             if bool((least.values == _PROTECTED).any()):

@@ -1,6 +1,7 @@
 """Key norms (Devoto et al., arXiv 2406.11430): keys of small L2 norm receive much attention, so they are kept.
 
-No queries are needed. Norms are those of the keys after their rotary embedding, which does not change them.
+No queries are needed. The newest tokens have no privilege, as in the paper: a window's ``recent`` gives them one. Norms
+are those of the keys after their rotary embedding, which does not change them.
 """
 
 from __future__ import annotations
