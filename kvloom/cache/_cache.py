@@ -29,7 +29,8 @@ from kvloom.plan import Fingerprint, Plan, format_layers
 class LoomCache(DynamicCache):
     """Packed cache for ``model.generate(..., past_key_values=LoomCache(plan, model))``.
 
-    Full-attention layers are packed by the plan; sliding-window, linear and shared layers keep transformers' own.
+    Full-attention layers are packed by the plan, and evict where it says so (`EvictingLayer`); sliding-window, linear
+    and shared layers keep transformers' own.
 
     Args:
         plan: What each layer stores.

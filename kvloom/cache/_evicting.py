@@ -258,7 +258,7 @@ class EvictingLayer(LoomLayer):
 
     def _evict(self, limit: int, real: torch.Tensor | None, seen: Seen) -> None:
         """Keep as many tokens as ``limit`` allows, and pack the pages they fill."""
-        pages, tail, stays = self._scores(seen, self.room.newest(limit))
+        pages, tail, stays = self._scores(seen, real, self.room.newest(limit))
         base, units = self.room.split(self.tail.tokens, limit, stays)
         chosen = self._chosen(pages, tail, base, units)
         if bool(((pages == _PROTECTED) & ~chosen.pages).any()):
@@ -281,13 +281,14 @@ class EvictingLayer(LoomLayer):
         )
         return Chosen(stays, order, counts)
 
-    def _scores(self, seen: Seen, newest: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _scores(self, seen: Seen, real: torch.Tensor | None, newest: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Scores of pages (NaN: none) and of exact tokens, and how many exact tokens never leave."""
         scores = self.policy.scores(seen).double().nan_to_num(nan=_PADDING, posinf=-_PADDING, neginf=_PADDING)
         scores = scores.masked_fill(~seen.is_real, _PADDING)
         stays = seen.slots >= self.length - newest
+        first = 0 if real is None else real.int().argmax(-1)[:, None, None]
         for start, end in self.room.protect:
-            stays |= (seen.slots >= start) & (seen.slots < end)
+            stays |= (seen.slots >= first + start) & (seen.slots < first + end)
         scores = scores.masked_fill(stays, _PROTECTED)[..., self.sinks.tokens :]
         packed, tail = scores.split([self.num_pages * self.page_tokens, self.tail.tokens], dim=-1)
         by_page = packed.unflatten(-1, (self.num_pages, self.page_tokens)).sum(-1)
@@ -343,7 +344,8 @@ class EvictingLayer(LoomLayer):
             return
         limit = self.room.limit(self.length)
         while self._resident() > limit:
-            pages, _, _ = self._scores(self._seen(real, reading, query), self.room.newest(limit))
+            seen = self._seen(real, reading, query)
+            pages, _, _ = self._scores(seen, real, self.room.newest(limit))
             least = pages.nan_to_num(nan=_PROTECTED, posinf=_PROTECTED).min(dim=-1)
             if bool((least.values == _PROTECTED).any()):
                 raise _too_much_is_kept(limit)

@@ -32,7 +32,7 @@ class Room:
     Attributes:
         policy: Which tokens.
         budget: How many per KV head: a number of tokens, or (a float) a share of all tokens seen.
-        protect: ``[start, end)`` slots that are never evicted.
+        protect: ``[start, end)`` spans that are never evicted, counted from the first real token.
         sinks: First tokens, exact and never evicted.
         recent: Newest tokens, exact and never evicted.
         recent_ratio: Or the share of the kept tokens that stay exact.
@@ -69,7 +69,7 @@ class Room:
 
         A share is rounded up, and at least what is never evicted.
         """
-        asked = ceil(self.budget * tokens) if isinstance(self.budget, float) else self.budget
+        asked = ceil(round(self.budget * tokens, 6)) if isinstance(self.budget, float) else self.budget
         return self._enough(self._of_layer(self._enough(asked), tokens))
 
     def _of_layer(self, budget: int, tokens: int) -> int:

@@ -174,7 +174,8 @@ class Evict(PlanModel):
     Attributes:
         policy: Name of the policy.
         budget: Tokens kept per KV head (the mean, where heads or layers compete), or a share of all tokens seen.
-        protect: ``[start, end)`` spans of slots that are never evicted, e.g. a system prompt.
+        protect: ``[start, end)`` spans that are never evicted, e.g. a system prompt; counted from the first real token
+            of a sequence, whatever padding is before it.
         parameters: The policy's parameters that differ from their defaults.
     """
 

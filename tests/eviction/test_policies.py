@@ -42,6 +42,20 @@ def test_attention_received_is_that_of_a_loop(monkeypatch, reading: Reading, blo
     assert bool((tokens.received()[1, :, :5] == 0).all())
 
 
+def test_no_matrix_of_all_queries_and_all_tokens_is_made(monkeypatch) -> None:
+    monkeypatch.setattr(room_of_seen, "SCORE_BLOCK", 6 * 2000 * 8)
+    sizes, weights = [], room_of_seen._weights
+
+    def measured(*args) -> torch.Tensor:
+        sizes.append(weights(*args).numel())
+        return weights(*args)
+
+    monkeypatch.setattr(room_of_seen, "_weights", measured)
+    seen(SnapKV(window=2000), **layer(2000)).received()
+    assert len(sizes) == 250
+    assert max(sizes) <= 6 * 2000 * 8
+
+
 def test_no_query_sees_the_future() -> None:
     parts = layer(12)
     whole = seen(SnapKV(window=12), **parts).received()
