@@ -10,8 +10,9 @@ import torch
 
 from kvloom.eviction._base import Pooling
 
-# Queries are taken this many scores at a time, so that a long prompt needs no [tokens, tokens] matrix.
-SCORE_BLOCK = 1 << 22
+# Queries are taken this many scores at a time, so that a long prompt needs no [tokens, tokens] matrix: what a CPU has
+# caches for; on a GPU the 32 last queries of a prompt of 32K tokens in one piece.
+SCORE_BLOCK, GPU_SCORE_BLOCK = 1 << 22, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def received(
     total = torch.zeros((batch, heads, tokens), dtype=torch.float64, device=keys.device)
     transposed, group = keys.float().transpose(-1, -2), queries.shape[1] // heads
     scaled, first = queries.float() * reading.scaling, tokens - queries.shape[2]
-    step = max(1, SCORE_BLOCK // (batch * queries.shape[1] * tokens))
+    block = SCORE_BLOCK if keys.device.type == "cpu" else GPU_SCORE_BLOCK
+    step = max(1, block // (batch * queries.shape[1] * tokens))
     for start in range(first, tokens, step):
         stop = min(start + step, tokens)  # what follows these queries' own tokens is hidden from them
         own = slots[..., start:stop, None]
