@@ -2,7 +2,7 @@
 
 The attention that each token receives from the ``window`` last queries is summed (mean over the query heads of a KV
 head), then pooled over neighbouring tokens, so that what surrounds an important token stays with it. The window itself
-is always kept. Tokens are chosen once, at the prompt's end.
+is always kept and lends its neighbours nothing. Tokens are chosen once, at the prompt's end.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class SnapKV(Policy):
         return self.window
 
     def scores(self, seen: Seen) -> torch.Tensor:
-        """Attention received from the window, pooled."""
-        return seen.pooled(seen.received(), self.kernel, self.pooling)
+        """Attention received from the window, pooled over the tokens before it."""
+        received = seen.received()
+        received[..., received.shape[-1] - seen.queries.shape[2] :] = 0.0
+        return seen.pooled(received, self.kernel, self.pooling)
 
 
 register(SnapKV)

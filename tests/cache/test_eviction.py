@@ -119,9 +119,10 @@ def slow_choice(policy, tokens, row, head, length, limit, sinks, newest):
         hidden = torch.ones(length, length).tril().eq(0) | (torch.arange(length) < pad)
         received += torch.softmax(logits.masked_fill(hidden, -torch.inf), -1).nan_to_num() / group
     window = POLICIES[policy].get("window", length)
+    before = torch.nn.functional.pad(received[-window:, : length - window].sum(0), (0, window))
     scores = {
         "h2o": received.sum(0),
-        "snapkv": torch.nn.functional.max_pool1d(received[-window:].sum(0)[None], 3, 1, 1)[0],
+        "snapkv": torch.nn.functional.max_pool1d(before[None], 3, 1, 1)[0],
         "key_norm": -key.norm(dim=-1),
         "streaming_llm": torch.arange(length, dtype=torch.float64),
     }[policy]
