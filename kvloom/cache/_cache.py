@@ -114,7 +114,7 @@ class LoomCache(DynamicCache):
         if layer_idx in self._marks:
             self._marks.clear()  # an earlier pass ended before the last layer
         if layer_idx <= self._last_packed:
-            self._marks[layer_idx] = _mark(self.layers[layer_idx])
+            self._marks[layer_idx] = _mark(self.layers[layer_idx], key_states.shape[-2])
         try:
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             if isinstance(states[0], KeptKV):
@@ -256,8 +256,13 @@ class LoomCache(DynamicCache):
         return cache
 
 
-def _mark(layer: Any) -> Any:
-    """What `_roll_back` needs; transformers' growing layers replace their tensors, its static ones write into them."""
+def _mark(layer: Any, new: int) -> Any:
+    """What `_roll_back` needs to undo a pass of ``new`` tokens.
+
+    transformers' growing layers replace their tensors, its static ones write into them.
+    """
+    if isinstance(layer, EvictingLayer):
+        return layer.mark(new)
     if isinstance(layer, LoomLayer):
         return layer.mark()
     fields = vars(layer).copy()

@@ -358,14 +358,24 @@ class EvictingLayer(LoomLayer):
 
     # -- going back ---------------------------------------------------------------------------------------------------
 
-    def mark(self) -> Any:
-        """What `roll_back` returns to; tensors are replaced, never written to."""
-        return vars(self).copy()
+    def mark(self, new: int = 0) -> Any:
+        """What `roll_back` returns to; tensors are replaced, never written to.
+
+        If a pass of ``new`` tokens leaves the prompt unfinished, the number of exact tokens will do: a long prompt is
+        not to be held twice.
+        """
+        fields = vars(self).copy()
+        if self.is_initialized and self.length + new < self.prompt_end:
+            fields["tail"] = self.tail.tokens
+        return fields
 
     def roll_back(self, mark: Any) -> None:
         """Undo every update since ``mark``, exactly."""
+        fields, tail = dict(mark), mark.get("tail")
+        if isinstance(tail, int):
+            fields["tail"] = ExactKV(self.tail.key[:, :, :tail].clone(), self.tail.value[:, :, :tail].clone())
         vars(self).clear()
-        vars(self).update(mark)
+        vars(self).update(fields)
 
     def _remove(self, remove: int) -> None:
         raise CacheError(

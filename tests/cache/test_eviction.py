@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_cache_invariants import page_size, rounded
 
-from kvloom.cache import LoomCache
+from kvloom.cache import LoomCache, loom_attention
 from kvloom.cache._slots import places, stored
 from kvloom.errors import CacheError, PlanError
 from kvloom.eviction import _room
@@ -387,6 +388,43 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was():
     tokens.key[:, :, 350] = 0.0
     feed(cache, tokens, [300], 300)
     assert cache.get_seq_length() == 600
+
+
+def test_a_piece_of_a_prompt_that_fails_is_undone_and_held_once():
+    spec = dict.fromkeys(range(2), (EIGHT, EIGHT))
+    of = config_of(16, layers=2)
+    plan = evicting(Plan.from_specs(Fingerprint.of(of), spec, window=Window(sinks=4)), "h2o", 200)
+    tokens, cache = stream(plan, 600), LoomCache(plan, of)
+
+    def piece(start, stop, layer, dtype=torch.float32):
+        part = slice(start, stop)
+        handle, _ = cache.update(tokens.key[:, :, part].to(dtype), tokens.value[:, :, part].to(dtype), layer)
+        loom_attention(torch.nn.Module(), tokens.query[:, :, part], handle, handle, None, scaling=SCALING)
+
+    cache.expect_prompt(600)
+    for layer in range(2):
+        piece(0, 200, layer)
+    before, first = contents(cache), weakref.ref(cache.packed_layers[0].tail.key)
+    piece(200, 400, 0)
+    assert first() is None
+    with pytest.raises(CacheError, match=r"holds torch\.float32 states and got torch\.float16"):
+        piece(200, 400, 1, torch.float16)
+    after = contents(cache)
+    assert before.keys() == after.keys()
+    assert all(after[name].equal(tensor) for name, tensor in before.items())
+    for start in (200, 400):
+        for layer in range(2):
+            piece(start, start + 200, layer)
+    once = new_cache(plan_of_one(plan))
+    feed(once, tokens, [600])
+    for name, tensor in contents(once).items():
+        if "mass" not in name:
+            assert tensor.equal(contents(cache)[name]), name
+
+
+def plan_of_one(plan):
+    entry = plan.layers[0].model_copy(update={"layers": 0})
+    return Plan(model=Fingerprint.of(config_of(16)), layers=(entry,))
 
 
 def test_places_beyond_16_bits_take_four_bytes(monkeypatch):
