@@ -29,7 +29,7 @@ demo: assets
 # Triton's kernels are interpreted, which is set for a whole process before triton is imported.
 test: assets
 	$(PYTEST) -n $(JOBS)
-	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels/test_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels/test_triton.py tests/cache/test_eviction_triton.py
 
 lint: setup
 	$(BIN)/ruff check

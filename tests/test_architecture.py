@@ -22,7 +22,7 @@ PUBLIC_API = "public names of every room"
 DOORS: dict[str, set[str] | str] = {
     "pages": set(),
     "assets": set(),
-    "plan": {"pages"},
+    "plan": {"pages", "eviction"},
     "codecs": {"pages"},
     "eviction": {"pages"},
     "kernels": {"pages", "codecs"},

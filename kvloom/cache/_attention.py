@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvloom import kernels
 from kvloom.cache._invariant import fix_rows, free_rows
+from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._rotation import turned
 from kvloom.errors import ModelError
 from kvloom.pages import PagedKV, StaticKV
@@ -103,9 +104,13 @@ def loom_attention(
 
 
 def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[str, Any]) -> torch.Tensor:
-    if kv.query_turn is not None:
-        query = way.turned(query, kv.query_turn)
-    out = way.paged(query, kv, **options)
+    asked = query if kv.query_turn is None else way.turned(query, kv.query_turn)
+    if isinstance(kv, KeptKV):
+        mask = kv.mask_of(options["mask"], query.shape[1], query.shape[2])
+        out = way.paged(asked, kv, **{**options, "mask": mask})
+        kv.observe(query, **options)
+    else:
+        out = way.paged(asked, kv, **options)
     return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from kvloom import codecs
 from kvloom.cache import _file
 from kvloom.cache._attention import reads_pages
+from kvloom.cache._evicting import EvictingLayer
 from kvloom.cache._flags import Flags
+from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer, NonFinite
 from kvloom.cache._rope import rope_of
 from kvloom.cache._static import StaticLoomLayer
@@ -26,7 +29,8 @@ from kvloom.plan import Fingerprint, Plan, format_layers
 class LoomCache(DynamicCache):
     """Packed cache for ``model.generate(..., past_key_values=LoomCache(plan, model))``.
 
-    Full-attention layers are packed by the plan; sliding-window, linear and shared layers keep transformers' own.
+    Full-attention layers are packed by the plan, and evict where it says so (`EvictingLayer`); sliding-window, linear
+    and shared layers keep transformers' own.
 
     Args:
         plan: What each layer stores.
@@ -40,8 +44,7 @@ class LoomCache(DynamicCache):
     Raises:
         ModelError: The model is not the plan's, cannot be packed, or has no rotary embedding that keys could be packed
             before (pre_rope).
-        PlanError: The plan asks for what no code does yet (an evict entry), lacks a codebook, or its tensors
-            cannot be read.
+        PlanError: The plan lacks a codebook, its tensors cannot be read, or it evicts under ``prefill="quantized"``.
         CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite`` or with the plan.
         MissingExtraError: A codec of the plan needs a package that is not installed.
     """
@@ -52,9 +55,6 @@ class LoomCache(DynamicCache):
         config = getattr(model, "config", model)
         fingerprint = Fingerprint.of(model)
         plan.model.check(fingerprint)
-        evicting = [str(entry.layers) for entry in plan.layers if entry.evict is not None]
-        if evicting:
-            raise PlanError(f"layers {evicting[0]}: evict is not supported yet; remove the entry from the plan.")
         if max_tokens is not None and max_tokens < 1:
             raise CacheError(
                 f"max_tokens is {max_tokens}: give the number of tokens to make room for, or leave it out."
@@ -64,6 +64,13 @@ class LoomCache(DynamicCache):
             raise CacheError(
                 "a cache of fixed size cannot pack keys before RoPE: leave out max_tokens, or pre_rope in the plan's "
                 f"layers {format_layers(list(plan.pre_rope_layers))}."
+            )
+        evicting = [str(entry.layers) for entry in plan.layers if entry.evict is not None]
+        if evicting and plan.prefill != "exact":  # a changed copy of a plan is not validated
+            raise PlanError(f'layers {evicting[0]}: evict chooses among tokens read exactly: set prefill to "exact".')
+        if max_tokens is not None and evicting:
+            raise CacheError(
+                f"a cache of fixed size cannot evict: leave out max_tokens, or evict in layers {evicting[0]}."
             )
         for name in plan.codecs:
             codecs.get(name).prepare()
@@ -84,7 +91,9 @@ class LoomCache(DynamicCache):
         is_enabled, matrices = _AttentionName(config).is_loom, plan.rotations()
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[i] = make(
+                room = plan.room(i)
+                make_it = partial(EvictingLayer, room=room) if room else make
+                self.layers[i] = make_it(
                     plan.spec(i), plan.model, is_enabled=is_enabled, matrices=matrices.get(i, {}), **options
                 )
             elif type(layer) is DynamicSlidingWindowLayer and max_tokens is not None:
@@ -105,22 +114,54 @@ class LoomCache(DynamicCache):
         if layer_idx in self._marks:
             self._marks.clear()  # an earlier pass ended before the last layer
         if layer_idx <= self._last_packed:
-            self._marks[layer_idx] = _mark(self.layers[layer_idx])
+            self._marks[layer_idx] = _mark(self.layers[layer_idx], key_states.shape[-2])
         try:
             states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            if layer_idx == self._last_packed:
-                self._flags.check()
+            if isinstance(states[0], KeptKV):
+                kept = replace(states[0], observe=partial(self._observe, states[0].observe, layer_idx))
+                return kept, kept
+            self._end_layer(layer_idx)
         except Exception:
-            self._flags.clear()
-            for i, mark in self._marks.items():
-                _roll_back(self.layers[i], mark)
-            self._marks.clear()
+            self._undo_pass()
             raise
-        if layer_idx == self._last_packed:
-            self._marks.clear()
         if isinstance(self.layers[layer_idx], LoomLayer) and isinstance(states[0], torch.Tensor):
             self._warn_dense()
         return states
+
+    def _observe(self, observe: Callable[..., None], layer_idx: int, query: torch.Tensor, **options: Any) -> None:
+        """Let a layer that evicts take note of a pass that has been read; see `update` for what fails."""
+        try:
+            observe(query, **options)
+            self._end_layer(layer_idx)
+        except Exception:
+            self._undo_pass()
+            raise
+
+    def _end_layer(self, layer_idx: int) -> None:
+        if layer_idx == self._last_packed:
+            self._flags.check()
+            self._marks.clear()
+
+    def _undo_pass(self) -> None:
+        self._flags.clear()
+        for i, mark in self._marks.items():
+            _roll_back(self.layers[i], mark)
+        self._marks.clear()
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Say that the next ``tokens`` tokens of every sequence are one prompt, in however many passes they come.
+
+        Layers that evict (`EvictingLayer`) then choose among all of them when the last one has been read, and keep what
+        they would have kept had they come in one pass. Without it every pass of several tokens is a prompt.
+
+        Raises:
+            CacheError: The number is not positive.
+        """
+        if tokens < 1:
+            raise CacheError(f"a prompt has at least one token, not {tokens}.")
+        for layer in self.packed_layers.values():
+            if isinstance(layer, EvictingLayer):
+                layer.expect_prompt(tokens)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the mask of a pass of so many tokens, if there is room for them (see `check`)."""
@@ -215,8 +256,13 @@ class LoomCache(DynamicCache):
         return cache
 
 
-def _mark(layer: Any) -> Any:
-    """What `_roll_back` needs; transformers' growing layers replace their tensors, its static ones write into them."""
+def _mark(layer: Any, new: int) -> Any:
+    """What `_roll_back` needs to undo a pass of ``new`` tokens.
+
+    transformers' growing layers replace their tensors, its static ones write into them.
+    """
+    if isinstance(layer, EvictingLayer):
+        return layer.mark(new)
     if isinstance(layer, LoomLayer):
         return layer.mark()
     fields = vars(layer).copy()

@@ -24,6 +24,8 @@ def save(cache: LoomCache, path: Path) -> None:
     """See `LoomCache.save`."""
     if cache.get_seq_length() == 0:
         raise CacheError("the cache is empty; run a prompt through the model before saving it.")
+    if any(layer.is_in_prompt for layer in cache.packed_layers.values()):
+        raise CacheError("the cache is in the middle of a prompt; save it when the whole prompt has been read.")
     tensors: dict[str, torch.Tensor] = {}
     for i, layer in enumerate(cache.layers):
         tensors |= {f"layers.{i}.{name}": t.contiguous() for name, t in _layer_tensors(layer, i)}

@@ -21,6 +21,7 @@ from kvloom.pages import (
     Format,
     HeadPages,
     PagedKV,
+    PageLayout,
     Role,
     codebook_points,
     pack_side,
@@ -38,10 +39,10 @@ from kvloom.plan import (
 )
 
 NonFinite = Literal["error", "clamp"]
-_SIDES: tuple[Role, Role] = ("key", "value")
+SIDES: tuple[Role, Role] = ("key", "value")
 _CLAMP = 65280.0  # a number of every dtype; the grid's rounding still fits in fp16's 65504
 _EXACT = Format(PASSTHROUGH_BITS, "per_token", 1)
-_NOT_THIS_PLANS = "the cache file's tensors do not have the sizes this plan gives them; it is damaged, make it again."
+NOT_THIS_PLANS = "the cache file's tensors do not have the sizes this plan gives them; it is damaged, make it again."
 
 
 class Mark(NamedTuple):
@@ -128,7 +129,7 @@ class LoomLayer(CacheLayerMixin):
         self.codebooks = tuple(codebook_points(fmt.points, self.device).clone() for _, fmt in formats)
         self.key_rotation, self.value_rotation = (
             side_rotation([getattr(x, side) for x in layouts], self.matrices.get(side), self.dtype, self.device)
-            for side in _SIDES
+            for side in SIDES
         )
         self.sinks = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.tail = ExactKV(key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
@@ -220,7 +221,10 @@ class LoomLayer(CacheLayerMixin):
             return
         tokens = new * self.page_tokens
         key, value = self.tail.key[:, :, :tokens], self.tail.value[:, :, :tokens]
-        self.pages = tuple(self._extended(g, self._encoded(key, value, g)) for g in self.pages)
+        first = self._first_slot(self.num_pages)
+        self.pages = tuple(
+            self._extended(g, self._encoded(_of(key, g), _of(value, g), g.layout, first)) for g in self.pages
+        )
         self.num_pages += new
         self.tail = ExactKV(self.tail.key[:, :, tokens:].clone(), self.tail.value[:, :, tokens:].clone())
 
@@ -228,11 +232,12 @@ class LoomLayer(CacheLayerMixin):
         """The pages with records ``[batch, heads, pages, layout.nbytes]`` after them."""
         return HeadPages(group.heads, group.layout, torch.cat([group.data, records], dim=2))
 
-    def _encoded(self, key: torch.Tensor, value: torch.Tensor, group: HeadPages) -> torch.Tensor:
-        layout = group.layout
-        key, value = _of(key, group), _of(value, group)
+    def _encoded(
+        self, key: torch.Tensor, value: torch.Tensor, layout: PageLayout, slots: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Records of whole pages; ``slots`` as in `Rope.before`."""
         if self.rope and layout.key.fmt.pre_rope:
-            key = self.rope.before(key, self._first_slot(self.num_pages))
+            key = self.rope.before(key, slots)
         key, value = (
             x if self.nonfinite == "error" or side.fmt.is_passthrough else _clamped(x)
             for x, side in ((key, layout.key), (value, layout.value))
@@ -276,12 +281,13 @@ class LoomLayer(CacheLayerMixin):
 
     def _readable(self) -> tuple[HeadPages, ...]:
         """The pages as attention is to read them: with keys before RoPE they are decoded first, and have it again."""
-        if not any(g.layout.key.fmt.pre_rope for g in self.pages):
-            return self.pages
+        pages = self.pages
+        if not any(g.layout.key.fmt.pre_rope for g in pages):
+            return pages
         heads = tuple(range(self.model.num_kv_heads))
         layout = page_layout(_EXACT, _EXACT, self.model.head_dim, itemsize(self.dtype), self.page_tokens)
         shape = (self.num_pages, self.page_tokens)
-        sides = zip(self._unpacked(self.pages), (layout.key, layout.value), strict=True)
+        sides = zip(self._unpacked(pages), (layout.key, layout.value), strict=True)
         records = torch.cat([pack_side(x.unflatten(2, shape), (), side) for x, side in sides], dim=-1)
         return (HeadPages(heads, layout, records),)
 
@@ -302,9 +308,13 @@ class LoomLayer(CacheLayerMixin):
             heads = list(g.heads)
             decoded, value[:, heads] = kernels.backend(self.device).decode(g.data, g.layout, self.dtype)
             if self.rope and g.layout.key.fmt.pre_rope:
-                decoded = self.rope.after(decoded, self._first_slot(first))
+                decoded = self.rope.after(decoded, self._slots_of(g, first))
             key[:, heads] = decoded
         return key, value
+
+    def _slots_of(self, group: HeadPages, first: int) -> int | torch.Tensor:
+        """Slots of a group's pages from page ``first`` on, as `Rope.after` takes them."""
+        return self._first_slot(first)
 
     def _first_slot(self, page: int) -> int:
         return self.entry.window.sinks + page * self.page_tokens
@@ -334,6 +344,11 @@ class LoomLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """Sequences held, -1 before the first update."""
         return int(self.tail.key.shape[0]) if self.is_initialized else -1
+
+    @property
+    def is_in_prompt(self) -> bool:
+        """Whether a prompt is not complete yet, so that the layer holds more than its plan says."""
+        return False
 
     def get_seq_length(self) -> int:
         """Tokens seen."""
@@ -436,7 +451,7 @@ class LoomLayer(CacheLayerMixin):
         yield from self._rotations()
 
     def _rotations(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for side, rotation in zip(_SIDES, (self.key_rotation, self.value_rotation), strict=True):
+        for side, rotation in zip(SIDES, (self.key_rotation, self.value_rotation), strict=True):
             if rotation:
                 yield from ((f"rotation.{side}.{name}", tensor) for name, tensor in rotation.tensors())
 
@@ -452,7 +467,7 @@ class LoomLayer(CacheLayerMixin):
         """
         tail = tensors.get("tail.key", torch.empty(0))
         if tail.shape[1::2] != (self.model.num_kv_heads, self.model.head_dim):
-            raise CacheError(_NOT_THIS_PLANS)
+            raise CacheError(NOT_THIS_PLANS)
         self._clear()
         self.lazy_initialization(tail[:, :, :0], tail[:, :, :0])
         sinks = min(length, self.entry.window.sinks)
@@ -468,7 +483,7 @@ class LoomLayer(CacheLayerMixin):
             expected[f"codebooks.{n}"] = (tuple(points.shape), points.dtype)
         expected |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._rotations()}
         if rest or expected != {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}:
-            raise CacheError(_NOT_THIS_PLANS)
+            raise CacheError(NOT_THIS_PLANS)
         self.length, self.num_pages = length, pages
         self.sinks = ExactKV(tensors["sinks.key"], tensors["sinks.value"])
         self.tail = ExactKV(tensors["tail.key"], tensors["tail.value"])

@@ -37,29 +37,29 @@ class Rope:
 
     inv_freq: torch.Tensor
 
-    def before(self, key: torch.Tensor, slot: int) -> torch.Tensor:
+    def before(self, key: torch.Tensor, slot: int | torch.Tensor) -> torch.Tensor:
         """Keys as they were before the embedding.
 
         Args:
             key: ``[..., tokens, head_dim]``.
-            slot: Slot of the first token.
+            slot: Slot of the first token, or int slots of all, ``[..., tokens]``.
 
         Returns:
             The same shape in fp32 (fp64 for fp64).
         """
         return self._turned(key, slot, -1.0)
 
-    def after(self, key: torch.Tensor, slot: int) -> torch.Tensor:
+    def after(self, key: torch.Tensor, slot: int | torch.Tensor) -> torch.Tensor:
         """The inverse of `before`, in the dtype of ``key``."""
         turned = self._turned(key, slot, 1.0)
         if key.dtype == torch.float16:  # a pair may be longer than its larger element
             turned.clamp_(-torch.finfo(key.dtype).max, torch.finfo(key.dtype).max)
         return turned.to(key.dtype)
 
-    def _turned(self, key: torch.Tensor, slot: int, sign: float) -> torch.Tensor:
+    def _turned(self, key: torch.Tensor, slot: int | torch.Tensor, sign: float) -> torch.Tensor:
         key = key.to(torch.promote_types(key.dtype, torch.float32))
-        slots = torch.arange(slot, slot + key.shape[-2], dtype=torch.float64, device=key.device)
-        angles = slots[:, None] * self.inv_freq.to(key.device, torch.float64)
+        slots = torch.arange(slot, slot + key.shape[-2], device=key.device) if isinstance(slot, int) else slot
+        angles = slots.double()[..., None] * self.inv_freq.to(key.device, torch.float64)
         cos, sin = angles.cos().to(key.dtype), (sign * angles.sin()).to(key.dtype)
         pairs = len(self.inv_freq)
         first, second, rest = key.tensor_split([pairs, 2 * pairs], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvloom.plan._bytes import calibrated_formats, full_pages, has_matrices, head_layouts, itemsize
+from kvloom.plan._equal_bytes import evict_to_bytes
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
 from kvloom.plan._spec import (
@@ -44,6 +45,7 @@ __all__ = [
     "Window",
     "calibrated_formats",
     "convert",
+    "evict_to_bytes",
     "export_plan",
     "format_layers",
     "full_pages",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 
+from kvloom.eviction import Room, slot_nbytes
 from kvloom.pages import Format, PageLayout, Role, SideLayout, page_layout, page_tokens_of
 from kvloom.plan._spec import LayerPlan, Window
 
@@ -13,6 +14,9 @@ _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # An element of a calibrated rotation as it is resident: F in fp16, its dual in fp32 or a wider compute dtype.
 _FORWARD_BYTES, _DUAL_BYTES = 2, 4
+
+# What a layer that evicts holds besides the slots of its tokens: int32 numbers of pages, fp64 sums of attention.
+_COUNT_BYTES, _MASS_BYTES = 4, 8
 
 
 def itemsize(dtype: object) -> int:
@@ -57,8 +61,45 @@ def full_pages(window: Window, tokens: int, page_tokens: int) -> int:
     return max(0, tokens - sinks - keep) // page_tokens
 
 
-def layer_nbytes(layer: LayerPlan, kv_heads: int, head_dim: int, batch: int, tokens: int, size: int) -> int:
-    """Bytes resident for one layer: page records, exact tokens, calibrated codebooks and rotations, keys and values."""
+def room_of(layer: LayerPlan, kv_heads: int, head_dim: int, place: tuple[int, int]) -> Room | None:
+    """How many tokens a layer keeps; None for all of them.
+
+    Args:
+        layer: Its entry.
+        kv_heads: KV heads.
+        head_dim: Channels of a head.
+        place: Number of the layer among the packed ones, and how many those are.
+    """
+    if layer.evict is None:
+        return None
+    window, page_tokens = layer.window, head_layouts(layer, kv_heads, head_dim, 2)[0].page_tokens
+    return Room(
+        layer.evict.make_policy(),
+        layer.evict.budget,
+        layer.evict.protect,
+        window.sinks,
+        window.recent,
+        window.recent_ratio,
+        page_tokens,
+        *place,
+    )
+
+
+def layer_nbytes(
+    layer: LayerPlan,
+    kv_heads: int,
+    head_dim: int,
+    batch: int,
+    tokens: int,
+    size: int,
+    room: Room | None = None,
+    seen: int = 0,
+) -> int:
+    """Bytes resident for one layer: page records, exact tokens, calibrated codebooks and rotations, keys and values.
+
+    With a ``room`` they are those of ``tokens`` kept tokens (the mean over the heads) out of ``seen`` ones, and what it
+    takes to keep some and not others counts.
+    """
     layouts = head_layouts(layer, kv_heads, head_dim, size)
     pages = full_pages(layer.window, tokens, layouts[0].page_tokens)
     exact = tokens - pages * layouts[0].page_tokens
@@ -66,6 +107,9 @@ def layer_nbytes(layer: LayerPlan, kv_heads: int, head_dim: int, batch: int, tok
     codebooks = sum(fmt.codebook_nbytes for _, fmt in calibrated_formats(layouts))
     turned = sum(has_matrices([getattr(layout, side) for layout in layouts]) for side in ("key", "value"))
     matrices = turned * kv_heads * head_dim**2 * (_FORWARD_BYTES + max(_DUAL_BYTES, size))
+    if room:
+        sums = (pages + exact - min(tokens, room.sinks)) * _MASS_BYTES if room.policy.sums_attention else 0
+        of_sequence += kv_heads * (tokens * slot_nbytes(seen) + _COUNT_BYTES + sums)
     return batch * of_sequence + codebooks + matrices
 
 

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from kvloom.errors import PlanError
 from kvloom.pages import PASSTHROUGH_BITS, Role, codec_facts
-from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes
+from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes, room_of
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._spec import GroupSize, LayerPlan, PlanModel, TensorSpec, Window, format_layers
 from kvloom.plan._tensors import PlanTensors, rotation_name
@@ -20,6 +20,8 @@ from kvloom.plan._validate import validated
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kvloom.eviction import Room
 
 Prefill = Literal["exact", "quantized"]
 
@@ -91,6 +93,22 @@ class Plan(PlanModel):
             raise ValueError(
                 f"layers leaves out layer {format_layers(missing)}; every full-attention layer needs an entry"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_evict(self) -> Plan:
+        for i, room in self._rooms.items():
+            if room is None:
+                continue
+            if self.prefill != "exact":
+                raise ValueError(
+                    f"evict of layer {i} chooses among the tokens of a whole prompt, which read each other exactly: "
+                    'set prefill to "exact"'
+                )
+            try:
+                room.check()
+            except PlanError as error:
+                raise ValueError(f"layer {i}: {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -302,15 +320,17 @@ class Plan(PlanModel):
             found.setdefault(layer, {})[side] = self.tensors.get(rotation_name(layer, side), shape)
         return found
 
-    def nbytes(self, batch: int, tokens: int, dtype: Any = None) -> int:
+    def nbytes(self, batch: int, tokens: int, dtype: Any = None, *, decoded: int = 0) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.
 
-        Calibrated rotations count, once whatever the batch.
+        Calibrated rotations count, once whatever the batch. Where tokens are evicted, those that are kept count, with
+        their slots.
 
         Args:
             batch: Sequences.
             tokens: Tokens of each, padding included.
             dtype: Compute dtype (name or torch dtype) of what stays exact; None takes the model's.
+            decoded: How many of the tokens came one by one after one prompt; it matters only to eviction.
 
         Returns:
             Bytes, equal to the live storage of a `LoomCache` filled to that length. Sliding-window and other stock
@@ -318,7 +338,24 @@ class Plan(PlanModel):
         """
         size = itemsize(dtype or self.model.dtype)
         heads, dim = self.model.num_kv_heads, self.model.head_dim
-        return sum(layer_nbytes(self.spec(i), heads, dim, batch, tokens, size) for i in self.model.packed_layers)
+        total = 0
+        for i in self.model.packed_layers:
+            room = self.room(i)
+            held = room.resident(tokens, decoded) if room else tokens
+            total += layer_nbytes(self.spec(i), heads, dim, batch, held, size, room, tokens)
+        return total
+
+    def room(self, layer: int) -> Room | None:
+        """How many tokens ``layer`` keeps; None for all of them."""
+        return self._rooms[layer]
+
+    @cached_property
+    def _rooms(self) -> dict[int, Room | None]:
+        model, count = self.model, len(self.model.packed_layers)
+        return {
+            i: room_of(self.spec(i), model.num_kv_heads, model.head_dim, (n, count))
+            for n, i in enumerate(model.packed_layers)
+        }
 
     def true_bits(self, tokens: int, dtype: Any = None) -> float:
         """8 x bytes / cached elements of one sequence of ``tokens``: everything resident counts."""
@@ -347,7 +384,7 @@ class Plan(PlanModel):
             heads = f", {len(entry.heads)} heads apart" if entry.heads else ""
             lines.append(
                 f"  layers {entry.layers}: keys {entry.key.label}, values {entry.value.label}, "
-                f"exact: {window.sinks} sinks, {recent} recent{heads}"
+                f"exact: {window.sinks} sinks, {recent} recent{heads}{_kept(entry)}"
             )
         if self.provenance:
             lines += [f"  {self.provenance.source}: {note}" for note in self.provenance.notes]
@@ -366,6 +403,15 @@ def plan_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "kvloom plan"
     return schema
+
+
+def _kept(entry: LayerPlan) -> str:
+    """Which tokens an entry keeps, in words; empty if all."""
+    evict = entry.evict
+    if evict is None:
+        return ""
+    share = isinstance(evict.budget, float)
+    return f"; {evict.policy} keeps {f'{evict.budget:.2%}' if share else evict.budget} tokens"
 
 
 def _spec(bits: int, grouping: str, group_size: GroupSize, codec: str, symmetric: bool) -> TensorSpec:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from kvloom.eviction import Policy, make
 from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Codebook, Format, Grouping, Rotation, codec_facts
 
 Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
@@ -168,17 +169,43 @@ class Window(PlanModel):
 
 
 class Evict(PlanModel):
-    """Which tokens to keep: the schema of a plan's evict entry. No policy is implemented yet, so a cache refuses it.
+    """Which tokens to keep (eviction room); the sinks and the newest tokens of the window are never evicted.
 
     Attributes:
-        policy: Name of the policy (eviction room).
-        budget: Tokens kept per KV head.
-        protect: ``[start, end)`` token spans that are never evicted.
+        policy: Name of the policy.
+        budget: Tokens kept per KV head (the mean, where heads or layers compete), or a share of all tokens seen.
+        protect: ``[start, end)`` spans that are never evicted, e.g. a system prompt; counted from the first real token
+            of a sequence, whatever padding is before it.
+        parameters: The policy's parameters that differ from their defaults.
     """
 
     policy: str
-    budget: int = Field(gt=0)
+    budget: int | float = Field(gt=0)
     protect: tuple[tuple[int, int], ...] = ()
+    parameters: dict[str, int | float | str | bool | None] = Field(default_factory=dict)
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_tokens_or_share(cls, budget: int | float) -> int | float:
+        if isinstance(budget, float) and not 0 < budget < 1:
+            raise ValueError("give a whole number of tokens per KV head, or a share between 0 and 1")
+        return budget
+
+    @field_validator("protect")
+    @classmethod
+    def _spans_rise(cls, protect: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if not all(0 <= start < end for start, end in protect):
+            raise ValueError("a span is [start, end) with 0 <= start < end")
+        return protect
+
+    @model_validator(mode="after")
+    def _policy_takes_parameters(self) -> Evict:
+        self.make_policy()
+        return self
+
+    def make_policy(self) -> Policy:
+        """The policy with its parameters."""
+        return make(self.policy, self.parameters)
 
 
 class HeadPlan(PlanModel):
@@ -196,7 +223,7 @@ class LayerPlan(PlanModel):
         key: Format of the keys.
         value: Format of the values.
         window: Exact tokens.
-        evict: Eviction entry, or None to keep every token.
+        evict: Which tokens to keep; None for every token.
         heads: KV head index -> specs of that head.
     """
 

@@ -1,11 +1,14 @@
-"""Conformance tests for what users add to kvloom: is my codec a good citizen?
+"""Conformance tests for what users add to kvloom: is my codec, my eviction policy, a good citizen?
 
-    from kvloom.testing import check_codec
+    from kvloom.testing import check_codec, check_policy
 
     def test_my_codec():
         check_codec(MyCodec())
 
-Every check raises AssertionError with a sentence that names the codec, the format and what is wrong.
+    def test_my_policy():
+        check_policy(MyPolicy(window=16))
+
+Every check raises AssertionError with a sentence that names the codec and the format, or the policy, and what is wrong.
 """
 
 from __future__ import annotations
@@ -15,10 +18,22 @@ from kvloom.testing._codec import CACHE_CHECKS, CODEC_CHECKS, check_codec
 from kvloom.testing._encoding import check_codes, check_dtypes, check_facts, check_pages_apart, check_repeats
 from kvloom.testing._errors import check_bound, check_constant_groups, check_nonfinite
 from kvloom.testing._formats import cache_formats, codec_formats
+from kvloom.testing._policy import (
+    POLICY_CHECKS,
+    PolicyCheck,
+    check_counts,
+    check_kept,
+    check_padding,
+    check_policy,
+    check_scores,
+    check_sequences_apart,
+)
 
 __all__ = [
     "CACHE_CHECKS",
     "CODEC_CHECKS",
+    "POLICY_CHECKS",
+    "PolicyCheck",
     "cache_formats",
     "check_attention",
     "check_bound",
@@ -26,12 +41,18 @@ __all__ = [
     "check_codec",
     "check_codes",
     "check_constant_groups",
+    "check_counts",
     "check_dtypes",
     "check_facts",
+    "check_kept",
     "check_lengths",
     "check_nonfinite",
+    "check_padding",
     "check_pages_apart",
+    "check_policy",
     "check_repeats",
     "check_saved",
+    "check_scores",
+    "check_sequences_apart",
     "codec_formats",
 ]

@@ -64,7 +64,7 @@ def check_saved(codec: Codec, fmt: Format) -> None:
         cache = _filled(fmt, tokens, tokens)
         path = Path(folder) / "cache.safetensors"
         cache.save(path)
-        again = LoomCache.load(path, cache.plan, _config())
+        again = LoomCache.load(path, cache.plan, tiny_config())
         for way in (cache, again):
             _feed(way, states(page_tokens_of(fmt), seed=9), chunk=page_tokens_of(fmt))
         if not _same(cache, again):
@@ -92,7 +92,8 @@ def check_attention(codec: Codec, fmt: Format) -> None:
         )
 
 
-def _config() -> LlamaConfig:
+def tiny_config() -> LlamaConfig:
+    """Of a model of one layer whose attention reads packed pages."""
     config = LlamaConfig(
         vocab_size=8,
         hidden_size=QUERY_HEADS * HEAD_DIM,
@@ -107,7 +108,7 @@ def _config() -> LlamaConfig:
 
 def _filled(fmt: Format, tokens: int, chunk: int) -> LoomCache:
     """A cache of one layer that holds the first ``tokens`` of the samples, keys and values in one format."""
-    config = _config()
+    config = tiny_config()
     spec = TensorSpec.model_validate(
         {
             "codec": fmt.codec,

@@ -8,8 +8,8 @@ import torch
 
 from kvloom import kernels
 from kvloom.cache import LoomCache, loom_attention
-from kvloom.errors import CacheError, ModelError, PlanError
-from kvloom.plan import Evict, Plan, TensorSpec
+from kvloom.errors import CacheError, ModelError
+from kvloom.plan import Plan, TensorSpec
 
 BAD = {"nan": float("nan"), "infinity": float("inf"), "minus infinity": float("-inf"), "too large": 7e4}
 
@@ -207,13 +207,6 @@ def test_other_shapes_are_refused(model, shape):
     with pytest.raises(ModelError, match=r"keys have shape .* \[batch, 2, tokens, 16\]"):
         cache.update(torch.zeros(shape), torch.zeros(shape), 0)
     assert cache.get_seq_length() == 0
-
-
-def test_evict_is_refused_until_there_is_one(model):
-    plan = tiny.passthrough(model)
-    entry = plan.layers[0].model_copy(update={"evict": Evict(policy="h2o", budget=128)})
-    with pytest.raises(PlanError, match="evict is not supported yet"):
-        LoomCache(plan.model_copy(update={"layers": (entry,)}), model)
 
 
 def test_quantized_prefill_needs_enable():

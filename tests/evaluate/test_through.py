@@ -10,7 +10,7 @@ from kvloom.cache import ATTENTION, LoomCache, disable, enable
 from kvloom.errors import DataError
 from kvloom.evaluate import Contestant, dense_contestant, plan_contestant
 from kvloom.evaluate._through import Prompt, attention, greedy, stop_tokens
-from kvloom.plan import Plan
+from kvloom.plan import Evict, Plan
 from tests.evaluate.tiny_llama import random_windows, tiny_model
 
 
@@ -42,7 +42,14 @@ def test_a_filled_cache_is_what_a_forward_pass_of_the_prompt_leaves(model, prefi
             assert same.sum() >= 0.999 * same.numel(), name
 
 
-@pytest.mark.parametrize("make", [dense_contestant, packed])
+def evicting(model):
+    plan = Plan.uniform(model, 8, 8)
+    entry = plan.layers[0].model_copy(update={"evict": Evict(policy="snapkv", budget=60)})
+    kept = plan.model_copy(update={"layers": (entry,)})
+    return plan_contestant(kept, model, name="snapkv", method="uniform")
+
+
+@pytest.mark.parametrize("make", [dense_contestant, packed, evicting])
 @torch.no_grad()
 def test_greedy_writes_what_generate_writes(model, make):
     tokens = random_windows(1, 130)

@@ -109,7 +109,7 @@ def changed(**fields: Any) -> Plan:
         (Plan.uniform(MODEL, 3, 2), "layer 0 stores keys in 3 bits and values in 2"),
         (changed(window=Window(sinks=4)), r"layers\[0\]\.window\.sinks"),
         (changed(window=Window(recent=4)), r"layers\[0\]\.window\.recent"),
-        (changed(evict=Evict(policy="snapkv", budget=4)), r"layers\[0\]\.evict"),
+        (changed(evict=Evict(policy="snapkv", budget=64)), r"layers\[0\]\.evict"),
         (changed(heads={0: HeadPlan()}), r"layers\[0\]\.heads"),
         (Plan.uniform(shape(architecture="FalconForCausalLM"), 8, 8), r"model\.architecture FalconForCausalLM"),
     ],

@@ -92,8 +92,10 @@ def test_a_codec_that_misstates_its_points_is_found() -> None:
 
 
 def test_every_check_is_in_the_suite() -> None:
-    public = {name for name in testing.__all__ if name.startswith("check_")} - {"check_codec", "check_facts"}
-    assert {check.__name__ for check in (*testing.CODEC_CHECKS, *testing.CACHE_CHECKS)} == public
+    whole = {"check_codec", "check_facts", "check_policy"}
+    public = {name for name in testing.__all__ if name.startswith("check_")} - whole
+    checks = (*testing.CODEC_CHECKS, *testing.CACHE_CHECKS, *testing.POLICY_CHECKS)
+    assert {check.__name__ for check in checks} == public
 
 
 def test_a_plan_says_that_attention_decodes_what_only_a_codec_can() -> None:
