@@ -3,6 +3,7 @@
 from kvloom._userdir import cache_dir
 from kvloom.assets._fetch import MODEL_NAME, essays_dir, fetch, model_dir
 from kvloom.assets._model import load_config, load_model
+from kvloom.assets._shapes import SHAPES, random_model, shape_config
 from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts
 from kvloom.assets._windows import token_windows
 
@@ -11,6 +12,7 @@ __all__ = [
     "ESSAYS",
     "EVALUATION",
     "MODEL_NAME",
+    "SHAPES",
     "Text",
     "cache_dir",
     "digest",
@@ -19,6 +21,8 @@ __all__ = [
     "load_config",
     "load_model",
     "model_dir",
+    "random_model",
+    "shape_config",
     "texts",
     "token_windows",
 ]

@@ -6,6 +6,7 @@ from kvloom.cache._attention import ATTENTION, INVARIANT, disable, enable, loom_
 from kvloom.cache._cache import LoomCache
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
+from kvloom.cache._static import fixed_nbytes
 
 __all__ = [
     "ATTENTION",
@@ -15,6 +16,7 @@ __all__ = [
     "Rope",
     "disable",
     "enable",
+    "fixed_nbytes",
     "loom_attention",
     "reads_pages",
     "rope_of",
