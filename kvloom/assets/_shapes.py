@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_SEED = 0
 _LLAMA: dict[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -58,7 +59,7 @@ def shape_config(name: str) -> PreTrainedConfig:
 
 
 def random_model(name: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model of a shape with random weights, made on its device, in evaluation mode.
+    """A model of a shape with random weights, the same every time, made on its device, in evaluation mode.
 
     Args:
         name: a key of `SHAPES`.
@@ -72,6 +73,8 @@ def random_model(name: str, *, dtype: torch.dtype, device: torch.device) -> PreT
     from transformers import AutoModelForCausalLM
 
     config = shape_config(name)
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(_SEED)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    made: PreTrainedModel = model.eval()
+    return made
