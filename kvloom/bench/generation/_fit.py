@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticLayer
 from kvloom.bench._grid import Shape
 from kvloom.bench.generation._lineup import Lineup
 from kvloom.bench.generation._measure import Job, survives, weight_nbytes
-from kvloom.bench.generation._memory import attempt, largest, release
+from kvloom.bench.generation._memory import attempt, largest
 from kvloom.cache import fixed_nbytes
 from kvloom.errors import DataError
 from kvloom.evaluate import Contestant, Progress, silent
@@ -234,6 +234,4 @@ def _context_nbytes(device: torch.device) -> int:
 def _fits(model: PreTrainedModel, contestant: Contestant, tokens: int, batch: int) -> bool:
     job = Job(model, _NEW_TOKENS, "random", 1)
     shape = Shape(batch, tokens - _NEW_TOKENS + 1)
-    survived = attempt(partial(survives, job, contestant, shape), model.device)
-    release(model.device)
-    return bool(survived)
+    return bool(attempt(partial(survives, job, contestant, shape), model.device))

@@ -183,7 +183,6 @@ class _Run:
         while batch:
             shape = Shape(batch, load.tokens)
             made = attempt(partial(measure, self._job, contestant, shape, ceilings), self._device)
-            release(self._device)
             if made is not None:
                 return {"skipped": None, **made}
             batch = 0 if load.batch else batch - max(1, batch // _BACK_OFF)
@@ -194,9 +193,7 @@ class _Run:
 
         def fits(batch: int) -> bool:
             shape = Shape(batch, load.tokens)
-            survived = attempt(partial(survives, self._job, contestant, shape), self._device)
-            release(self._device)
-            return bool(survived)
+            return bool(attempt(partial(survives, self._job, contestant, shape), self._device))
 
         return largest(fits)
 

@@ -14,14 +14,15 @@ _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 
 
 def attempt(work: Callable[[], T], device: torch.device) -> T | None:
-    """What `work` returns, or None if it ran out of memory; what it held is then given back."""
+    """What `work` returns, or None if it ran out of memory; what it held is given back either way."""
+    result = None
     try:
-        return work()
+        result = work()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     release(device)  # after the handler, whose traceback keeps the work's tensors
-    return None
+    return result
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
