@@ -93,13 +93,23 @@ def generate(
         Literal["prompt", "random"], typer.Option(help="Pass prompts through the model, or fill caches with numbers.")
     ] = "prompt",
     repeats: Annotated[int, typer.Option(help="Timed generations.")] = 3,
-    caches: Annotated[str, typer.Option(help="Kinds of caches to compare.")] = "dynamic,static,quantized,growing,fixed",
+    caches: Annotated[
+        str | None, typer.Option(help="dynamic,static,quantized,growing,fixed; all of them by default.")
+    ] = None,
     device: Device = None,
     dtype: ShortDtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
 ) -> None:
     """Time prompts and decoding, and find the largest batch, with plans' caches and transformers' own."""
-    from kvloom.bench import bench_device, bench_generate, generate_tables, make_dtype, make_loads, make_preset
+    from kvloom.bench import (
+        KINDS,
+        bench_device,
+        bench_generate,
+        generate_tables,
+        make_dtype,
+        make_loads,
+        make_preset,
+    )
 
     setting = make_preset(preset) if preset else None
     if setting and model is None:
@@ -117,7 +127,7 @@ def generate(
             new_tokens=usual if new is None else new,
             fill=fill,
             repeats=repeats,
-            kinds=[kind.strip() for kind in caches.split(",")],
+            kinds=[kind.strip() for kind in caches.split(",")] if caches else KINDS,
             out=out,
             progress=update,
         )

@@ -13,7 +13,7 @@ from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_pro
 from kvloom.evaluate._paired import paired_difference, paired_speed
 from kvloom.evaluate._peers import BEST_AXES, Peers, peer_contestants
 from kvloom.evaluate._samples import samples
-from kvloom.evaluate._through import attention
+from kvloom.evaluate._through import attention, check_multiple
 
 __all__ = [
     "BEST_AXES",
@@ -27,6 +27,7 @@ __all__ = [
     "Record",
     "attention",
     "check_model",
+    "check_multiple",
     "conditions",
     "decode_speed",
     "dense_contestant",

@@ -82,7 +82,8 @@ def bench_generate(
         DataError: There are too few new tokens or repeats, no load or no cache, the largest batch is asked for on a
             CPU, or ``out`` is not a results file.
         ModelError: A plan is for another model, or the model is in training mode.
-        PlanError: A kind of cache is unknown, or a plan lacks a codebook.
+        PlanError: A kind of cache is unknown, or a plan lacks a codebook or its tensors.
+        MissingExtraError: A codec of a plan needs a package that is not installed.
     """
     check_model(model)
     if new_tokens < 2 or repeats < 1:
@@ -137,6 +138,7 @@ class _Run:
 
     def records(self) -> Iterator[Record]:
         """Every record, made now or before the run was killed."""
+        self._tell("bandwidth")
         made = self._piece("generate_ceilings", [], self._ceilings)
         self._where["run"] = made["run"]
         ceilings = Ceilings(made["read_bytes_per_s"], made["copy_bytes_per_s"], made["flops_per_s"])
@@ -145,6 +147,7 @@ class _Run:
             yield self._piece("generate_note", [note], partial(dict, skipped=note))
         for load in self._loads:
             for contestant in self._lineup(room(load.tokens, self._job.new_tokens)):
+                self._tell(f"{load.label} {contestant.name}")
                 case = [contestant.identity, load.label, self._settings]
                 yield self._piece("generate", case, partial(self._cell, load, contestant, ceilings))
         self._progress("measured", self._total, self._total)
@@ -197,11 +200,13 @@ class _Run:
 
         return largest(fits)
 
+    def _tell(self, what: str) -> None:
+        self._progress(what, self._done, self._total)
+        self._done += 1
+
     def _piece(self, kind: str, case: Sequence[object], make: Callable[[], Record]) -> Record:
         """A record, from before the run was killed if it was made then."""
         key = fingerprint([kind, self._conditions, case])
-        self._progress(kind.replace("_", " "), self._done, self._total)
-        self._done += kind != "generate_note"
         if key not in self._ledger:
             identity = [self._where[name] for name in ("model", "device", "dtype")]
             fields = make()

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from kvloom.cache import LoomCache
 from kvloom.errors import PlanError
 from kvloom.evaluate import BEST_AXES, Contestant, Peers, peer_contestants
-from kvloom.plan import Fingerprint, Plan
+from kvloom.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,16 +35,15 @@ class Lineup:
         notes: A sentence on each kind that does not work here.
 
     Raises:
-        PlanError: A kind is unknown, or a plan lacks a codebook.
-        ModelError: A plan is for another model.
+        PlanError: A kind is unknown.
+        Exception: Whatever `LoomCache` refuses a plan with.
     """
 
     def __init__(self, model: PreTrainedModel, plans: Mapping[str, Plan], kinds: Sequence[str] = KINDS) -> None:
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise PlanError(f"--caches {unknown[0]!r} is not one of {', '.join(KINDS)}.")
         for plan in plans.values():
-            plan.model.check(Fingerprint.of(model))
-            plan.check_codebooks()
+            LoomCache(plan, model)  # refuses what no cache can hold
         self._model, self._plans, self._kinds = model, plans, kinds
         wants_quantized = "quantized" in kinds
         self._quantized = peer_contestants(model, labels=[BEST_AXES]) if wants_quantized else Peers((), ())

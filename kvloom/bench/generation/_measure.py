@@ -18,7 +18,7 @@ from kvloom.bench._grid import Shape
 from kvloom.bench.generation._fill import fill_random
 from kvloom.bench.generation._steps import StepTimes
 from kvloom.cache import LoomCache
-from kvloom.evaluate import Contestant, Record, attention, live_bytes
+from kvloom.evaluate import Contestant, Record, attention, check_multiple, live_bytes
 from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
@@ -61,7 +61,11 @@ def measure(job: Job, contestant: Contestant, shape: Shape, ceilings: Ceilings) 
         contestant: Whose cache; made for `room` tokens if its size is fixed.
         shape: Sequences and prompt tokens.
         ceilings: The device's measured rates.
+
+    Raises:
+        DataError: The cache cannot compress prompts of that length.
     """
+    check_multiple(contestant, "prompt", shape.tokens)
     model, first, steps = job.model, [], []
     start = _allocated(model.device)
     with attention(model, packed=contestant.plan is not None), _plain_generation(model):

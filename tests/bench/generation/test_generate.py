@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from kvloom.bench import Load, bench_generate, generate_tables, make_loads
+from kvloom.bench import Load, Shape, bench_generate, generate_tables, make_loads
+from kvloom.bench._ceilings import Ceilings
 from kvloom.bench.generation import _generate as run_module
 from kvloom.bench.generation._fill import fill_random
 from kvloom.bench.generation._generate import against_peers
 from kvloom.bench.generation._lineup import PEERS, Lineup
-from kvloom.bench.generation._measure import Job, survives, weight_nbytes
+from kvloom.bench.generation._measure import Job, measure, survives, weight_nbytes
 from kvloom.cache import LoomCache, fixed_nbytes
 from kvloom.errors import CacheError, DataError, ModelError, PlanError
 from kvloom.evaluate import Peers, attention
@@ -118,8 +120,7 @@ def test_survival_reaches_the_last_token(tiny, plan):
             made.append(contestant.make_cache())
             return made[-1]
 
-        watched = type(contestant)(contestant.name, contestant.method, None, make, plan=contestant.plan)
-        assert survives(job, watched, run_module.Shape(2, 100))
+        assert survives(job, replace(contestant, make_cache=make), Shape(2, 100))
         assert [int(cache.get_seq_length()) for cache in made] == [101, 129]
 
 
@@ -227,6 +228,12 @@ def test_quantised_caches_and_why_they_are_missing(tiny, quick, monkeypatch: pyt
         "QuantizedCache on quanto is left out: ninja not installed."
     ]
     assert "quanto is left out" in " ".join(generate_tables(records)[0].notes)
+
+
+def test_lengths_that_a_cache_cannot_compress_are_said(tiny):
+    (dynamic,) = Lineup(tiny, {}, ["dynamic"])(100)
+    with pytest.raises(DataError, match="multiples of 8 tokens only, and the prompt has 70"):
+        measure(Job(tiny, 4, "prompt", 1), replace(dynamic, token_multiple=8), Shape(1, 70), Ceilings(1, 1, 1))
 
 
 def test_ratios_stay_within_a_load():
