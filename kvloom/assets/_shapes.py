@@ -73,7 +73,8 @@ def random_model(name: str, *, dtype: torch.dtype, device: torch.device) -> PreT
     from transformers import AutoModelForCausalLM
 
     config = shape_config(name)
-    with torch.random.fork_rng(), torch.device(device):
+    used = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=used), torch.device(device):
         torch.manual_seed(_SEED)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     made: PreTrainedModel = model.eval()

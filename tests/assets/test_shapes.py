@@ -22,6 +22,8 @@ def test_a_random_model_runs_where_it_was_made(monkeypatch: pytest.MonkeyPatch):
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     monkeypatch.setitem(SHAPES, "tiny", {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1})
     model = random_model("tiny", dtype=torch.float32, device=torch.device("cpu"))
+    again = random_model("tiny", dtype=torch.float32, device=torch.device("cpu"))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
     logits = model(torch.tensor([[1, 2, 3]])).logits
     assert logits.shape == (1, 3, 50)
     assert logits.isfinite().all()
