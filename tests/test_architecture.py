@@ -30,7 +30,7 @@ DOORS: dict[str, set[str] | str] = {
     "signals": RUNTIME | {"cache"},
     "allocate": {"plan", "signals"},
     "evaluate": {"plan", "cache", "signals", "assets"},
-    "bench": {"pages", "codecs", "kernels", "evaluate"},
+    "bench": RUNTIME | {"cache", "evaluate"},
     "report": {"evaluate"},
     "testing": RUNTIME | {"cache", "signals"},
     "integrations": PUBLIC_API,

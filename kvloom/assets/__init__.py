@@ -6,6 +6,7 @@ from kvloom.assets._gsm8k import gsm8k_rows
 from kvloom.assets._longbench import longbench_rows
 from kvloom.assets._model import load_config, load_model
 from kvloom.assets._rows import Row, Rows, json_file
+from kvloom.assets._shapes import SHAPES, random_model, shape_config
 from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts
 from kvloom.assets._windows import token_windows
 
@@ -14,6 +15,7 @@ __all__ = [
     "ESSAYS",
     "EVALUATION",
     "MODEL_NAME",
+    "SHAPES",
     "Row",
     "Rows",
     "Text",
@@ -27,6 +29,8 @@ __all__ = [
     "load_model",
     "longbench_rows",
     "model_dir",
+    "random_model",
+    "shape_config",
     "texts",
     "token_windows",
 ]

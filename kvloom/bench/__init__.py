@@ -1,28 +1,65 @@
-"""Speed of the kernels: attention over pages, packing, appending, beside the best dense attention of the same run.
+"""Speed of the kernels and of `generate`, beside the best dense attention and transformers' caches of the same run.
 
 device = bench_device(None)
 records = bench_kernels(make_grid(device, shapes="B8x32K", pairs="4:4,2:2"), device, out=Path("runs/kernels.jsonl"))
 draw_roofline(records, Path("roofline.png"))
+
+model = kvloom.assets.random_model("llama-3.1-8b", dtype=torch.bfloat16, device=device)
+records = bench_generate(model, {"k4v2": plan}, make_loads("B1x8K,B*x32K"), fill="random")
+capacity = fit(model.config, {"k4v2": plan}, memory=80 << 30, tokens=32768, dtype=torch.bfloat16)
 """
 
 from __future__ import annotations
 
 from kvloom.bench._backends import bench_backends
-from kvloom.bench._grid import Grid, Pair, Shape, make_grid
+from kvloom.bench._grid import Grid, Pair, Shape, make_dtype, make_grid
 from kvloom.bench._roofline import check_picture, draw_roofline
 from kvloom.bench._run import bench_device, bench_kernels
 from kvloom.bench._table import Table, tables
+from kvloom.bench.generation import (
+    KINDS,
+    PRESETS,
+    RESERVE,
+    Capacity,
+    Fit,
+    Load,
+    Preset,
+    StepTimes,
+    bench_generate,
+    fit,
+    fit_table,
+    generate_tables,
+    make_loads,
+    make_preset,
+    verify,
+)
 
 __all__ = [
+    "KINDS",
+    "PRESETS",
+    "RESERVE",
+    "Capacity",
+    "Fit",
     "Grid",
+    "Load",
     "Pair",
+    "Preset",
     "Shape",
+    "StepTimes",
     "Table",
     "bench_backends",
     "bench_device",
+    "bench_generate",
     "bench_kernels",
     "check_picture",
     "draw_roofline",
+    "fit",
+    "fit_table",
+    "generate_tables",
+    "make_dtype",
     "make_grid",
+    "make_loads",
+    "make_preset",
     "tables",
+    "verify",
 ]

@@ -15,7 +15,7 @@ _DEFAULTS = {
     "cuda": ("B8x32K,B1x128K,B1x32K,B1x4K,B1x1K", "8:8,4:4,4:2,3:3,2:2,1:1", "fp16"),
     "cpu": ("B1x2K,B1x512", "4:4,2:2", "fp32"),
 }
-_UNITS = {"": 1, "K": 2**10, "M": 2**20}
+UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _SHAPE = re.compile(r"B(\d+)x(\d+)([KM]?)")
 _PAIR = re.compile(r"(\d+):(\d+)")
 _HEADS = re.compile(r"(\d+)/(\d+)")
@@ -31,8 +31,8 @@ class Shape:
     @property
     def label(self) -> str:
         """As on the command line: ``B8x32K``."""
-        unit = next(unit for unit in ("M", "K", "") if self.tokens % _UNITS[unit] == 0)
-        return f"B{self.batch}x{self.tokens // _UNITS[unit]}{unit}"
+        unit = next(unit for unit in ("M", "K", "") if self.tokens % UNITS[unit] == 0)
+        return f"B{self.batch}x{self.tokens // UNITS[unit]}{unit}"
 
 
 @dataclass(frozen=True)
@@ -146,18 +146,18 @@ def make_grid(
     default_shapes, default_pairs, default_dtype = _DEFAULTS[device.type]
     query_heads, kv_heads = _numbers("--heads", _HEADS, heads, "32/8")
     return Grid(
-        shapes=tuple(_shape(word) for word in _words(shapes or default_shapes)),
-        pairs=tuple(_pair(word) for word in _words(pairs or default_pairs)),
+        shapes=tuple(_shape(word) for word in words(shapes or default_shapes)),
+        pairs=tuple(_pair(word) for word in words(pairs or default_pairs)),
         query_heads=query_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         key_group=key_group,
         window=window,
-        dtype=_dtype(dtype or default_dtype),
+        dtype=make_dtype(dtype or default_dtype),
     )
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     """The words of a comma-separated list, each once."""
     return list(dict.fromkeys(word.strip() for word in text.split(",")))
 
@@ -166,7 +166,7 @@ def _shape(word: str) -> Shape:
     match = _SHAPE.fullmatch(word)
     if match is None:
         raise PlanError(f"--shapes: cannot read {word!r}; give batch and tokens as in B8x32K.")
-    return Shape(int(match[1]), int(match[2]) * _UNITS[match[3]])
+    return Shape(int(match[1]), int(match[2]) * UNITS[match[3]])
 
 
 def _pair(word: str) -> Pair:
@@ -184,7 +184,12 @@ def _numbers(option: str, pattern: re.Pattern[str], word: str, example: str) -> 
     return int(match[1]), int(match[2])
 
 
-def _dtype(word: str) -> torch.dtype:
+def make_dtype(word: str) -> torch.dtype:
+    """A dtype by the name it has on the command line.
+
+    Raises:
+        PlanError: It is none of `DTYPES`.
+    """
     if word not in DTYPES:
         raise PlanError(f"--dtype {word!r} is not one of {', '.join(DTYPES)}.")
     return DTYPES[word]

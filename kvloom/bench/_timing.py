@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from time import perf_counter
 from typing import Literal
 
@@ -41,13 +41,27 @@ class Timing:
         p10: 10th percentile.
         p90: 90th percentile.
         method: ``graph``: CUDA graph replays; ``events``: launched one by one, since the code waits for the device and
-            cannot be captured; ``wall``: the host's clock.
+            cannot be captured, or laps of a stopwatch on the device; ``wall``: the host's clock.
     """
 
     seconds: float
     p10: float
     p90: float
     method: Literal["graph", "events", "wall"]
+
+
+class Stopwatch(ABC):
+    """Takes the time between marks that somebody else's loop sets; nobody waits until `laps` is asked for."""
+
+    method: Literal["events", "wall"]
+
+    @abstractmethod
+    def mark(self) -> None:
+        """Set a mark behind the work enqueued so far."""
+
+    @abstractmethod
+    def laps(self) -> list[float]:
+        """Seconds from each mark to the next."""
 
 
 class Clock(ABC):
@@ -60,6 +74,10 @@ class Clock(ABC):
     @abstractmethod
     def time(self, launches: Sequence[Launch]) -> Timing:
         """Time of one launch; each has its own input, of which there are `copies`."""
+
+    @abstractmethod
+    def stopwatch(self) -> Stopwatch:
+        """A stopwatch without marks."""
 
 
 def clock(device: torch.device) -> Clock:
@@ -100,6 +118,10 @@ class CpuClock(Clock):
         first = _wall(next(turn))
         return summary([_wall(next(turn)) for _ in range(sample_count(first))], "wall")
 
+    def stopwatch(self) -> Stopwatch:
+        """See `Clock.stopwatch`."""
+        return _WallStopwatch()
+
 
 class CudaClock(Clock):
     """Events around replays of a graph that launches everything once or more.
@@ -132,6 +154,40 @@ class CudaClock(Clock):
             (first,) = _between_events(replay, 1)
             samples = _between_events(replay, sample_count(first))
         return summary([sample / len(work) for sample in samples], "graph" if capturable else "events")
+
+    def stopwatch(self) -> Stopwatch:
+        """See `Clock.stopwatch`."""
+        return _EventStopwatch(self._device)
+
+
+class _WallStopwatch(Stopwatch):
+    method = "wall"
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+
+    def mark(self) -> None:
+        self._marks.append(perf_counter())
+
+    def laps(self) -> list[float]:
+        return [end - start for start, end in pairwise(self._marks)]
+
+
+class _EventStopwatch(Stopwatch):
+    method = "events"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._marks.append(event)
+
+    def laps(self) -> list[float]:
+        torch.cuda.synchronize(self._device)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(self._marks)]
 
 
 def _wall(launch: Launch) -> float:

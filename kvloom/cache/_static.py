@@ -12,7 +12,7 @@ from kvloom.cache._layer import LoomLayer, filled
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, HeadPages, StaticKV
-from kvloom.plan import Window, full_pages, head_layouts, itemsize
+from kvloom.plan import LayerPlan, Plan, Window, full_pages, head_layouts, itemsize, shared_nbytes
 
 # A ticket for appending, and one for each tile of 8 query rows of a KV head: enough for 32 query heads a KV head.
 _TICKETS_A_HEAD = 4
@@ -65,7 +65,7 @@ class StaticLoomLayer(LoomLayer):
             tuple(HeadPages(g.heads, g.layout, self._records(batch, g)) for g in self.pages),
             self._exact(batch, window.sinks),
             self._exact(batch, ring_tokens(window, self.max_tokens, page)),
-            self._zeros(2 * batch + 1 + _TICKETS_A_HEAD * batch * self.model.num_kv_heads),
+            self._zeros(_state_numbers(batch, self.model.num_kv_heads)),
             self.flags.on(self.device),
             filled(window, range(self.max_tokens + 1), page, torch.int32, self.device),
             page,
@@ -289,3 +289,31 @@ def ring_tokens(window: Window, max_tokens: int, page_tokens: int) -> int:
     """Exact tokens that a cache of fixed size has room for besides the sinks: the window and a page, in whole pages."""
     recent = max(window.recent, -int(-window.recent_ratio * max_tokens // 1))
     return (min(recent, max_tokens) + 2 * page_tokens - 1) // page_tokens * page_tokens
+
+
+def fixed_nbytes(plan: Plan, batch: int, max_tokens: int, dtype: object = None) -> int:
+    """Bytes of the packed layers of a cache of fixed size: what `LoomCache.nbytes` counts from its first pass on.
+
+    Args:
+        plan: What each layer stores.
+        batch: Sequences.
+        max_tokens: Tokens of each that there is room for.
+        dtype: Compute dtype (name or torch dtype) of what stays exact; None takes the model's.
+    """
+    size = itemsize(dtype or plan.model.dtype)
+    return sum(_layer_nbytes(plan.spec(i), plan, batch, max_tokens, size) for i in plan.model.packed_layers)
+
+
+def _layer_nbytes(entry: LayerPlan, plan: Plan, batch: int, max_tokens: int, size: int) -> int:
+    heads, dim = plan.model.num_kv_heads, plan.model.head_dim
+    layouts = head_layouts(entry, heads, dim, size)
+    page = layouts[0].page_tokens
+    exact = entry.window.sinks + ring_tokens(entry.window, max_tokens, page)
+    pages = full_pages(entry.window, max_tokens, page) * sum(layout.nbytes for layout in layouts)
+    state = _state_numbers(batch, heads) * torch.int32.itemsize
+    return batch * (pages + exact * 2 * heads * dim * size) + state + shared_nbytes(layouts, heads, dim, size)
+
+
+def _state_numbers(batch: int, kv_heads: int) -> int:
+    """Levels of every sequence, then counters."""
+    return 2 * batch + 1 + _TICKETS_A_HEAD * batch * kv_heads

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvloom import __version__, errors
-from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _plan, _profile, _run, _search, _signals
+from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _fit, _plan, _profile, _run, _search, _signals
 
 _SHOWN = (
     errors.CacheError,
@@ -71,6 +71,7 @@ for command in (
     _plan.convert,
     _plan.show,
     _plan.schema,
+    _fit.fit,
     _run.generate,
     _evaluate.evaluate,
     _evaluate.lm_eval,

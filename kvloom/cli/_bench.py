@@ -1,29 +1,30 @@
-"""`kvloom bench kernels`."""
+"""`kvloom bench kernels`, `kvloom bench generate`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table as Drawn
-from rich.text import Text
 
-from kvloom.cli._terminal import progress
-
-if TYPE_CHECKING:
-    from kvloom.bench import Table
+from kvloom.cli._terminal import (
+    Device,
+    OptionalModel,
+    Plans,
+    Shape,
+    ShortDtype,
+    config_of,
+    load_or_make,
+    named_plans,
+    print_tables,
+    progress,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
-_PIPE_WIDTH = 120
-
-
-@app.callback()
-def _bench() -> None:
-    """Make `kernels` a command of its own although it is the only one."""
+_LOADS = {"cuda": "B1x8K,B8x8K,B1x64K", "cpu": "B1x512"}
+_NEW_TOKENS = 64
 
 
 @app.command()
@@ -73,18 +74,67 @@ def kernels(
     if as_json:
         typer.echo(json.dumps(records))
         return
-    _print(tables(records))
+    print_tables(tables(records))
     typer.echo("\n".join(f"wrote {path}" for path in (out, plot) if path))
 
 
-def _print(made: list[Table]) -> None:
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal and console.width == 80:  # what rich takes a pipe for
-        console.width = _PIPE_WIDTH
-    for table in made:
-        drawn = Drawn(title=Text(table.title), title_justify="left", box=None, pad_edge=False)
-        for index, heading in enumerate(table.headings):
-            drawn.add_column(Text(heading), justify="left" if index < table.numbers_from else "right")
-        for row in table.rows:
-            drawn.add_row(*map(Text, row))
-        console.print(drawn, *table.notes, "", sep="\n")
+@app.command()
+def generate(
+    model: OptionalModel = None,
+    shape: Shape = None,
+    preset: Annotated[str | None, typer.Option(help="kivi, kvmix or kvtuner: the setting they published.")] = None,
+    plan: Plans = None,
+    out: Annotated[Path, typer.Option(help="Results file; the same cases are replaced.")] = Path("runs/generate.jsonl"),
+    shapes: Annotated[
+        str | None, typer.Option(help="Batch and prompt tokens: B1x8K,B*x32K; B* is the largest batch that fits.")
+    ] = None,
+    new: Annotated[int | None, typer.Option(help="Generated tokens; 64 by default.")] = None,
+    fill: Annotated[
+        Literal["prompt", "random"], typer.Option(help="Pass prompts through the model, or fill caches with numbers.")
+    ] = "prompt",
+    repeats: Annotated[int, typer.Option(help="Timed generations.")] = 3,
+    caches: Annotated[
+        str | None, typer.Option(help="dynamic,static,quantized,growing,fixed; all of them by default.")
+    ] = None,
+    device: Device = None,
+    dtype: ShortDtype = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
+) -> None:
+    """Time prompts and decoding, and find the largest batch, with plans' caches and transformers' own."""
+    from kvloom.bench import (
+        KINDS,
+        bench_device,
+        bench_generate,
+        generate_tables,
+        make_dtype,
+        make_loads,
+        make_preset,
+    )
+
+    setting = make_preset(preset) if preset else None
+    if setting and model is None:
+        shape = shape or setting.shape
+    place = bench_device(device)
+    loads = make_loads(shapes or (setting.loads if setting else _LOADS[place.type]))
+    plans = named_plans(plan, config_of(model, shape))
+    loaded = load_or_make(model, shape, place, make_dtype(dtype) if dtype else None)
+    usual = setting.new_tokens if setting else _NEW_TOKENS
+    with progress() as update:
+        records = bench_generate(
+            loaded,
+            plans,
+            loads,
+            new_tokens=usual if new is None else new,
+            fill=fill,
+            repeats=repeats,
+            kinds=[kind.strip() for kind in caches.split(",")] if caches else KINDS,
+            out=out,
+            progress=update,
+        )
+    if as_json:
+        typer.echo(json.dumps(records))
+        return
+    print_tables(generate_tables(records))
+    if setting:
+        typer.echo(f"setting: {setting.source}")
+    typer.echo(f"wrote {out}")

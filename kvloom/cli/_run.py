@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvloom.cli._terminal import Device, Dtype, Model, err, load
+
+if TYPE_CHECKING:
+    from kvloom import Plan
 
 
 def generate(
@@ -15,29 +18,54 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
     plan: Annotated[Path | None, typer.Option(help="A kv_plan.json; the uncompressed cache without it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    growing: Annotated[
+        bool, typer.Option("--growing", help="A growing cache also on a GPU, where its size is fixed by default.")
+    ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Generate text through the packed cache, greedily."""
-    from transformers import DynamicCache, TextStreamer
+    """Generate text through the packed cache, greedily; on a GPU steps are compiled."""
+    from transformers import TextStreamer
 
-    from kvloom import LoomCache, Plan, enable
+    from kvloom import Plan
+    from kvloom.bench import StepTimes
 
     wanted = Plan.load(plan) if plan else None
     loaded, tokenizer = load(model, device, dtype)
-    if wanted:
-        enable(loaded)
-    cache: Any = LoomCache(wanted, loaded) if wanted else DynamicCache(config=loaded.config)
+    inputs = _inputs(tokenizer, prompt, raw).to(loaded.device)
+    fixed = loaded.device.type == "cuda" and not growing
+    cache = _cache(wanted, loaded, inputs.input_ids.shape[1] + max_new_tokens if fixed else None)
+    times = StepTimes(loaded.device)
     loaded.generate(
-        **_inputs(tokenizer, prompt, raw).to(loaded.device),
+        **inputs,
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        logits_processor=[times],
     )
+    if steps := times.steps():
+        err.print(f"{1 / times.timing(steps).seconds:,.1f} tokens/s (median of {len(steps)} decode steps)")
     if wanted:
-        err.print(f"{cache.get_seq_length()} tokens in {cache.nbytes():,} bytes, {cache.true_bits():.2f} true bits")
+        cache.check()
+        tokens = int(cache.get_seq_length())
+        err.print(f"{tokens} tokens in {cache.nbytes():,} live bytes, {cache.true_bits():.2f} true bits")
+
+
+def _cache(plan: Plan | None, model: Any, max_tokens: int | None) -> Any:
+    """The plan's cache, of fixed size where `max_tokens` is given; the uncompressed one without a plan."""
+    from transformers import DynamicCache
+
+    from kvloom import LoomCache, enable
+
+    if plan is None:
+        return DynamicCache(config=model.config)
+    enable(model)
+    if max_tokens is not None and plan.pre_rope_layers:
+        err.print("note: keys before RoPE need a growing cache, so that steps are not compiled")
+        max_tokens = None
+    return LoomCache(plan, model, max_tokens=max_tokens)
 
 
 def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:

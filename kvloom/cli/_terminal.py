@@ -1,17 +1,25 @@
-"""What commands share: options, loading with a spinner, a progress bar."""
+"""What commands share: options, loading with a spinner, a progress bar, tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Drawn
+from rich.text import Text
+
+from kvloom.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from kvloom import Plan
+    from kvloom.bench import Table
+
+_PIPE_WIDTH = 120
 
 err = Console(stderr=True, highlight=False, markup=False)
 
@@ -20,6 +28,15 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the fi
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, ...; on a CPU float32, elsewhere the checkpoint's own."),
+]
+OptionalModel = Annotated[str | None, typer.Argument(help="As for the other commands; or give --shape.")]
+Shape = Annotated[
+    str | None, typer.Option("--shape", help="llama-3.1-8b or llama-2-7b with random weights, in place of MODEL.")
+]
+ShortDtype = Annotated[str | None, typer.Option("--dtype", help="fp16, bf16 or fp32.")]
+Plans = Annotated[
+    list[str] | None,
+    typer.Option("--plan", help="A kv_plan.json or a preset such as kvloom/K4V4; give it again for more."),
 ]
 Texts = Annotated[
     list[str] | None,
@@ -38,13 +55,74 @@ def without_bars() -> None:
     logging.disable_progress_bar()
 
 
-def load(model: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+def load(model: str, device: Any, dtype: Any) -> tuple[Any, Any]:
     """`kvloom.load_model` with a spinner."""
     from kvloom import load_model
 
     without_bars()
     with err.status(f"loading {model}"):
         return load_model(model, device=device, dtype=dtype)
+
+
+def config_of(model: str | None, shape: str | None) -> Any:
+    """The configuration of a model or of a shape.
+
+    Raises:
+        ModelError: there is not exactly one of them, or it is not found.
+    """
+    from kvloom.assets import load_config, shape_config
+
+    if shape is not None and model is None:
+        return shape_config(shape)
+    if model is not None and shape is None:
+        return load_config(model)
+    raise ModelError("give a model or --shape, and not both.")
+
+
+def load_or_make(model: str | None, shape: str | None, device: Any, dtype: Any) -> Any:
+    """A model by name, or one of a shape with random weights in bf16, on a CPU in fp32, unless `dtype` is given."""
+    import torch
+
+    from kvloom.assets import random_model
+
+    if model is not None:
+        return load(model, device, dtype)[0]
+    assert shape is not None
+    usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+    with err.status(f"making {shape}"):
+        return random_model(shape, dtype=dtype or usual, device=device)
+
+
+def named_plans(words: list[str] | None, model: Any) -> dict[str, Plan]:
+    """Plans by the stem of their file, or by the name of the preset that `model` is given.
+
+    Raises:
+        PlanError: a file cannot be read, there is no such preset, or two plans have one name.
+    """
+    from kvloom.plan import Plan, preset
+
+    found: dict[str, Plan] = {}
+    for word in words or ():
+        is_file = word.endswith(".json") or Path(word).is_file()
+        name = Path(word).stem if is_file else word
+        if name in found:
+            raise PlanError(f"--plan {word}: another plan is named {name!r}; rename one of the files.")
+        found[name] = Plan.load(word) if is_file else preset(word, model)
+    return found
+
+
+def print_tables(made: list[Table]) -> None:
+    """Tables of text on stdout, wide enough for a pipe."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal and console.width == 80:  # what rich takes a pipe for
+        console.width = _PIPE_WIDTH
+    for table in made:
+        drawn = Drawn(title=Text(table.title), title_justify="left", box=None, pad_edge=False)
+        for index, heading in enumerate(table.headings):
+            drawn.add_column(Text(heading), justify="left" if index < table.numbers_from else "right")
+        for row in table.rows:
+            drawn.add_row(*map(Text, row))
+        console.print(drawn, *table.notes, "", sep="\n")
 
 
 def calibration(

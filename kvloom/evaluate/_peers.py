@@ -42,9 +42,10 @@ class Configuration:
     widths: tuple[int, ...]
 
 
+LABELS = AS_IT_COMES, BEST_AXES = ("as it comes", "best axes")
 BACKENDS: dict[str, tuple[Configuration, ...]] = {
-    "quanto": (Configuration("as it comes", 0, 0, (2, 4)), Configuration("best axes", -1, 0, (2, 4))),
-    "hqq": (Configuration("as it comes", 0, 0, (1, 2, 3, 4, 8)), Configuration("best axes", 1, 1, (1, 2, 4, 8))),
+    "quanto": (Configuration(AS_IT_COMES, 0, 0, (2, 4)), Configuration(BEST_AXES, -1, 0, (2, 4))),
+    "hqq": (Configuration(AS_IT_COMES, 0, 0, (1, 2, 3, 4, 8)), Configuration(BEST_AXES, 1, 1, (1, 2, 4, 8))),
 }
 """On axis 1 hqq 0.2.8 decodes 3-bit codes (ten in 32 bits) of matrices only, and a cache has four dimensions."""
 
@@ -57,7 +58,12 @@ class Peers:
     notes: tuple[str, ...]
 
 
-def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS, groups: Sequence[int] = (GROUP,)) -> Peers:
+def peer_contestants(
+    model: PreTrainedModel,
+    bits: Sequence[int] = BITS,
+    groups: Sequence[int] = (GROUP,),
+    labels: Sequence[str] = LABELS,
+) -> Peers:
     """`QuantizedCache` on every backend that works on this machine.
 
     The first use of quanto on a machine builds a C++ extension, for about a minute.
@@ -66,6 +72,7 @@ def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS, groups:
         model: the model the caches serve.
         bits: widths of the codes; those that a backend cannot have are left out.
         groups: elements that share a scale and a zero point.
+        labels: which configurations.
     """
     contestants: list[Contestant] = []
     notes: list[str] = []
@@ -78,7 +85,7 @@ def peer_contestants(model: PreTrainedModel, bits: Sequence[int] = BITS, groups:
             quantized_contestant(model, backend, configuration, width, group)
             for configuration in configurations
             for width in bits
-            if width in configuration.widths
+            if configuration.label in labels and width in configuration.widths
             for group in groups
         ]
     return Peers(tuple(contestants), tuple(notes))

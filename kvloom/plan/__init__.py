@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvloom.plan._bytes import calibrated_formats, full_pages, has_matrices, head_layouts, itemsize
+from kvloom.plan._bytes import calibrated_formats, full_pages, has_matrices, head_layouts, itemsize, shared_nbytes
 from kvloom.plan._equal_bytes import evict_to_bytes
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
@@ -59,6 +59,7 @@ __all__ = [
     "presets",
     "readable_formats",
     "rotation_name",
+    "shared_nbytes",
     "spend_bits",
     "spend_groups",
     "writable_formats",

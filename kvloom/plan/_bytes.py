@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from kvloom.eviction import Room, slot_nbytes
@@ -104,13 +104,17 @@ def layer_nbytes(
     pages = full_pages(layer.window, tokens, layouts[0].page_tokens)
     exact = tokens - pages * layouts[0].page_tokens
     of_sequence = pages * sum(layout.nbytes for layout in layouts) + exact * 2 * kv_heads * head_dim * size
-    codebooks = sum(fmt.codebook_nbytes for _, fmt in calibrated_formats(layouts))
-    turned = sum(has_matrices([getattr(layout, side) for layout in layouts]) for side in ("key", "value"))
-    matrices = turned * kv_heads * head_dim**2 * (_FORWARD_BYTES + max(_DUAL_BYTES, size))
     if room:
         sums = (pages + exact - min(tokens, room.sinks)) * _MASS_BYTES if room.policy.sums_attention else 0
         of_sequence += kv_heads * (tokens * slot_nbytes(seen) + _COUNT_BYTES + sums)
-    return batch * of_sequence + codebooks + matrices
+    return batch * of_sequence + shared_nbytes(layouts, kv_heads, head_dim, size)
+
+
+def shared_nbytes(layouts: Sequence[PageLayout], kv_heads: int, head_dim: int, size: int) -> int:
+    """Bytes that a layer holds once for all sequences: calibrated codebooks and rotations."""
+    codebooks = sum(fmt.codebook_nbytes for _, fmt in calibrated_formats(layouts))
+    turned = sum(has_matrices([getattr(layout, side) for layout in layouts]) for side in ("key", "value"))
+    return codebooks + turned * kv_heads * head_dim**2 * (_FORWARD_BYTES + max(_DUAL_BYTES, size))
 
 
 def has_matrices(sides: Iterable[SideLayout]) -> bool:

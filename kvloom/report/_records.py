@@ -13,7 +13,8 @@ Record = dict[str, Any]
 
 NAMED = ("fidelity", "decode", "sample", "needle", "drift", "task")
 BENCH = ("ceilings", "backend", "dense", "attend", "encode", "append")
-KINDS = (*NAMED, "signal", "signal_comparison", "random_plan", *(f"kernel_{kind}" for kind in BENCH))
+GENERATE = ("generate", "generate_ceilings", "generate_note")
+KINDS = (*NAMED, "signal", "signal_comparison", "random_plan", *(f"kernel_{kind}" for kind in BENCH), *GENERATE)
 
 
 def load_records(source: str | Path) -> list[Record]:

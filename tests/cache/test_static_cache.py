@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import CompileConfig
 
 from kvloom import kernels
-from kvloom.cache import LoomCache, loom_attention
+from kvloom.cache import LoomCache, fixed_nbytes, loom_attention
 from kvloom.cache._static import ring_tokens
 from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, HeadPages, StaticKV
@@ -193,6 +193,18 @@ def test_bytes_are_those_of_the_capacity():
     exact = (4 + ring_tokens(layer.entry.window, 1000, layer.page_tokens)) * 2 * 2 * 16 * 4
     assert cache.nbytes() == 3 * (pages * records + exact) + layer.store.state.numel() * 4
     assert cache.nbytes() < plan.nbytes(3, 1000, torch.float32) + 3 * 2 * 64 * 2 * 2 * 16 * 4
+
+
+@EXAMPLES
+@given(st.data())
+def test_bytes_are_known_before(data):
+    plan, batch = data.draw(plans()), data.draw(st.integers(1, 3))
+    most = data.draw(st.integers(1, TOKENS))
+    tokens, dtype = data.draw(st.integers(1, most)), data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    cache = new_cache(plan, max_tokens=most)
+    key, value = states(plan, tokens, batch=batch, dtype=dtype)
+    fill(cache, key, value, [tokens])
+    assert cache.nbytes() == fixed_nbytes(plan, batch, most, dtype)
 
 
 def test_reset_keeps_the_storage():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_generate_through_a_plan_says_what_the_dense_cache_says(kvloom, plan: Pa
     assert packed.stdout == dense.stdout
     assert "true bits" in packed.stderr
     assert "true bits" not in dense.stderr
+    for shown in (dense.stderr, packed.stderr):
+        assert re.search(r"\d\.\d tokens/s \(median of \d decode steps\)", shown)
 
 
 def test_calibrate_fills_in_what_generate_needs(kvloom, fetched, tmp_path: Path):

@@ -1,0 +1,28 @@
+"""Speed and memory of `generate` with plans' caches and transformers' own, in the same run."""
+
+from __future__ import annotations
+
+from kvloom.bench.generation._fit import RESERVE, Capacity, Fit, fit, verify
+from kvloom.bench.generation._generate import bench_generate
+from kvloom.bench.generation._lineup import KINDS
+from kvloom.bench.generation._loads import PRESETS, Load, Preset, make_loads, make_preset
+from kvloom.bench.generation._steps import StepTimes
+from kvloom.bench.generation._table import fit_table, generate_tables
+
+__all__ = [
+    "KINDS",
+    "PRESETS",
+    "RESERVE",
+    "Capacity",
+    "Fit",
+    "Load",
+    "Preset",
+    "StepTimes",
+    "bench_generate",
+    "fit",
+    "fit_table",
+    "generate_tables",
+    "make_loads",
+    "make_preset",
+    "verify",
+]
