@@ -2,13 +2,14 @@
 
     python -m benchmarks.recipes                  # scores all; resumable
     python -m benchmarks.recipes --share 2/8      # every eighth of them, from the second on: processes share a GPU
-    python -m benchmarks.recipes --readme         # the table, from the results of all shares
+    python -m benchmarks.recipes --readme         # the table, from the results of all shares and of methods.py
 
 Windows, scoring and intervals are those of `benchmarks/methods.py`. Packages: transformers' `QuantizedCache`, and those
 of `benchmarks/packages.py`, which says how to install them. Each share writes `<out>/share-2-of-8.jsonl`, finished
 pieces beside it. `--readme` scores nothing: it writes the table between the two markers in README.md, and the records,
 with the blocks of the compared ones, to `benchmarks/recipes.jsonl` (a test holds README.md to them; after a change of
-words, `--readme --out benchmarks/recipes.jsonl` makes the table again).
+words, `--readme --out benchmarks/recipes.jsonl` makes the table again). It reads all results below `benchmarks/results`
+and takes the recipes, the uniform plans of `methods.py` that keep four sinks, and the packages.
 
 Within a budget are plans of at most so many true bits, sinks and the unfilled page included, and packages of at most
 1/16 bit more, so that a format of just the budget is not shut out by the 7 tokens that `QuantizedCache` keeps exactly
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.methods import (
     FOLDER,
     FOUR,
+    METHODS,
     PAGE,
     README,
     comparable,
@@ -102,6 +104,10 @@ RECIPES = (
 )
 
 
+OWN = {recipe.name for recipe in RECIPES} | {method.name for method in METHODS if method.exact == "first 4"}
+"""Uniform plans with four sinks."""
+
+
 def contestants(model: PreTrainedModel) -> list[Contestant]:
     """Every recipe, and every setting of a package that can run here and may be within a budget."""
     shape = Fingerprint.of(model)
@@ -141,12 +147,19 @@ def best(rows: dict[str, Record]) -> list[Row]:
     Raises:
         DataError: a budget has no recipe or no package within it.
     """
-    own = {recipe.name for recipe in RECIPES}
-    ours = [record for name, record in rows.items() if name in own]
-    theirs = [record for name, record in rows.items() if name not in own]
+    ours, theirs = ([record for record in rows.values() if _is_ours(record) == own] for own in (True, False))
     return [
-        Row(budget, _best(ours, budget, "recipe"), _best(theirs, budget + ALLOWANCE, "package")) for budget in BUDGETS
+        Row(budget, _best(ours, budget, "uniform plan"), _best(theirs, budget + ALLOWANCE, "package"))
+        for budget in BUDGETS
     ]
+
+
+def _is_ours(record: Record) -> bool:
+    return record["name"] in OWN
+
+
+def _is_compared(record: Record) -> bool:
+    return _is_ours(record) or not {"backend", "package"}.isdisjoint(record["settings"])
 
 
 def _best(records: list[Record], bits: float, kind: str) -> Record:
@@ -159,7 +172,7 @@ def _best(records: list[Record], bits: float, kind: str) -> Record:
 def table(rows: dict[str, Record]) -> str:
     """The markdown table, and what must be known to read it."""
     lines = [
-        "| budget | keys; values | true bits | KLD [95 %] | best public package | true bits | KLD [95 %] "
+        "| budget | uniform plan | true bits | KLD [95 %] | best public package | true bits | KLD [95 %] "
         "| ratio [95 %] |",
         "|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in best(rows)),
@@ -191,20 +204,20 @@ def _measured(record: Record) -> tuple[str, str]:
 
 def _legend(rows: dict[str, Record]) -> str:
     record = next(iter(rows.values()))
-    tokens = record["context"]
+    tokens, ours = record["context"], sum(map(_is_ours, rows.values()))
     said = (
         f"{record['model']}, {record['dtype']}, device: {record['device']}; {record['scored_tokens']:,} scored tokens "
         f"of real text in {record['windows']} windows. True bits are those at {tokens:,} tokens "
         f"({tokens // PAGE} pages and {tokens % PAGE} tokens), with a 16-bit compute dtype; ours are at most the "
         f"budget, a package's at most {ALLOWANCE:g} more. KLD is from the uncompressed cache, in nats a token; ratios "
-        "are ours to theirs on the same draws of tokens. Recipes are the same in every layer, with four sinks: "
-        "`2b/ch128` is 2 bits in groups of 128 tokens of a channel, `tok-head` of all channels of a token, `s` "
-        "without zero points. Pages have as many tokens as the largest group, 64 at least, and the newest tokens are "
-        "exact until theirs is full. Each side is its best of "
-        f"{len(RECIPES)} recipes and of {len(rows) - len(RECIPES)} settings of {_packages(rows)}. `QuantizedCache` "
-        "has the axes that measured best; it, and packages that keep the newest tokens exactly, show a pass of "
-        f"{record['chunk']} tokens its own ones exactly, all others as stored. Bits (stated) are the package's own "
-        "figure: it holds floats, or a byte a code."
+        "are ours to theirs on the same draws of tokens. Ours are the same in every layer, with four sinks; those with "
+        "names of their own are in the table of methods. `2b/ch128` is 2 bits in groups of 128 tokens of a channel, "
+        "`tok-head` of all channels of a token, `s` without zero points. Pages have as many tokens as the largest "
+        "group, 64 at least, and the newest tokens are exact until theirs is full. Each side is its best of "
+        f"{ours} uniform plans and of {len(rows) - ours} settings of {_packages(rows)}{_absent(rows)}. "
+        "`QuantizedCache` has the axes that measured best; it, and packages that keep the newest tokens exactly, show a "
+        f"pass of {record['chunk']} tokens its own ones exactly, all others as stored. Bits (stated) are the package's "
+        "own figure: it holds floats, or a byte a code."
     )
     return fill(said, 120, break_on_hyphens=False)
 
@@ -217,13 +230,21 @@ def _packages(rows: dict[str, Record]) -> str:
     return ", ".join([*backends, *known])
 
 
+def _absent(rows: dict[str, Record]) -> str:
+    """Packages and recipes that have no results here."""
+    found = {record["settings"].get("package") for record in rows.values()}
+    recipes = sum(recipe.name not in rows for recipe in RECIPES)
+    absent = [*sorted(PACKAGES.keys() - found), *([f"{recipes} of the {len(RECIPES)} recipes"] if recipes else [])]
+    return f" (not scored here: {', '.join(absent)})" if absent else ""
+
+
 def write_readme(results: Path, readme: Path = README, kept: Path = KEPT) -> None:
     """Write the table between the markers, and keep what it is made of.
 
     Raises:
         DataError: see `comparable`, `best` and `between`.
     """
-    rows = comparable(results, [recipe.name for recipe in RECIPES], SCRIPT)
+    rows = {name: record for name, record in comparable(results, (), SCRIPT).items() if _is_compared(record)}
     compared = {record["name"] for row in best(rows) for record in (row.ours, row.theirs)}
     rows = {name: kept_record(record) if name in compared else without_blocks(record) for name, record in rows.items()}
     insert(readme, table(rows), BEGIN, END)
@@ -241,7 +262,7 @@ def main() -> None:
     asked = scoring_options(__doc__.split("\n")[0], RESULTS).parse_args()
     try:
         if asked.readme:
-            write_readme(asked.out)
+            write_readme(RESULTS.parent if asked.out == RESULTS else asked.out)
         else:
             evaluate(lambda model: of_share(contestants(model), asked.share), asked)
     except DataError as error:
