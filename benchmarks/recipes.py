@@ -216,8 +216,8 @@ def _legend(rows: dict[str, Record]) -> str:
         "group, 64 at least, and the newest tokens are exact until theirs is full. Each side is its best of "
         f"{ours} uniform plans and of {len(rows) - ours} settings of {_packages(rows)}{_absent(rows)}. "
         "`QuantizedCache` has the axes that measured best; it, and packages that keep the newest tokens exactly, show "
-        f"a pass of {record['chunk']} tokens its own ones exactly, all others as stored. Bits (stated) are the package's "
-        "own figure: it holds floats, or a byte a code."
+        f"a pass of {record['chunk']} tokens its own ones exactly, all others as stored. Bits (stated) are the "
+        "package's own figure: it holds floats, or a byte a code."
     )
     return fill(said, 120, break_on_hyphens=False)
 
