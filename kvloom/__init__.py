@@ -6,9 +6,9 @@ cache, prove what it cost.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kvloom._lazy import on_first_use
 from kvloom._version import __version__
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ __all__ = [
     "load_model",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load public names on first use, so that ``import kvloom`` stays light."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kvloom' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = on_first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kvloom._lazy import on_first_use
 from kvloom.eviction._adakv import AdaKV
 from kvloom.eviction._base import Policy, Pooling, make, names, register, registered
 from kvloom.eviction._expected_attention import ExpectedAttention
@@ -54,8 +54,4 @@ __all__ = [
     "slot_nbytes",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _TENSOR_HOMES:
-        raise AttributeError(f"module 'kvloom.eviction' has no attribute {name!r}")
-    return getattr(importlib.import_module(_TENSOR_HOMES[name]), name)
+__getattr__ = on_first_use(__name__, _TENSOR_HOMES)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kvloom._lazy import on_first_use
 from kvloom.pages._codebook import CODEBOOK_BITS, Codebook
 from kvloom.pages._codec_facts import CodecFacts, Form, codec_facts, declare_codec
 from kvloom.pages._format import (
@@ -99,8 +99,4 @@ __all__ = [
     "unpack_side",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _TENSOR_HOMES:
-        raise AttributeError(f"module 'kvloom.pages' has no attribute {name!r}")
-    return getattr(importlib.import_module(_TENSOR_HOMES[name]), name)
+__getattr__ = on_first_use(__name__, _TENSOR_HOMES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from kvloom._lazy import on_first_use
 
 if TYPE_CHECKING:
     from kvloom.signals._base import Evidence, Labels, LayerSignal, ModelSignal, Side, Signal
@@ -63,8 +64,4 @@ __all__ = [
     "signals",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = on_first_use(__name__, _HOMES)
