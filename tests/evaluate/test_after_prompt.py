@@ -98,9 +98,9 @@ def test_drift_after_a_prompt_counts_steps_from_its_end(model):
 
 def test_eviction_needs_a_prompt_and_tokens_one_by_one(model):
     contestant = evicting(model)
-    with pytest.raises(DataError, match="snapkv 80 4 evicts at the end of a prompt: .*prompt=True"):
+    with pytest.raises(DataError, match=r"snapkv 80 4 evicts at the end of a prompt: .*prompt=True"):
         fidelity(model, random_windows(1, TOKENS), [contestant], protocol=Protocol(1, 40, 64))
-    with pytest.raises(DataError, match="chunk is 128: .*give chunk=1"):
+    with pytest.raises(DataError, match=r"chunk is 128: .*give chunk=1"):
         Protocol(prompt=True)
     with pytest.raises(DataError, match="evicts at the end of every chunk"):
         Continuations(model, contestant)
