@@ -35,7 +35,7 @@ from kvloom import calibrate
 from kvloom.assets import CALIBRATION, EVALUATION, MODEL_NAME, load_model, texts, token_windows
 from kvloom.demo import KVMIX, SINKS, exact_name, lineup
 from kvloom.errors import DataError
-from kvloom.evaluate import Contestant, Record, fidelity, peer_contestants, plan_contestant
+from kvloom.evaluate import Contestant, Progress, Record, fidelity, peer_contestants, plan_contestant
 from kvloom.plan import Fingerprint, Plan, TensorSpec, Window, preset
 from kvloom.report import load_records, render_text
 from kvloom.signals import Profile
@@ -196,22 +196,33 @@ def evaluate(lineup_of: Callable[[PreTrainedModel], Sequence[Contestant]], asked
         lineup_of: what is scored.
         asked: options of `scoring_options`.
     """
-    started = perf_counter()
-
-    def progress(what: str, done: int, total: int) -> None:
-        print(f"{perf_counter() - started:7.0f} s  {done}/{total}  {what}", flush=True)
-
     model, tokenizer = load_model(MODEL_NAME, device=asked.device, dtype="float32")
     records = fidelity(
         model,
         token_windows(tokenizer, texts(EVALUATION), asked.window, asked.windows, seed=0),
         lineup_of(model),
         texts=EVALUATION,
-        out=asked.out / "share-{}-of-{}.jsonl".format(*asked.share),
+        out=share_file(asked),
         batch=asked.batch,
-        progress=progress,
+        progress=printed(),
     )
     print(render_text(records))
+
+
+def printed() -> Progress:
+    """Progress as lines that begin with the seconds since now."""
+    started = perf_counter()
+
+    def progress(what: str, done: int, total: int) -> None:
+        print(f"{perf_counter() - started:7.0f} s  {done}/{total}  {what}", flush=True)
+
+    return progress
+
+
+def share_file(asked: argparse.Namespace) -> Path:
+    """Where a share writes its results."""
+    path: Path = asked.out / "share-{}-of-{}.jsonl".format(*asked.share)
+    return path
 
 
 def scoring_options(description: str, out: Path) -> argparse.ArgumentParser:
@@ -245,13 +256,16 @@ def share(text: str) -> Share:
     return int(first), int(of)
 
 
-def comparable(results: Path, needed: Iterable[str], script: str = "benchmarks/methods.py") -> dict[str, Record]:
+def comparable(
+    results: Path, needed: Iterable[str], script: str = "benchmarks/methods.py", least: int = LEAST_TOKENS
+) -> dict[str, Record]:
     """The newest results and those that compare with them, by name.
 
     Args:
         results: a file of records, or a folder of such files.
         needed: names without which there is no table.
         script: what makes them.
+        least: scored tokens without which there is no table.
 
     Raises:
         DataError: there are none, a needed one is missing, or they cover too few tokens.
@@ -261,9 +275,9 @@ def comparable(results: Path, needed: Iterable[str], script: str = "benchmarks/m
     rows = {record["name"]: record for record in records if all(record[key] == records[-1][key] for key in SAME)}
     if missing := [name for name in needed if name not in rows]:
         raise DataError(f"{results} has no results of {', '.join(missing)}: run {script} to its end.")
-    if (tokens := records[-1]["scored_tokens"]) < LEAST_TOKENS:
+    if (tokens := records[-1]["scored_tokens"]) < least:
         raise DataError(
-            f"{results} covers {tokens:,} scored tokens, and the table needs {LEAST_TOKENS:,}: give more --windows."
+            f"{results} covers {tokens:,} scored tokens, and the table needs {least:,}: give more --windows."
         )
     return rows
 

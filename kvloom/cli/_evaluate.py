@@ -123,6 +123,11 @@ def _contestants(plans: list[tuple[str, Plan]], model: Any, prefill: str) -> lis
     from kvloom.evaluate import dense_contestant, plan_contestant
 
     mode: Any = None if prefill == "plan" else prefill
+    if mode == "quantized" and any(entry.evict for _, it in plans for entry in it.layers):
+        err.print(
+            "A plan evicts, which chooses among tokens read exactly: all plans read prompts so (--prefill exact)."
+        )
+        mode = "exact"
     packed = [plan_contestant(it, model, name=name, method=_method(it), prefill=mode) for name, it in plans]
     return [dense_contestant(model), *packed]
 

@@ -62,6 +62,11 @@ class Contestant:
         return "exact" if self.method == "dense" else self.within_pass
 
     @property
+    def evicts(self) -> bool:
+        """Whether tokens leave, which the cache chooses when attention has read a prompt."""
+        return self.plan is not None and any(entry.evict for entry in self.plan.layers)
+
+    @property
     def identity(self) -> Record:
         """What its results depend on, in JSON types."""
         plan = self.plan and self.plan.model_dump(mode="json", exclude={"provenance"})

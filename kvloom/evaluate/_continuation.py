@@ -45,6 +45,11 @@ class Continuations:
 
     def __init__(self, model: PreTrainedModel, contestant: Contestant, chunk: int = 128) -> None:
         check_multiple(contestant, "chunk", chunk)
+        if contestant.evicts:
+            raise DataError(
+                f"{contestant.name} evicts at the end of every chunk of a context: leave it out, or give it a plan "
+                "without evict."
+            )
         self._model = model
         self._contestant = contestant
         self._chunk = chunk

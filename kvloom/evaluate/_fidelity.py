@@ -4,11 +4,16 @@ Windows of real text are fed in chunks, the cache carried over, once through the
 once through each contestant's. Every scored token is predicted from what the cache holds of its
 past; one forward pass over a whole window would never read the cache at all. The first tokens of a
 window, which see little or nothing of the past, fill the cache and are not scored.
+
+Plans that evict choose at the end of a prompt. With `Protocol(prompt=True)` the unscored tokens are
+one, read exactly in one pass, and the others are decoded: one by one, since a pass of several tokens
+would be a prompt of its own, read itself exactly, and pass over what is packed, and what leaves,
+while tokens are decoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -35,11 +40,11 @@ from kvloom.evaluate._context import (
 from kvloom.evaluate._live import live_bytes, true_bits
 from kvloom.evaluate._records import write_records
 from kvloom.evaluate._scores import TokenScores, score_tokens
-from kvloom.evaluate._through import attention, check_multiple, chunked_logits
+from kvloom.evaluate._through import attention, check_multiple, chunked_logits, last_logits
 from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -50,21 +55,32 @@ class Protocol:
         chunk: tokens of one forward pass; 1 decodes token by token.
         block: consecutive tokens drawn together by the bootstrap.
         unscored: tokens at the start of a window that fill the cache and are not scored.
+        prompt: whether those come in one pass, whatever the chunk, and the others one by one (`chunk=1`). Bytes and
+            true bits are then those of the cache that holds the prompt.
     """
 
     chunk: int = 128
     block: int = 128
     unscored: int = 128
+    prompt: bool = False
 
     def __post_init__(self) -> None:
         for name in ("chunk", "block", "unscored"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} is {getattr(self, name)}: give at least 1 token.")
+        if self.prompt and self.chunk != 1:
+            raise DataError(f"chunk is {self.chunk}: tokens after a prompt come one by one, so give chunk=1.")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 where windows are cut into chunks from their start."""
+        return self.unscored if self.prompt else 0
 
     @property
     def fields(self) -> dict[str, int]:
         """The protocol as records have it."""
-        return {"chunk": self.chunk, "block": self.block, "unscored": self.unscored}
+        prompt = {"prompt": self.prompt_tokens} if self.prompt else {}
+        return {"chunk": self.chunk, "block": self.block, "unscored": self.unscored, **prompt}
 
 
 def fidelity(
@@ -82,7 +98,8 @@ def fidelity(
     """Score contestants against the dense cache on the same windows.
 
     The dense cache's logits of a batch of windows are computed once, in the same chunks, and kept
-    while all contestants score these windows: `batch x tokens x vocabulary` floats.
+    while all contestants score these windows: `batch x tokens x vocabulary` floats, the tokens of a
+    prompt left out.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -107,7 +124,8 @@ def fidelity(
 
     Raises:
         DataError: the windows are empty, too short or too long for the model, hold ids that are not
-            in its vocabulary, do not fit a contestant, or give logits that are not finite.
+            in its vocabulary, do not fit a contestant, or give logits that are not finite; or a
+            contestant evicts and the protocol has no prompt.
         ModelError: the model is in training mode.
     """
     protocol = protocol or Protocol()
@@ -159,7 +177,7 @@ def score_windows(
             wanted = own[first : first + len(rows)]
             if not all(key in ledger for key in wanted):
                 if reference is None:
-                    reference = dense_logits(model, rows, protocol.chunk)
+                    reference = dense_logits(model, rows, protocol)
                 for key, piece in zip(wanted, score_rows(model, rows, contestant, reference, protocol), strict=True):
                     if key not in ledger:
                         ledger.add("fidelity_piece", key, piece)
@@ -176,12 +194,23 @@ def piece_scores(pieces: Sequence[Record]) -> TokenScores:
 
 
 @torch.no_grad()
-def dense_logits(model: PreTrainedModel, rows: Tensor, chunk: int) -> Tensor:
-    """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`."""
+def dense_logits(model: PreTrainedModel, rows: Tensor, protocol: Protocol) -> Tensor:
+    """Logits `[batch, tokens, vocabulary]` of windows `[batch, tokens]`, those of a prompt left out.
+
+    What comes after a prompt comes in one pass, which reads the same.
+    """
     cache = DynamicCache(config=model.config)
     with attention(model, packed=False):
-        pieces = chunked_logits(model, cache, rows, chunk)
+        rest = _after_prompt(model, cache, rows, protocol)
+        pieces = chunked_logits(model, cache, rest, rest.shape[1] if protocol.prompt else protocol.chunk)
         return torch.cat([check_logits(logits, "the dense cache") for logits in pieces], dim=1)
+
+
+def _after_prompt(model: PreTrainedModel, cache: Cache, rows: Tensor, protocol: Protocol) -> Tensor:
+    """Let a cache read the prompt of windows `[batch, tokens]`, if they have one; what remains of them."""
+    if protocol.prompt:
+        last_logits(model, cache, rows[:, : protocol.prompt_tokens])
+    return rows[:, protocol.prompt_tokens :]
 
 
 @torch.no_grad()
@@ -194,29 +223,40 @@ def score_rows(
 ) -> list[Record]:
     """A piece for each of the windows `[batch, tokens]`."""
     started = perf_counter()
-    cache, (batch, tokens) = contestant.make_cache(), rows.shape
+    cache, (batch, tokens), shape = contestant.make_cache(), rows.shape, Fingerprint.of(model)
     parts: list[list[TokenScores]] = [[] for _ in rows]
-    start = 0
+    read = start = protocol.prompt_tokens
     with attention(model, packed=contestant.plan is not None):
-        for logits in chunked_logits(model, cache, rows, protocol.chunk, contestant.offset):
+        rest = _after_prompt(model, cache, rows, protocol)
+        kept = _held(contestant, cache, shape, batch) if protocol.prompt else None
+        passes: Iterable[Tensor] = chunked_logits(model, cache, rest, protocol.chunk, contestant.offset)
+        if protocol.prompt:
+            passes = [torch.cat(list(passes), dim=1)]
+        for logits in passes:
             check_logits(logits, contestant.name)
             first, stop = max(start, protocol.unscored), min(start + logits.shape[1], tokens - 1)
             if first < stop:
-                own = logits[:, first - start : stop - start]
+                own, dense = logits[:, first - start : stop - start], reference[:, first - read : stop - read]
                 for row, scores in enumerate(parts):
-                    scores.append(score_tokens(reference[row, first:stop], own[row], rows[row, first + 1 : stop + 1]))
+                    scores.append(score_tokens(dense[row], own[row], rows[row, first + 1 : stop + 1]))
             start += logits.shape[1]
-    shape = Fingerprint.of(model)
     about = {
         "name": contestant.name,
-        "live_bytes": live_bytes(contestant, cache, shape) // batch,
-        "true_bits": true_bits(contestant, cache, shape, batch),
+        **(kept or _held(contestant, cache, shape, batch)),
         "seconds": round((perf_counter() - started) / batch, 3),
     }
     joined = [TokenScores.join(scores) for scores in parts]
     return [
         {**about, "scores": {name: pack_floats(value) for name, value in vars(scores).items()}} for scores in joined
     ]
+
+
+def _held(contestant: Contestant, cache: Cache, shape: Fingerprint, batch: int) -> Record:
+    """Bytes of a sequence and true bits of a cache of `batch` sequences."""
+    return {
+        "live_bytes": live_bytes(contestant, cache, shape) // batch,
+        "true_bits": true_bits(contestant, cache, shape, batch),
+    }
 
 
 def _aggregate(
@@ -250,6 +290,7 @@ def _aggregate(
         "chunk": protocol.chunk,
         "offset": contestant.offset,
         "unscored": protocol.unscored,
+        "prompt": protocol.prompt_tokens,
         "ppl": nll.exp().interval().as_dict(),
         "ppl_ratio": (nll - dense_nll).exp().interval().as_dict(),
         "kld": block_mean(means["kld"], tokens).interval().as_dict(),
@@ -310,6 +351,11 @@ def check_windows(
             f"model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer."
         )
     for contestant in contestants:
+        if contestant.evicts and not protocol.prompt:
+            raise DataError(
+                f"{contestant.name} evicts at the end of a prompt: score it after one, with Protocol(chunk=1, "
+                "unscored=..., prompt=True)."
+            )
         check_multiple(contestant, "chunk", protocol.chunk)
         rest = tokens % protocol.chunk
         if protocol.chunk % contestant.exact_tail or rest >= contestant.exact_tail:

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 _COMPUTE_BYTES = 2
 
 
-def held(contestant: Contestant, cache: Cache, model: Fingerprint) -> Record:
-    """Tokens, bytes and true bits of a cache of one sequence, as records have them."""
+def held(contestant: Contestant, cache: Cache, model: Fingerprint, prompt: int | None = None) -> Record:
+    """Tokens, bytes and true bits of a cache of one sequence, as records have them.
+
+    Tokens after the first `prompt` ones came one by one, which matters where tokens are evicted.
+    """
+    tokens = int(cache.get_seq_length())
     return {
-        "context": int(cache.get_seq_length()),
+        "context": tokens,
         "live_bytes": live_bytes(contestant, cache, model),
-        "true_bits": true_bits(contestant, cache, model),
+        "true_bits": true_bits(contestant, cache, model, decoded=0 if prompt is None else tokens - prompt),
     }
 
 
@@ -41,7 +45,7 @@ def live_bytes(contestant: Contestant, cache: Cache, model: Fingerprint) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
-def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint, batch: int = 1) -> float:
+def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint, batch: int = 1, *, decoded: int = 0) -> float:
     """8 x bytes / cached elements of `batch` sequences if the run's compute dtype were a 16-bit one.
 
     Counted for a plan by its own arithmetic, for any other cache on its tensors: every
@@ -50,7 +54,7 @@ def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint, batch: i
     """
     tokens = cache.get_seq_length()
     if contestant.plan is not None:
-        return contestant.plan.true_bits(tokens, dtype=torch.bfloat16)
+        return contestant.plan.true_bits(tokens, dtype=torch.bfloat16, decoded=decoded)
     if contestant.stated_bits is not None:
         return contestant.stated_bits(cache)
     counted = {t.data_ptr(): _sixteen_bit_nbytes(t) for t in cache_tensors(cache, model)}

@@ -189,7 +189,7 @@ def needle(
                 written = greedy(model, contestant, filled, NEW_TOKENS, stop_tokens(model))
                 answer = tokenizer.decode(written.tokens)
                 about = {**asdict(case), "found": case.number in answer, "answer": answer}
-                ledger.add("needle_piece", key, {**about, **held(contestant, written.cache, shape)})
+                ledger.add("needle_piece", key, {**about, **held(contestant, written.cache, shape, tokens.shape[1])})
             answered.append(ledger[key])
             done += 1
     progress("answered", done, total)

@@ -66,4 +66,4 @@ def reply(model: PreTrainedModel, tokenizer: Any, contestant: Contestant, prompt
     answer = text(written.tokens)
     for stop in request.stop:
         answer = answer.partition(stop)[0]
-    return {"answer": answer, **held(contestant, written.cache, Fingerprint.of(model))}
+    return {"answer": answer, **held(contestant, written.cache, Fingerprint.of(model), prompt.tokens.shape[1])}

@@ -146,7 +146,7 @@ def _measured(
             missing = own[start : start + len(rows)]
             if not all(key in ledger for key in missing):
                 if reference is None:
-                    reference = dense_logits(model, rows, protocol.chunk)
+                    reference = dense_logits(model, rows, protocol)
                 for key, piece in zip(missing, score_rows(model, rows, entrant, reference, protocol), strict=True):
                     if key not in ledger:
                         ledger.add("random_plan_piece", key, {"kld": float(piece_scores([piece]).kld.double().mean())})

@@ -102,7 +102,7 @@ class Prompt:
         check_multiple(contestant, "prompt", self.tokens.shape[1])
         cache = contestant.make_cache()
         with attention(self._model, packed=contestant.plan is not None):
-            if contestant.prefill == "quantized" or not self._shareable or _evicts(contestant):
+            if contestant.prefill == "quantized" or not self._shareable or contestant.evicts:
                 return cache, last_logits(self._model, cache, self.tokens)
             dense, logits = self._dense
             for index, layer in enumerate(dense.layers):
@@ -126,11 +126,6 @@ class Written:
 
     tokens: list[int]
     cache: Cache
-
-
-def _evicts(contestant: Contestant) -> bool:
-    """Whether tokens leave, which a cache chooses as attention reads the prompt."""
-    return contestant.plan is not None and any(entry.evict for entry in contestant.plan.layers)
 
 
 def greedy(

@@ -7,10 +7,12 @@ slots count, so that the layers' true bytes are equal, up to the token that does
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvloom.errors import PlanError
+from kvloom.eviction import Room
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes, room_of
 from kvloom.plan._plan import Plan
 from kvloom.plan._spec import Evict, LayerPlan
@@ -30,7 +32,8 @@ def evict_to_bytes(
     """Let every layer keep the most tokens whose bytes are at most those of ``dense_tokens`` uncompressed ones.
 
     A policy whose layers keep different numbers (PyramidKV) spreads each of them over the depth of the model as if it
-    were that of every layer.
+    were that of every layer, and the layers together take at most the bytes. Their pages are filled differently, so
+    that they may keep fewer tokens than layers that are alike.
 
     Args:
         plan: Formats and windows of the layers, of any bits.
@@ -39,7 +42,8 @@ def evict_to_bytes(
         parameters: Parameters of the policy.
         protect: Spans that are never evicted.
         dtype: Compute dtype; None takes the model's.
-        tokens: Tokens of the sequences; the places of kept tokens take more bytes in longer ones.
+        tokens: Tokens of the sequences; the places of kept tokens take more bytes in longer ones, and a layer keeps no
+            more than all of them.
 
     Returns:
         The plan with an evict entry in every layer.
@@ -66,12 +70,19 @@ def evict_to_bytes(
 def _budget(entry: LayerPlan, plan: Plan, dense_tokens: int, size: int, seen: int) -> int:
     """The most tokens that fit; more of them may take less, since a page takes less than exact tokens."""
     model = plan.model
-    heads, dim = model.num_kv_heads, model.head_dim
-    room = room_of(entry, heads, dim, (0, len(model.packed_layers)))
+    heads, dim, layers = model.num_kv_heads, model.head_dim, len(model.packed_layers)
+    room = room_of(entry, heads, dim, (0, layers))
+    assert room is not None
     layouts = head_layouts(entry, heads, dim, size)
     allowed = 2 * dense_tokens * heads * dim * size
     most = allowed * layouts[0].page_tokens // sum(layout.nbytes for layout in layouts)
     for tokens in range(most, 0, -1):
-        if layer_nbytes(entry, heads, dim, 1, tokens, size, room, seen) <= allowed:
+        kept = Counter(_of_layer(room, tokens, layer, layers, seen) for layer in range(layers))
+        nbytes = sum(n * layer_nbytes(entry, heads, dim, 1, held, size, room, seen) for held, n in kept.items())
+        if nbytes <= layers * allowed:
             return tokens
     return 0
+
+
+def _of_layer(room: Room, budget: int, layer: int, layers: int, seen: int) -> int:
+    return room.policy.layer_budget(budget, layer, layers, seen, room.sinks + room.newest(budget))

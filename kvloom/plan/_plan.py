@@ -357,12 +357,12 @@ class Plan(PlanModel):
             for n, i in enumerate(model.packed_layers)
         }
 
-    def true_bits(self, tokens: int, dtype: Any = None) -> float:
-        """8 x bytes / cached elements of one sequence of ``tokens``: everything resident counts."""
+    def true_bits(self, tokens: int, dtype: Any = None, *, decoded: int = 0) -> float:
+        """8 x bytes / cached elements of one sequence of ``tokens``: everything resident counts; see `nbytes`."""
         if tokens <= 0:
             raise PlanError(f"true_bits needs at least one token, not {tokens}.")
         elements = 2 * len(self.model.packed_layers) * self.model.num_kv_heads * tokens * self.model.head_dim
-        return 8 * self.nbytes(1, tokens, dtype) / elements
+        return 8 * self.nbytes(1, tokens, dtype, decoded=decoded) / elements
 
     @property
     def _reading(self) -> str:

@@ -134,6 +134,8 @@ def describe_protocol(run: Run) -> str:
     source = f" of {join_words(names)}" if names else ""
     chunks = [int(value) for value in _numbers(run, "chunk")]
     through = f", in chunks of {_span(chunks)} through the cache" if chunks else ""
+    if prompts := [int(value) for value in _numbers(run, "prompt") if value]:
+        through = f", decoded one by one after prompts of {_span(prompts)} tokens; bytes are those of the prompts"
     return f"Scored on {scored}{source}{through}. {_prefills(run)}".strip()
 
 
@@ -161,7 +163,7 @@ def _span(values: list[int]) -> str:
 def _run_key(record: Record) -> tuple[object, ...]:
     text = record.get("text")
     digest = text.get("sha256") if isinstance(text, dict) else None
-    return (*(str(record.get(key)) for key in RUN_FIELDS), str(digest))
+    return (*(str(record.get(key)) for key in RUN_FIELDS), str(digest), number(record.get("prompt")) or 0)
 
 
 def _row(record: Record, decode: Sequence[Record]) -> Row:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvloom import Plan, _extras
+from kvloom.plan import Evict
 from kvloom.report import load_records
 from tests.evaluate.tasks.data import longbench_row, write_gsm8k, write_rows
 
@@ -64,6 +65,26 @@ def test_many_tasks_and_plans_in_one_run(kvloom, folder: Path, tmp_path: Path):
     assert again.exit_code == 0, again.output
     exact = [record for record in load_records(out) if record["name"] == "k4" and record["prefill"] == "exact"]
     assert len(exact) == 3
+
+
+def test_plans_that_evict_are_scored_after_a_prompt_that_all_read_exactly(kvloom, folder: Path, tmp_path: Path):
+    plan = Plan.load(folder / "k4.json")
+    entry = plan.layers[0].model_copy(update={"evict": Evict(policy="snapkv", budget=0.25)})
+    few = plan.model_copy(update={"layers": (entry,)})
+    few.save(tmp_path / "few.json")
+    out = tmp_path / "eval.jsonl"
+    words = ["--plan", tmp_path / "few.json", "--plan", folder / "k2.json", "--windows", "1", "--window", "300"]
+    done = kvloom("eval", folder / "tiny", *words, "--device", "cpu", "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "all plans read prompts so" in " ".join(done.stderr.split())
+    records = load_records(out)
+    assert [(it["name"], it["prefill"], it["prompt"]) for it in records] == [
+        ("dense", "exact", 171),
+        ("few", "exact", 171),
+        ("k2", "exact", 171),
+    ]
+    assert records[1]["true_bits"] == few.true_bits(171, torch.bfloat16) < plan.true_bits(171, torch.bfloat16)
+    assert "after prompts of 171 tokens" in " ".join(done.stdout.split())
 
 
 def test_what_a_group_leaves_out_is_said(kvloom, folder: Path, tmp_path: Path):

@@ -111,6 +111,18 @@ def test_layers_of_other_bits_take_the_same_bytes(policy: str, dense: int) -> No
     assert made.nbytes(1, 65_536) == sum(n * len(e.indices) for n, e in zip(alone, made.layers, strict=True))
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize("dense", [32, 64, 256])
+def test_layers_of_a_pyramid_take_the_same_bytes_together(bits: int, dense: int) -> None:
+    made = evict_to_bytes(plan({"0-5": bits}), "pyramidkv", dense, tokens=2048)
+    (entry,) = made.layers
+    assert entry.evict
+    assert len({made.room(layer).limit(2048) for layer in range(6)}) > 1
+    assert 0.95 * 6 * dense * TOKEN < made.nbytes(1, 2048) <= 6 * dense * TOKEN
+    more = entry.model_copy(update={"evict": entry.evict.model_copy(update={"budget": entry.evict.budget + 1})})
+    assert Plan(model=MODEL, layers=(more,)).nbytes(1, 2048) > 6 * dense * TOKEN
+
+
 def single(entry: LayerPlan) -> Plan:
     one = MODEL.model_copy(update={"num_layers": 1, "packed_layers": (0,)})
     return Plan(model=one, layers=(entry.model_copy(update={"layers": 0}),))

@@ -27,19 +27,25 @@ class Windows(Task):
         self._texts: list[Text] = texts(settings.texts)
 
     def run(self, bench: Bench) -> list[Record]:
-        """See `fidelity` and `drift`."""
+        """See `fidelity` and `drift`; where a contestant evicts, all of a window but its last tokens is a prompt."""
         it = self._settings
         windows = token_windows(bench.tokenizer, self._texts, it.window, it.windows, it.seed)
         return self._measure(
             bench.model,
             windows,
             bench.contestants,
-            protocol=Protocol(chunk=it.chunk),
+            protocol=self._protocol(any(contestant.evicts for contestant in bench.contestants)),
             texts=[text.name for text in self._texts],
             name=bench.name,
             out=bench.out,
             progress=bench.progress,
         )
+
+    def _protocol(self, evicts: bool) -> Protocol:
+        if not evicts:
+            return Protocol(chunk=self._settings.chunk)
+        block = Protocol.block
+        return Protocol(chunk=1, unscored=max(1, self._settings.window - block - 1), prompt=True)
 
 
 register("fidelity", lambda settings: [Windows("fidelity", settings)])

@@ -1,0 +1,332 @@
+"""The tables of docs/eviction.md: at equal true bytes, many tokens of few bits or few tokens of many.
+
+    python -m benchmarks.tokens_or_bits                 # scores all; resumable
+    python -m benchmarks.tokens_or_bits --share 2/8     # every eighth of them from the second on: processes share a GPU
+    python -m benchmarks.tokens_or_bits --readme        # tables and picture, from the results of all shares
+
+The experiment of QPruningKV ("More Tokens, Lower Precision", arXiv 2412.12706) with bytes that are true ones: scales,
+zero points, exact tokens, unfilled pages, sums of attention and the places of kept tokens count, so that 2 bits never
+buy eight times the tokens. 2-bit keys have groups along tokens, which it did not try. Each share writes
+`<out>/share-2-of-8.jsonl`, finished pieces beside it. `--readme` scores nothing: it writes the tables between the two
+markers, the picture beside the page, and the records they are made of to `benchmarks/tokens_or_bits.jsonl` (a test
+holds the page to them; after a change of words, `--readme --out benchmarks/tokens_or_bits.jsonl` makes it again).
+
+A budget is a share of the bytes of the prompt's uncompressed 16-bit cache. Within it every plan keeps as many tokens as
+fit; a format whose plan fits without eviction is scored so, once for all policies. All plans keep four sinks exactly,
+policies have the parameters of QPruningKV's scripts (AdaKV those of SnapKV, whose scores it takes), and policies that
+know no newest tokens are given the same eight. Two scores: KL divergence of the tokens decoded after the prompt, one by
+one (`kvloom.evaluate.Protocol(prompt=True)`), and needles in prompts of the same length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.methods import (
+    FOLDER,
+    FOUR,
+    comparable,
+    insert,
+    interval,
+    of_share,
+    printed,
+    scoring_options,
+    share_file,
+    without_blocks,
+)
+from kvloom._extras import require
+from kvloom.assets import EVALUATION, MODEL_NAME, load_model, texts, token_windows
+from kvloom.errors import DataError
+from kvloom.evaluate import (
+    Contestant,
+    Protocol,
+    Record,
+    dense_contestant,
+    fidelity,
+    needle,
+    needle_cases,
+    plan_contestant,
+)
+from kvloom.eviction import preset as eviction_preset
+from kvloom.plan import Fingerprint, Plan, Window, evict_to_bytes, preset
+from kvloom.report import load_records, render_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from transformers import PreTrainedModel
+
+BUDGETS = (64, 32, 16, 8, 4, 2)
+"""One so-manieth of the uncompressed bytes."""
+
+DTYPE = "bfloat16"
+PROMPT = 2048
+SCORED = 128
+WINDOWS = 32
+LEAST_TOKENS = 4096
+SEEDS = range(6)
+DENSE = "dense"
+EIGHT = Window(sinks=4, recent=8)
+
+SCRIPT = "benchmarks/tokens_or_bits.py"
+RESULTS = FOLDER / "results" / "tokens_or_bits"
+KEPT = FOLDER / "tokens_or_bits.jsonl"
+PAGE = FOLDER.parent / "docs" / "eviction.md"
+BEGIN, END = f"<!-- tokens or bits: written by {SCRIPT} --readme -->", "<!-- /tokens or bits -->"
+UNMEASURED = (
+    "Not measured yet: `python -m benchmarks.tokens_or_bits`, then the same with `--readme`, puts tables and a picture "
+    "here."
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A policy as it is run here."""
+
+    policy: str
+    parameters: Mapping[str, Any]
+    window: Window = FOUR
+
+
+def _as_scripts(name: str) -> Kept:
+    return Kept(*eviction_preset(f"qpruningkv/{name}"))
+
+
+POLICIES = (
+    *map(_as_scripts, ("streaming_llm", "h2o", "snapkv", "pyramidkv")),
+    Kept("adakv", _as_scripts("snapkv").parameters),
+    Kept("key_norm", {}, EIGHT),
+    Kept("expected_attention", {}, EIGHT),
+)
+FORMATS: Mapping[str, Callable[[Fingerprint], Plan]] = {
+    "16 bits": partial(Plan.uniform, key_bits=16, value_bits=16),
+    **{f"K{bits}V{bits}": partial(Plan.uniform, key_bits=bits, value_bits=bits) for bits in (8, 4, 2)},
+    **{name: partial(preset, name) for name in ("kvloom/K4V4", "kvloom/K2V2")},
+}
+"""Name -> plan that keeps every token. Uniform keys have groups along tokens, values along channels."""
+
+
+def name_of(policy: str, budget: int, stored: str) -> str:
+    """Name of a contestant that evicts; one that does not has the name of its format."""
+    return f"{policy}, 1/{budget}, {stored}"
+
+
+def plans(model: Fingerprint, prompt: int) -> dict[str, Plan]:
+    """Every plan by name, those that keep all tokens last.
+
+    Raises:
+        PlanError: a budget of the prompt's bytes is too small for what a policy never evicts.
+    """
+    wholes = {stored: _in_window(make(model), FOUR) for stored, make in FORMATS.items()}
+    found = {
+        name_of(kept.policy, budget, stored): evict_to_bytes(
+            _in_window(whole, kept.window),
+            kept.policy,
+            prompt // budget,
+            parameters=kept.parameters,
+            dtype=DTYPE,
+            tokens=prompt,
+        )
+        for kept in POLICIES
+        for budget in BUDGETS
+        for stored, whole in wholes.items()
+        if not _fits(whole, prompt, budget)
+    }
+    return found | {stored: whole for stored, whole in wholes.items() if _fits(whole, prompt, min(BUDGETS))}
+
+
+def _in_window(plan: Plan, window: Window) -> Plan:
+    entries = tuple(entry.model_copy(update={"window": window}) for entry in plan.layers)
+    return plan.model_copy(update={"layers": entries})
+
+
+def _fits(plan: Plan, prompt: int, budget: int) -> bool:
+    """Whether a plan has at most the budget's bytes when it holds the prompt."""
+    return budget * plan.true_bits(prompt, DTYPE) <= 16
+
+
+def contestants(model: PreTrainedModel, prompt: int) -> list[Contestant]:
+    """The uncompressed cache and every plan."""
+    packed = plans(Fingerprint.of(model), prompt)
+    own = [
+        plan_contestant(plan, model, name=name, method="uniform+sinks", prefill="exact")
+        for name, plan in packed.items()
+    ]
+    return [dense_contestant(model), *own]
+
+
+def score(asked: argparse.Namespace) -> None:
+    """Score a share, in float32 on any device."""
+    model, tokenizer = load_model(MODEL_NAME, device=asked.device, dtype="float32")
+    read = texts(EVALUATION)
+    prompt = asked.window - SCORED - 1
+    own = of_share(contestants(model, prompt), asked.share)
+    shared: dict[str, Any] = {"out": share_file(asked), "progress": printed()}
+    records = fidelity(
+        model,
+        token_windows(tokenizer, read, asked.window, asked.windows, seed=0),
+        own,
+        protocol=Protocol(chunk=1, unscored=prompt, prompt=True),
+        texts=EVALUATION,
+        batch=asked.batch,
+        **shared,
+    )
+    haystack = "\n".join(text.content for text in read)
+    records += needle(model, tokenizer, haystack, own, cases=needle_cases([prompt], seeds=SEEDS), **shared)
+    print(render_text(records))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Records by name: of divergence, and of needles in the same prompts."""
+
+    scores: Mapping[str, Record]
+    needles: Mapping[str, Record]
+
+    @classmethod
+    def load(cls, results: Path) -> Results:
+        """The newest results and those that compare with them.
+
+        Raises:
+            DataError: see `comparable`; or a cell of the tables has no results.
+        """
+        scores = comparable(results, (DENSE,), SCRIPT, LEAST_TOKENS)
+        same = {key: scores[DENSE][key] for key in ("model", "device", "dtype")}
+        asked = [it for it in load_records(results) if it["kind"] == "needle" and same.items() <= it.items()]
+        asked.sort(key=lambda record: record["when"])
+        found = cls(scores, {record["name"]: record for record in asked})
+        names = {found.name(kept.policy, budget, stored) for kept, budget, stored in _cells()}
+        if missing := sorted(names - (found.scores.keys() & found.needles.keys())):
+            raise DataError(f"{results} has no results of {missing[0]}: run {SCRIPT} to its end.")
+        return found
+
+    @property
+    def records(self) -> Iterator[Record]:
+        """What tables and picture are made of."""
+        yield from map(without_blocks, self.scores.values())
+        for record in self.needles.values():
+            yield {key: value for key, value in record.items() if key != "cases"}
+
+    def name(self, policy: str, budget: int, stored: str) -> str:
+        """Of the contestant that stands in a cell: one that keeps all tokens, if it is within the budget."""
+        whole = self.scores.get(stored)
+        return stored if whole and budget * whole["true_bits"] <= 16 else name_of(policy, budget, stored)
+
+
+def _cells() -> Iterator[tuple[Kept, int, str]]:
+    for kept in POLICIES:
+        for budget in BUDGETS:
+            for stored in FORMATS:
+                yield kept, budget, stored
+
+
+def body(found: Results, picture: str) -> str:
+    """The picture, a table for each policy, and what must be known to read them."""
+    tables = [_table(found, kept.policy) for kept in POLICIES]
+    return "\n\n".join([f"![Divergence and needles over bytes, for each policy]({picture})", *tables, _legend(found)])
+
+
+def _table(found: Results, policy: str) -> str:
+    heads = [f"`{policy}`", *(f"`{stored}`" if "/" in stored else stored for stored in FORMATS)]
+    lines = [heads, ["---"] * len(heads), *(_line(found, policy, budget) for budget in BUDGETS)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _line(found: Results, policy: str, budget: int) -> list[str]:
+    names = [found.name(policy, budget, stored) for stored in FORMATS]
+    best = min(names, key=lambda name: float(found.scores[name]["kld"]["value"]))
+    return [f"1/{budget}", *(_cell(found, name, name == best) for name in names)]
+
+
+def _cell(found: Results, name: str, is_best: bool) -> str:
+    value, hits = interval(found.scores[name]["kld"], "#.3g"), found.needles[name]
+    mark, whole = "**" * is_best, " (all tokens)" * (name in FORMATS)
+    return f"{mark}{value}{mark}; {hits['found']}/{hits['total']}{whole}"
+
+
+def _legend(found: Results) -> str:
+    record, asked = found.scores[DENSE], found.needles[DENSE]
+    said = (
+        f"{record['model']}, {record['dtype']}, device: {record['device']}. First column: bytes at most, as a share of "
+        f"the uncompressed 16-bit cache of a prompt of {record['prompt']:,} tokens, all that is resident counted. "
+        "Cells: KL divergence from the uncompressed cache, in nats a token with its 95 % interval, of "
+        f"{record['scored_tokens']:,} tokens decoded after the prompts of {record['windows']} windows of real text "
+        "(bold: the least of a line); and needles found in prompts of the same length, of which the uncompressed cache "
+        f"finds {asked['found']} of {asked['total']}. (all tokens): the format is within the budget without eviction. "
+        "Keys and values of 2 to 8 bits are packed in pages of 64 tokens, keys with a scale and a zero point for each "
+        "channel of a page, values for each token; tokens that fill no page stay at 16 bits, so that budgets of few "
+        "tokens buy few packed ones. Names in `code` are presets: rotated, with searched clip ranges."
+    )
+    return fill(said, 120, break_on_hyphens=False)
+
+
+def draw(found: Results, path: Path) -> None:
+    """Divergence (above) and needles (below) over the budget, a column for each policy.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("plot", "The picture of tokens or bits")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(POLICIES), 7), layout="constrained")
+    grid = figure.subplots(2, len(POLICIES), sharex=True, sharey="row", squeeze=False)
+    for above, below, kept in zip(*grid, POLICIES, strict=True):
+        above.set(title=kept.policy, xscale="log", yscale="log")
+        below.set(xlabel="share of the uncompressed bytes", ylim=(-0.05, 1.05))
+        _lines(found, kept.policy, above, below)
+    grid[0][0].set(ylabel="KL divergence, nats a token")
+    grid[1][0].set(ylabel="needles found")
+    below.set_xticks([1 / budget for budget in BUDGETS], [f"1/{budget}" for budget in BUDGETS], minor=False)
+    grid[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _lines(found: Results, policy: str, above: Axes, below: Axes) -> None:
+    budgets = [1 / budget for budget in BUDGETS]
+    for stored in FORMATS:
+        names = [found.name(policy, budget, stored) for budget in BUDGETS]
+        for axes, records, key in ((above, found.scores, "kld"), (below, found.needles, "score")):
+            points = [records[name][key] for name in names]
+            (line,) = axes.plot(budgets, [it["value"] for it in points], marker="o", markersize=3, label=stored)
+            low, high = [it["low"] for it in points], [it["high"] for it in points]
+            axes.fill_between(budgets, low, high, alpha=0.15, color=line.get_color())
+    for axes in (above, below):
+        axes.grid(alpha=0.2)
+
+
+def write_page(results: Path, page: Path = PAGE, kept: Path = KEPT) -> None:
+    """Write the tables between the markers, the picture beside the page, and keep what they are made of.
+
+    Raises:
+        DataError: see `Results.load` and `between`.
+        MissingExtraError: matplotlib is not installed.
+    """
+    found, picture = Results.load(results), page.with_suffix(".png")
+    draw(found, picture)
+    insert(page, body(found, picture.name), BEGIN, END)
+    kept.write_text("".join(json.dumps(record) + "\n" for record in found.records), encoding="utf-8")
+
+
+def main() -> None:
+    """Score a share, or write the page."""
+    parser = scoring_options(__doc__.split("\n")[0], RESULTS)
+    parser.set_defaults(windows=WINDOWS, window=PROMPT + SCORED + 1)
+    asked = parser.parse_args()
+    try:
+        if asked.readme:
+            write_page(asked.out)
+        else:
+            score(asked)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
