@@ -70,8 +70,8 @@ def units_of(table: LossTable, budget: Budget, window: Window, by_head: bool = F
     """
     costs = _Costs.of(table, budget, window, by_head)
     if by_head:
-        return list(_head_sides(table, costs))
-    return list(_sides(table, costs) if costs.separable else _pairs(table, costs))
+        _check_heads(table, costs)
+    return list(_sides(table, costs, by_head) if costs.separable else _pairs(table, costs))
 
 
 def specs_of(units: Sequence[Unit], picks: Sequence[int], heads: int) -> dict[int, list[tuple[TensorSpec, TensorSpec]]]:
@@ -120,12 +120,27 @@ def _joined(one: Unit, other: Unit) -> Unit:
     )
 
 
-def _sides(table: LossTable, costs: _Costs) -> Iterator[Unit]:
+def _sides(table: LossTable, costs: _Costs, by_head: bool) -> Iterator[Unit]:
     keys = tuple({"key": spec} for spec in table.key_specs)
     values = tuple({"value": spec} for spec in table.value_specs)
-    for layer, key_loss, value_loss in zip(table.layers, table.key_loss, table.value_loss, strict=True):
-        yield Unit(layer, keys, Options(costs.key[:, 0], np.array(key_loss)))
-        yield Unit(layer, values, Options(costs.value[0], np.array(value_loss)))
+    for (layer, head), key_loss, value_loss in _head_losses(table) if by_head else _layer_losses(table):
+        yield Unit(layer, keys, Options(costs.key[:, 0], np.array(key_loss)), head)
+        yield Unit(layer, values, Options(costs.value[0], np.array(value_loss)), head)
+
+
+def _layer_losses(table: LossTable) -> Iterator[tuple[Place, list[float], list[float]]]:
+    """Losses of each layer's keys, `[key_specs]`, and of its values, `[value_specs]`."""
+    for layer, key, value in zip(table.layers, table.key_loss, table.value_loss, strict=True):
+        yield (layer, None), key, value
+
+
+def _head_losses(table: LossTable) -> Iterator[tuple[Place, list[float], list[float]]]:
+    """The same of each KV head; the table tells them apart."""
+    assert table.key_head_loss is not None
+    assert table.value_head_loss is not None
+    for layer, keys, values in zip(table.layers, table.key_head_loss, table.value_head_loss, strict=True):
+        for head, (key, value) in enumerate(zip(keys, values, strict=True)):
+            yield (layer, head), key, value
 
 
 def _pairs(table: LossTable, costs: _Costs) -> Iterator[Unit]:
@@ -135,11 +150,11 @@ def _pairs(table: LossTable, costs: _Costs) -> Iterator[Unit]:
         yield Unit(layer, pairs, Options(cost, np.add.outer(key_loss, value_loss).ravel()))
 
 
-def _head_sides(table: LossTable, costs: _Costs) -> Iterator[Unit]:
-    """Units of each KV head's keys and values.
+def _check_heads(table: LossTable, costs: _Costs) -> None:
+    """Refuses a table whose heads cannot decide by themselves.
 
     Raises:
-        PlanError: the table does not tell heads apart, or bytes of a head depend on other heads.
+        PlanError: it does not tell heads apart, or bytes of a head depend on the other heads.
     """
     if table.key_head_loss is None or table.value_head_loss is None:
         raise PlanError(
@@ -156,12 +171,6 @@ def _head_sides(table: LossTable, costs: _Costs) -> Iterator[Unit]:
             f"candidate {shared[0]} has a codebook, which all heads of a layer share: leave it out of the candidates, "
             "or by_head"
         )
-    keys = tuple({"key": spec} for spec in table.key_specs)
-    values = tuple({"value": spec} for spec in table.value_specs)
-    for layer, key_losses, value_losses in zip(table.layers, table.key_head_loss, table.value_head_loss, strict=True):
-        for head, (key_loss, value_loss) in enumerate(zip(key_losses, value_losses, strict=True)):
-            yield Unit(layer, keys, Options(costs.key[:, 0], np.array(key_loss)), head)
-            yield Unit(layer, values, Options(costs.value[0], np.array(value_loss)), head)
 
 
 @dataclass(frozen=True, slots=True)
