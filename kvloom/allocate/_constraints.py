@@ -18,10 +18,12 @@ class Constraints:
 
     Attributes:
         equal_in: packed layers in a block whose keys all have the same bits, and whose values do; blocks start at the
-            first packed layer, and the last one may be shorter.
-        pairs: the only (key bits, value bits) a layer may have; None allows all.
-        max_layouts: at most so many different pairs of a key and a value format in the whole plan, hence page layouts.
-        protect: layer index -> the least bits of its keys and of its values.
+            first packed layer, and the last one may be shorter. Where heads decide by themselves, each KV head has the
+            bits of the head of its index in the other layers.
+        pairs: the only (key bits, value bits) a layer (or KV head) may have; None allows all.
+        max_layouts: at most so many different pairs of a key and a value format in the whole plan, over all layers and
+            heads, hence page layouts.
+        protect: layer index -> the least bits of its keys and of its values, in all heads.
     """
 
     equal_in: int = 1

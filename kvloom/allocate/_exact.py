@@ -20,7 +20,7 @@ from kvloom.signals import Profile
 
 @register
 class Exact(Allocator):
-    """Solves the multiple-choice knapsack over layers x {K, V} x candidate formats to optimality.
+    """Solves the multiple-choice knapsack over layers (or KV heads) x {K, V} x candidate formats to optimality.
 
     The plan's `provenance.certificate` holds the proof: `optimum` (the predicted loss),
     `lower_bound` (what the search over all plans proves, hence `gap` 0) and `lagrangian_bound`, a
@@ -32,23 +32,26 @@ class Exact(Allocator):
 
     Args:
         constraints: what the plan must keep to besides the budget.
+        by_head: whether every KV head decides by itself, by the table's losses of heads.
     """
 
     name = "exact"
 
-    def __init__(self, constraints: Constraints | None = None) -> None:
+    def __init__(self, constraints: Constraints | None = None, by_head: bool = False) -> None:
         self._constraints = constraints or Constraints()
+        self._by_head = by_head
 
     def solve(self, profile: Profile, budget: Budget | None, *, window: Window, prefill: Prefill) -> Plan:
         """Makes the plan of least predicted loss; among equals, without side constraints, the smallest.
 
         Raises:
-            PlanError: there is no budget, not even the cheapest candidates fit into it, or no plan within it keeps to
-                the constraints.
+            PlanError: there is no budget, not even the cheapest candidates fit into it, no plan within it keeps to the
+                constraints, or heads are to decide and cannot (the table does not tell them apart, or candidates have
+                pages of different lengths or codebooks, which heads share).
             MissingExtraError: there are constraints, and scipy is not installed.
         """
         started = time.perf_counter()
-        problem = Problem.of(profile, budget, window, prefill, self.name)
+        problem = Problem.of(profile, budget, window, prefill, self.name, self._by_head)
         self._constraints.check(profile.model)
         problem, solution = self._solved(problem)
         proof = _certificate(problem.units, solution, problem.capacity, time.perf_counter() - started)

@@ -32,6 +32,7 @@ class ExactFront:
         constraints: what every plan must keep to.
         window: tokens every layer keeps exactly; None takes those the profile was measured with.
         prefill: how a prompt attends, `exact` or `quantized`.
+        by_head: whether every KV head decides by itself, see `Exact`.
     """
 
     profile: Profile
@@ -41,6 +42,7 @@ class ExactFront:
     constraints: Constraints | None = None
     window: Window | None = None
     prefill: Prefill = "exact"
+    by_head: bool = False
 
     def plan(self, nbytes: int) -> Plan:
         """The exact plan of at most so many bytes.
@@ -49,7 +51,8 @@ class ExactFront:
             PlanError: there is none, see `Exact`.
         """
         budget = Budget.memory(nbytes, self.batch, self.tokens, self.dtype)
-        return Exact(self.constraints).solve(self.profile, budget, window=self._window, prefill=self.prefill)
+        exact = Exact(self.constraints, self.by_head)
+        return exact.solve(self.profile, budget, window=self._window, prefill=self.prefill)
 
     @cached_property
     def largest(self) -> Plan:
@@ -64,7 +67,7 @@ class ExactFront:
             PlanError: no plan keeps to the constraints.
         """
         budget = Budget.memory(_UNLIMITED, self.batch, self.tokens, self.dtype)
-        problem = Problem.of(self.profile, budget, self._window, self.prefill, Exact.name)
+        problem = Problem.of(self.profile, budget, self._window, self.prefill, Exact.name, self.by_head)
         return least_cost(problem.units, self.constraints or Constraints())
 
     def nbytes(self, plan: Plan) -> int:

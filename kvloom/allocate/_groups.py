@@ -35,8 +35,7 @@ def pruned(unit: Unit) -> Unit:
 
     KVTuner (arXiv 2502.04420, section 5.2) does so over average bits and e_o, the relative error of attention outputs.
     """
-    kept = efficient(unit.options)
-    return Unit(unit.layer, tuple(unit.choices[n] for n in kept), unit.options[kept])
+    return unit.only(efficient(unit.options))
 
 
 def grouped(units: Sequence[Unit]) -> list[Group]:

@@ -18,7 +18,7 @@ from kvloom.allocate._knapsack import cheapest, solve
 from kvloom.allocate._ladder import ladder
 from kvloom.allocate._problem import Problem
 from kvloom.allocate._study import Found, Picks, Space, StudySettings, run_study
-from kvloom.allocate._units import Specs, Unit, layer_units, picks_of
+from kvloom.allocate._units import Specs, Unit, paired_units, picks_of
 from kvloom.errors import PlanError
 from kvloom.plan import Plan, Prefill, Window
 from kvloom.signals import LossTable, Profile
@@ -141,9 +141,9 @@ class KVTuner(Allocator):
         """A unit a layer, of the pairs that the widths make."""
         keys, values = self._formats(problem.profile.table)
         units = []
-        for unit in layer_units(problem.units):
+        for unit in paired_units(problem.units):
             kept = [n for n, own in enumerate(unit.choices) if own["key"] in keys and own["value"] in values]
-            units.append(Unit(unit.layer, tuple(unit.choices[n] for n in kept), unit.options[np.array(kept)]))
+            units.append(unit.only(np.array(kept)))
         return units
 
     def _formats(self, table: LossTable) -> list[list[Any]]:

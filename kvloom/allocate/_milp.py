@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from kvloom._extras import require
 from kvloom.allocate._constraints import Constraints
 from kvloom.allocate._knapsack import Solution, cheapest, solve
-from kvloom.allocate._units import Choice, Unit, layer_units
+from kvloom.allocate._units import Choice, Place, Unit, paired_units
 from kvloom.errors import PlanError
 from kvloom.plan import TensorSpec
 
@@ -37,7 +38,7 @@ class Constrained:
     """A solved program.
 
     Attributes:
-        units: the units as constrained: without choices that no plan may have, and a layer each where layouts count.
+        units: the units as constrained: without choices that no plan may have, and of pairs where layouts count.
         solution: their picks, and the proof.
     """
 
@@ -81,7 +82,7 @@ def least_cost(units: Sequence[Unit], constraints: Constraints) -> int:
 
 def _program(units: Sequence[Unit], constraints: Constraints) -> tuple[tuple[Unit, ...], _Program]:
     require("milp", "A plan with side constraints")
-    own = tuple(_allowed(unit, constraints) for unit in (layer_units(units) if constraints.max_layouts else units))
+    own = tuple(_allowed(unit, constraints) for unit in (paired_units(units) if constraints.max_layouts else units))
     return own, _Program(own, constraints)
 
 
@@ -91,7 +92,7 @@ def _allowed(unit: Unit, constraints: Constraints) -> Unit:
     kept = np.array([n for n, own in enumerate(unit.choices) if all(spec.bits >= bits for spec in own.values())])
     if not len(kept):
         raise PlanError(f"protect asks for {bits} bits in layer {unit.layer}, and no candidate has so many: lower it")
-    return Unit(unit.layer, tuple(unit.choices[n] for n in kept), unit.options[kept])
+    return unit.only(kept)
 
 
 class _Program:
@@ -179,14 +180,17 @@ class _Program:
         for start, stop in pairwise(self._first):
             yield dict.fromkeys(range(start, stop), 1.0), 1.0, 1.0
 
-    def _of_bits(self, layer: int, side: str, bits: int) -> list[int]:
-        """Variables of the layer's choices that store `side` in so many bits."""
-        return [n for n, own in self._choices(layer) if side in own and own[side].bits == bits]
+    def _of_bits(self, place: Place, side: str, bits: int) -> list[int]:
+        """Variables of the place's choices that store `side` in so many bits."""
+        return [n for n, own in self._choices[place] if side in own and own[side].bits == bits]
 
-    def _choices(self, layer: int) -> Iterator[tuple[int, Choice]]:
+    @cached_property
+    def _choices(self) -> dict[Place, list[tuple[int, Choice]]]:
+        """Variables of each place, and what they stand for."""
+        found: dict[Place, list[tuple[int, Choice]]] = {}
         for start, unit in zip(self._first, self._units, strict=False):
-            if unit.layer == layer:
-                yield from enumerate(unit.choices, int(start))
+            found.setdefault(unit.place, []).extend(enumerate(unit.choices, int(start)))
+        return found
 
     def _widths(self, side: str) -> list[int]:
         return sorted({int(own[side].bits) for unit in self._units for own in unit.choices if side in own})
@@ -194,23 +198,24 @@ class _Program:
     def _equal(self) -> Iterator[Row]:
         """Neighbours in a block have each width equally often: both or neither."""
         layers = list(dict.fromkeys(unit.layer for unit in self._units))
+        heads = list(dict.fromkeys(unit.head for unit in self._units))
         for n, (one, other) in enumerate(pairwise(layers), start=1):
             if n % self._constraints.equal_in:
-                for side in ("key", "value"):
+                for head, side in product(heads, ("key", "value")):
                     for bits in self._widths(side):
-                        entries = dict.fromkeys(self._of_bits(one, side, bits), 1.0)
-                        yield entries | dict.fromkeys(self._of_bits(other, side, bits), -1.0), 0.0, 0.0
+                        entries = dict.fromkeys(self._of_bits((one, head), side, bits), 1.0)
+                        yield entries | dict.fromkeys(self._of_bits((other, head), side, bits), -1.0), 0.0, 0.0
 
     def _paired(self) -> Iterator[Row]:
         """Keys of a width ask for values of one of the widths it may go with."""
         pairs = self._constraints.pairs
         if pairs is None:
             return
-        for layer in dict.fromkeys(unit.layer for unit in self._units):
+        for place in self._choices:
             for bits in self._widths("key"):
-                entries = dict.fromkeys(self._of_bits(layer, "key", bits), 1.0)
+                entries = dict.fromkeys(self._of_bits(place, "key", bits), 1.0)
                 for other in (value for key, value in pairs if key == bits):
-                    for variable in self._of_bits(layer, "value", other):
+                    for variable in self._of_bits(place, "value", other):
                         entries[variable] = entries.get(variable, 0.0) - 1.0
                 yield entries, -np.inf, 0.0
 

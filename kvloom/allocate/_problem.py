@@ -35,15 +35,24 @@ class Problem:
     capacity: int
 
     @classmethod
-    def of(cls, profile: Profile, budget: Budget | None, window: Window, prefill: Prefill, method: str) -> Problem:
+    def of(
+        cls,
+        profile: Profile,
+        budget: Budget | None,
+        window: Window,
+        prefill: Prefill,
+        method: str,
+        by_head: bool = False,
+    ) -> Problem:
         """The problem of a method that needs a budget.
 
         Raises:
-            PlanError: there is none, or not even the cheapest candidates fit into it.
+            PlanError: there is none, not even the cheapest candidates fit into it, or heads cannot decide by themselves
+                (see `units_of`).
         """
         if budget is None:
             raise PlanError(f"budget is missing: method {method!r} needs one, such as Budget.bits(3, 2048)")
-        units = tuple(units_of(profile.table, budget, window))
+        units = tuple(units_of(profile.table, budget, window, by_head))
         problem = cls(profile, budget, window, prefill, units, budget.total(profile.model))
         least = cheapest(problem.options)
         if least > problem.capacity:
@@ -65,9 +74,10 @@ class Problem:
 
     def plan(self, picks: Sequence[int], solver: str, certificate: dict[str, Any] | None = None) -> Plan:
         """The plan that these picks make, with its provenance."""
-        return Plan.from_specs(
-            self.profile.model,
-            specs_of(self.units, picks),
+        model = self.profile.model
+        return Plan.from_head_specs(
+            model,
+            specs_of(self.units, picks, model.num_kv_heads),
             window=self.window,
             prefill=self.prefill,
             provenance=Provenance(

@@ -6,19 +6,23 @@ Only this file knows the shape of a loss table and of a plan's layers; methods s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvloom.allocate._budget import Budget
 from kvloom.allocate._knapsack import Options
+from kvloom.errors import PlanError
 from kvloom.plan import LayerPlan, TensorSpec, Window, full_pages, head_layouts, itemsize
 from kvloom.signals import LossTable
 
 Choice = dict[str, TensorSpec]
 Specs = dict[int, tuple[TensorSpec, TensorSpec]]
 """(key, value) formats by layer index."""
+
+Place = tuple[int, int | None]
+"""A layer and one of its KV heads, or None for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +33,59 @@ class Unit:
         layer: the layer it is about.
         choices: what each option stores as the layer's `key`, its `value`, or both.
         options: the options' costs in bytes and predicted losses, in the order of `choices`.
+        head: the KV head it is about; None: all heads of the layer, which store the same.
     """
 
     layer: int
     choices: tuple[Choice, ...]
     options: Options
+    head: int | None = None
+
+    @property
+    def place(self) -> Place:
+        """What it is about."""
+        return self.layer, self.head
+
+    def only(self, kept: NDArray[np.int64]) -> Unit:
+        """The unit with some of its choices."""
+        return replace(self, choices=tuple(self.choices[n] for n in kept), options=self.options[kept])
 
 
-def units_of(table: LossTable, budget: Budget, window: Window) -> list[Unit]:
+def units_of(table: LossTable, budget: Budget, window: Window, by_head: bool = False) -> list[Unit]:
     """All decisions of a plan; their costs add up to `plan.nbytes` and their losses to its loss.
 
     A layer's keys and values are independent while every candidate fits into pages of the same
     length. Where a table mixes page lengths (a `per_channel` group above 64 tokens lengthens its
     layer's page, and with it the exact tail of the other side), a layer is one unit of all pairs.
 
+    Args:
+        table: the candidates and their losses.
+        budget: batch, tokens and compute dtype that bytes count at.
+        window: tokens every layer keeps exactly.
+        by_head: whether every KV head decides by itself.
+
     Raises:
-        PlanError: a candidate does not fit the model's `head_dim`.
+        PlanError: a candidate does not fit the model's `head_dim`; or heads are to decide, and the table does not tell
+            them apart, or a candidate's bytes depend on what the other heads store.
     """
-    costs = _Costs.of(table, budget, window)
-    return list(_sides(table, costs) if costs.separable else _pairs(table, costs))
+    costs = _Costs.of(table, budget, window, by_head)
+    if by_head:
+        _check_heads(table, costs)
+    return list(_sides(table, costs, by_head) if costs.separable else _pairs(table, costs))
 
 
-def specs_of(units: Sequence[Unit], picks: Sequence[int]) -> Specs:
-    """What the layers store under these picks, one of every unit."""
-    layers: dict[int, Choice] = {}
+def specs_of(units: Sequence[Unit], picks: Sequence[int], heads: int) -> dict[int, list[tuple[TensorSpec, TensorSpec]]]:
+    """(key, value) formats of each of `heads` KV heads by layer index, under these picks, one of every unit."""
+    layers: dict[int, list[Choice]] = {}
     for unit, pick in zip(units, picks, strict=True):
-        layers.setdefault(unit.layer, {}).update(unit.choices[pick])
-    return {layer: (sides["key"], sides["value"]) for layer, sides in layers.items()}
+        sides = layers.setdefault(unit.layer, [{} for _ in range(heads)])
+        for own in sides if unit.head is None else [sides[unit.head]]:
+            own.update(unit.choices[pick])
+    return {layer: [(own["key"], own["value"]) for own in sides] for layer, sides in layers.items()}
 
 
 def picks_of(units: Sequence[Unit], specs: Specs) -> tuple[int, ...]:
-    """The picks under which the layers store this, the inverse of `specs_of`.
+    """The picks under which all heads of a layer store this.
 
     Raises:
         ValueError: a format is not among the choices.
@@ -73,16 +99,16 @@ def side_losses(table: LossTable) -> dict[int, tuple[list[float], list[float]]]:
     return dict(zip(table.layers, zip(table.key_loss, table.value_loss, strict=True), strict=True))
 
 
-def layer_units(units: Sequence[Unit]) -> list[Unit]:
-    """The same decisions with one unit a layer, whose choices are all pairs of keys and values."""
-    layers: dict[int, Unit] = {}
+def paired_units(units: Sequence[Unit]) -> list[Unit]:
+    """The same decisions with one unit a layer (or head), whose choices are all pairs of keys and values."""
+    places: dict[Place, Unit] = {}
     for unit in units:
-        layers[unit.layer] = _joined(layers[unit.layer], unit) if unit.layer in layers else unit
-    return list(layers.values())
+        places[unit.place] = _joined(places[unit.place], unit) if unit.place in places else unit
+    return list(places.values())
 
 
 def _joined(one: Unit, other: Unit) -> Unit:
-    """A unit of every pair of choices of two units of one layer."""
+    """A unit of every pair of choices of two units of one place."""
     return Unit(
         one.layer,
         tuple({**a, **b} for a in one.choices for b in other.choices),
@@ -90,15 +116,31 @@ def _joined(one: Unit, other: Unit) -> Unit:
             np.add.outer(one.options.cost, other.options.cost).ravel(),
             np.add.outer(one.options.loss, other.options.loss).ravel(),
         ),
+        one.head,
     )
 
 
-def _sides(table: LossTable, costs: _Costs) -> Iterator[Unit]:
+def _sides(table: LossTable, costs: _Costs, by_head: bool) -> Iterator[Unit]:
     keys = tuple({"key": spec} for spec in table.key_specs)
     values = tuple({"value": spec} for spec in table.value_specs)
-    for layer, key_loss, value_loss in zip(table.layers, table.key_loss, table.value_loss, strict=True):
-        yield Unit(layer, keys, Options(costs.key[:, 0], np.array(key_loss)))
-        yield Unit(layer, values, Options(costs.value[0], np.array(value_loss)))
+    for (layer, head), key_loss, value_loss in _head_losses(table) if by_head else _layer_losses(table):
+        yield Unit(layer, keys, Options(costs.key[:, 0], np.array(key_loss)), head)
+        yield Unit(layer, values, Options(costs.value[0], np.array(value_loss)), head)
+
+
+def _layer_losses(table: LossTable) -> Iterator[tuple[Place, list[float], list[float]]]:
+    """Losses of each layer's keys, `[key_specs]`, and of its values, `[value_specs]`."""
+    for layer, key, value in zip(table.layers, table.key_loss, table.value_loss, strict=True):
+        yield (layer, None), key, value
+
+
+def _head_losses(table: LossTable) -> Iterator[tuple[Place, list[float], list[float]]]:
+    """The same of each KV head; the table tells them apart."""
+    assert table.key_head_loss is not None
+    assert table.value_head_loss is not None
+    for layer, keys, values in zip(table.layers, table.key_head_loss, table.value_head_loss, strict=True):
+        for head, (key, value) in enumerate(zip(keys, values, strict=True)):
+            yield (layer, head), key, value
 
 
 def _pairs(table: LossTable, costs: _Costs) -> Iterator[Unit]:
@@ -108,9 +150,32 @@ def _pairs(table: LossTable, costs: _Costs) -> Iterator[Unit]:
         yield Unit(layer, pairs, Options(cost, np.add.outer(key_loss, value_loss).ravel()))
 
 
+def _check_heads(table: LossTable, costs: _Costs) -> None:
+    """Refuses a table whose heads cannot decide by themselves.
+
+    Raises:
+        PlanError: it does not tell heads apart, or bytes of a head depend on the other heads.
+    """
+    if table.key_head_loss is None or table.value_head_loss is None:
+        raise PlanError(
+            f"the profile of signal {table.signal!r} does not tell KV heads apart: profile with one that does, such as "
+            "error_gradient, or leave by_head out"
+        )
+    if not costs.separable:
+        raise PlanError(
+            "the profile's candidates need pages of different lengths, and heads of a layer share one: leave groups "
+            "above 64 tokens out of the candidates, or by_head"
+        )
+    if shared := [spec.label for spec in (*table.key_specs, *table.value_specs) if spec.is_calibrated]:
+        raise PlanError(
+            f"candidate {shared[0]} has a codebook, which all heads of a layer share: leave it out of the candidates, "
+            "or by_head"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Costs:
-    """Bytes of one layer's keys and of its values, for every pair of candidates.
+    """Bytes of one layer's (or KV head's) keys and of its values, for every pair of candidates.
 
     Attributes:
         key: [key_specs, value_specs] int64.
@@ -123,10 +188,10 @@ class _Costs:
     separable: bool
 
     @classmethod
-    def of(cls, table: LossTable, budget: Budget, window: Window) -> _Costs:
+    def of(cls, table: LossTable, budget: Budget, window: Window, by_head: bool) -> _Costs:
         dim, size = table.model.head_dim, itemsize(budget.dtype or table.model.dtype)
         sides = np.empty((2, len(table.key_specs), len(table.value_specs)), dtype=np.int64)
-        lengths, copies = set(), budget.batch * table.model.num_kv_heads
+        lengths, copies = set(), budget.batch * (1 if by_head else table.model.num_kv_heads)
         for i, key in enumerate(table.key_specs):
             for j, value in enumerate(table.value_specs):
                 (page,) = head_layouts(LayerPlan(layers=0, key=key, value=value), 1, dim, size)

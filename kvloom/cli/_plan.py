@@ -15,7 +15,7 @@ from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
     from kvloom import Budget, Plan
-    from kvloom.allocate import ExactFront
+    from kvloom.allocate import Allocator, Constraints, ExactFront
 
 
 def plan(
@@ -35,6 +35,7 @@ def plan(
     pairs: Annotated[str | None, typer.Option(help="Bits a layer may have: K4V4,K4V2,...")] = None,
     max_layouts: Annotated[int | None, typer.Option(help="Different pairs of formats in the plan.")] = None,
     protect: Annotated[list[str] | None, typer.Option(help="Layers and their least bits: 0-1,29:8.")] = None,
+    by_head: Annotated[bool, typer.Option("--by-head", help="Every KV head decides by itself.")] = False,
     model: Annotated[str | None, typer.Option(help="What --max-kld is measured on.")] = None,
     windows: Windows = 8,
     window: Window = 2048,
@@ -45,15 +46,14 @@ def plan(
 ) -> None:
     """Spend a memory budget where it matters."""
     from kvloom import Profile
-    from kvloom.allocate import Exact, ExactFront, allocate, parse_tokens
+    from kvloom.allocate import ExactFront, allocate, parse_tokens
 
     budget = budget_of(bits, bytes_per_token, memory, tokens, batch, dtype)
     constraints = constraints_of(equal_in, pairs, max_layouts, protect)
     _check_goal(budget, max_kld, front, model)
-    if method != Exact.name and (constraints or max_kld is not None or front):
-        raise PlanError(f"side constraints, --max-kld and --front need method exact, not {method!r}")
+    how = _allocator(method, constraints, by_head, one_plan=max_kld is None and front is None)
     measured, length = Profile.load(profile), parse_tokens(tokens)
-    curve = ExactFront(measured, length, 1, dtype, constraints, prefill=prefill)
+    curve = ExactFront(measured, length, 1, dtype, constraints, prefill=prefill, by_head=by_head)
     if front:
         _write_front(curve, front)
         return
@@ -61,11 +61,25 @@ def plan(
         about = f"{windows} windows of {window} tokens of {', '.join(text or ['the evaluation essays'])}, {model}"
         made = _smallest(curve, max_kld, meter(model, windows, window, at_once, text, seed, device), about)
     else:
-        how = Exact(constraints) if method == Exact.name else method
         made = allocate(measured, budget, method=how, prefill=prefill)
     made.save(output)
     typer.echo(made.describe(length))
     typer.echo(f"wrote {output}")
+
+
+def _allocator(method: str, constraints: Constraints, by_head: bool, one_plan: bool) -> Allocator:
+    """The method with its options; refuses those that it has not."""
+    from kvloom.allocate import Exact, Greedy, get
+
+    if method == Exact.name:
+        return Exact(constraints, by_head)
+    if constraints or not one_plan:
+        raise PlanError(f"side constraints, --max-kld and --front need method exact, not {method!r}")
+    if method == Greedy.name:
+        return Greedy(by_head)
+    if by_head:
+        raise PlanError(f"--by-head needs method exact or greedy, not {method!r}")
+    return get(method)()
 
 
 def _check_goal(budget: Budget | None, max_kld: float | None, front: Path | None, model: str | None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,7 +15,7 @@ from kvloom.errors import PlanError
 from kvloom.pages import PASSTHROUGH_BITS, Role, codec_facts
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes, room_of
 from kvloom.plan._fingerprint import Fingerprint
-from kvloom.plan._spec import GroupSize, LayerPlan, PlanModel, TensorSpec, Window, format_layers
+from kvloom.plan._spec import GroupSize, HeadPlan, LayerPlan, PlanModel, TensorSpec, Window, format_layers
 from kvloom.plan._tensors import PlanTensors, rotation_name
 from kvloom.plan._validate import validated
 
@@ -175,17 +176,37 @@ class Plan(PlanModel):
 
         For other specs than `uniform` offers in every layer: ``dict.fromkeys(model.packed_layers, (key, value))``.
         """
-        groups: dict[tuple[TensorSpec, TensorSpec], list[int]] = {}
+        heads = {layer: [pair] * model.num_kv_heads for layer, pair in specs.items()}
+        return cls.from_head_specs(model, heads, window=window, prefill=prefill, provenance=provenance)
+
+    @classmethod
+    def from_head_specs(
+        cls,
+        model: Fingerprint,
+        specs: Mapping[int, Sequence[tuple[TensorSpec, TensorSpec]]],
+        *,
+        window: Window | None = None,
+        prefill: Prefill = "exact",
+        provenance: Provenance | None = None,
+    ) -> Plan:
+        """Plan from layer -> (key, value) specs of each of its KV heads; layers with equal specs share an entry.
+
+        A layer's own specs are its commonest pair, among equals that of the first head; other heads say what differs.
+
+        Raises:
+            PlanError: A layer has not one pair for each KV head of the model.
+        """
+        for layer, own in specs.items():
+            if len(own) != model.num_kv_heads:
+                raise PlanError(
+                    f"specs of layer {layer} are of {len(own)} KV heads: give a pair for each of {model.num_kv_heads}."
+                )
+        groups: dict[tuple[tuple[TensorSpec, TensorSpec], ...], list[int]] = {}
         for layer in sorted(specs):
-            groups.setdefault(specs[layer], []).append(layer)
+            groups.setdefault(tuple(specs[layer]), []).append(layer)
         entries = [
-            {
-                "layers": format_layers(layers),
-                "key": key,
-                "value": value,
-                "window": window or Window(),
-            }
-            for (key, value), layers in groups.items()
+            {"layers": format_layers(layers), "window": window or Window(), **_base_and_heads(pairs)}
+            for pairs, layers in groups.items()
         ]
         return validated(
             cls,
@@ -412,6 +433,17 @@ def _kept(entry: LayerPlan) -> str:
         return ""
     share = isinstance(evict.budget, float)
     return f"; {evict.policy} keeps {f'{evict.budget:.2%}' if share else evict.budget} tokens"
+
+
+def _base_and_heads(pairs: Sequence[tuple[TensorSpec, TensorSpec]]) -> dict[str, Any]:
+    """Fields of an entry whose KV heads store these (key, value) specs."""
+    [((key, value), _)] = Counter(pairs).most_common(1)
+    heads = {
+        head: HeadPlan(key=None if own[0] == key else own[0], value=None if own[1] == value else own[1])
+        for head, own in enumerate(pairs)
+        if own != (key, value)
+    }
+    return {"key": key, "value": value, "heads": heads}
 
 
 def _spec(bits: int, grouping: str, group_size: GroupSize, codec: str, symmetric: bool) -> TensorSpec:

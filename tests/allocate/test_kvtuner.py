@@ -14,7 +14,7 @@ from kvloom import _extras
 from kvloom.allocate import Budget, KVTuner, Objective, StudySettings, allocate
 from kvloom.allocate._groups import grouped, pruned
 from kvloom.allocate._knapsack import Options
-from kvloom.allocate._units import Unit, layer_units, units_of
+from kvloom.allocate._units import Unit, paired_units, units_of
 from kvloom.errors import MissingExtraError, PlanError
 from kvloom.plan import Window
 
@@ -109,7 +109,7 @@ def test_on_the_surrogate_it_finds_the_best_of_its_groups():
     """It starts there: exact plans of the groups are its first trials."""
     measured = profile(3, keys=[channel(b) for b in (2, 4, 8)], values=[token(b) for b in (2, 4, 8)])
     plan = searched(measured, trials=20)
-    groups = grouped([pruned(unit) for unit in layer_units(units_of(measured.table, BUDGET, Window()))])
+    groups = grouped([pruned(unit) for unit in paired_units(units_of(measured.table, BUDGET, Window()))])
     totals = [
         (
             sum(g.options.loss[n] for g, n in zip(groups, picks, strict=True)),

@@ -23,6 +23,7 @@ BITS = (2, 3, 4, 6, 8)
 def profile(tmp_path: Path) -> Path:
     """A made-up profile: layer l matters 10^l, halving with every bit."""
     grid = [[10.0**layer / 2**bits for bits in BITS] for layer in range(4)]
+    heads = [[[share * loss for loss in row] for share in (0.9, 0.1)] for row in grid]
     still = [[0.0] * len(BITS)] * 4
     specs = [TensorSpec(bits=b, grouping="per_channel", group_size=64) for b in BITS]
     table = LossTable(
@@ -34,6 +35,8 @@ def profile(tmp_path: Path) -> Path:
         value_loss=grid,
         key_spread=still,
         value_spread=still,
+        key_head_loss=heads,
+        value_head_loss=heads,
     )
     norms = [1.0, 2.0, 3.0, 4.0]
     gradient = GradientNorms(key=norms, value=norms, key_spread=norms, value_spread=norms)
@@ -130,6 +133,24 @@ def test_side_constraints(kvloom, profile: Path, target: Path):
     assert plan.provenance.certificate["constraints"].startswith("equal_in 2")
 
 
+@pytest.mark.parametrize("method", ["exact", "greedy"])
+def test_heads_decide(kvloom, profile: Path, target: Path, method: str):
+    done = kvloom("plan", profile, "--bits", "4", "--by-head", "--method", method, "-o", target)
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(target)
+    first, second = (plan.spec(2).head(head) for head in range(2))
+    assert first[0].bits > second[0].bits
+    assert "1 heads apart" in done.stdout
+
+
+def test_a_front_by_head(kvloom, profile: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    done = kvloom("plan", profile, "--front", tmp_path / "front", "--by-head")
+    assert done.exit_code == 0, done.output
+    plans = [Plan.load(path) for path in (tmp_path / "front").glob("plan-*.json")]
+    assert any(entry.heads for plan in plans for entry in plan.layers)
+
+
 @pytest.mark.parametrize("method", ["greedy", "kvq"])
 def test_other_methods_take_the_budget(kvloom, profile: Path, target: Path, method: str):
     done = kvloom("plan", profile, "--bits", "4", "--method", method, "-o", target)
@@ -190,6 +211,7 @@ def test_max_kld_is_measured(kvloom, profile: Path, target: Path, monkeypatch: p
         (["--bits", "4", "--model", "m"], "measured on --model: give both"),
         (["--bits", "4", "--equal-in", "2", "--method", "kvq"], "need method exact, not 'kvq'"),
         (["--front", "f", "--method", "greedy"], "need method exact"),
+        (["--bits", "4", "--by-head", "--method", "kvq"], "--by-head needs method exact or greedy, not 'kvq'"),
         (["--bits", "4", "--pairs", "4,4"], "cannot read the pairs"),
         (["--bits", "4", "--protect", "9:4"], "protect names layer 9"),
     ],

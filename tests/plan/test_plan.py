@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvloom.errors import ModelError, PlanError
-from kvloom.plan import Fingerprint, LayerPlan, Plan, TensorSpec, Window, format_layers, parse_layers, plan_schema
+from kvloom.plan import (
+    Fingerprint,
+    HeadPlan,
+    LayerPlan,
+    Plan,
+    TensorSpec,
+    Window,
+    format_layers,
+    parse_layers,
+    plan_schema,
+)
 
 MODEL = Fingerprint(
     architecture="LlamaForCausalLM",
@@ -52,6 +62,33 @@ def test_per_head_overrides_count() -> None:
     plan = Plan.model_validate({"model": MODEL, "layers": [entry]})
     key2, value2, key4 = (128 * 128 * b // 8 + p for b, p in ((2, 128 * 2 * 4), (2, 128 * 4), (4, 128 * 4)))
     assert plan.nbytes(1, 128) == 4 * (key2 + value2 + key4 + value2)
+
+
+K2, K4 = (TensorSpec(bits=bits, grouping="per_channel") for bits in (2, 4))
+V2, V4 = (TensorSpec(bits=bits, grouping="per_token", group_size="head_dim") for bits in (2, 4))
+
+
+def test_heads_say_what_differs_from_the_commonest_pair() -> None:
+    model = MODEL.model_copy(update={"num_kv_heads": 3})
+    heads = {0: [(K4, V2), (K2, V2), (K2, V2)], 1: [(K2, V2)] * 3, 2: [(K4, V4), (K2, V2), (K2, V2)], 3: [(K2, V2)] * 3}
+    plan = Plan.from_head_specs(model, heads, window=Window(sinks=4))
+    assert [entry.layers for entry in plan.layers] == [0, "1,3", 2]
+    assert [entry.heads for entry in plan.layers] == [{0: HeadPlan(key=K4)}, {}, {0: HeadPlan(key=K4, value=V4)}]
+    assert {(entry.key, entry.value) for entry in plan.layers} == {(K2, V2)}
+
+
+@given(st.lists(st.tuples(st.sampled_from([K2, K4]), st.sampled_from([V2, V4])), min_size=8, max_size=8))
+def test_heads_come_back(pairs: list[tuple[TensorSpec, TensorSpec]]) -> None:
+    heads = {layer: pairs[2 * layer : 2 * layer + 2] for layer in range(4)}
+    plan = Plan.from_head_specs(MODEL, heads)
+    assert {layer: [plan.spec(layer).head(head) for head in range(2)] for layer in range(4)} == heads
+    if all(one == other for one, other in heads.values()):
+        assert plan == Plan.from_specs(MODEL, {layer: own[0] for layer, own in heads.items()})
+
+
+def test_heads_left_out_are_named() -> None:
+    with pytest.raises(PlanError, match="specs of layer 2 are of 1 KV heads: give a pair for each of 2"):
+        Plan.from_head_specs(MODEL, {layer: [(K2, V2)] * (1 if layer == 2 else 2) for layer in range(4)})
 
 
 def test_save_and_load(tmp_path: Path) -> None:
