@@ -1,9 +1,9 @@
 """The affine family: ``x_hat = scale * code + zero`` from one page record, whatever chose scale and zero.
 
 A member decides the parameters of each group; codes are then the nearest points of the grid that decoding will use,
-with the parameters rounded to fp16 as they are stored. Every kernel that reads pages reads every member's; only packing
-goes through torch, except for min/max, whose bytes are the same on every device. Others may choose another grid on
-another device where two are equally good but for rounding.
+with the parameters rounded to fp16 as they are stored. Every kernel that reads pages reads every member's; the CUDA
+kernels pack those they know, torch all. The bytes of min/max are the same on every device. Others may choose another
+grid on another device where two are equally good but for rounding.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A member decides the parameters of each group; codes are then those of the nearest points (`kvloom.pages.Format.points`)
 of the scaled grid, with the parameters rounded to fp16 as they are stored. Every kernel that reads pages reads every
-member's; packing goes through torch.
+member's; the CUDA kernels pack those they know (`kvloom/kernels/_cuda_pages.py`), torch all.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ while tokens are decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -157,12 +157,25 @@ def score_windows(
     ledger: Ledger,
     progress: Progress,
     batch: int = 1,
+    kind: str = "fidelity_piece",
+    kept: Callable[[Record], Record] = dict,
 ) -> list[list[Record]]:
     """Score every (contestant, window) that the ledger does not have yet, `batch` windows at a time.
 
+    Args:
+        model: a causal language model in evaluation mode.
+        windows: int64 token ids `[windows, tokens]`.
+        contestants: what is scored.
+        protocol: how.
+        ledger: of finished pieces.
+        progress: told before every piece of work.
+        batch: windows in one forward pass.
+        kind: of the pieces in the ledger.
+        kept: what the ledger keeps of a piece, by default all of it.
+
     Returns:
-        For each contestant the pieces of all windows, in order: packed token scores, bytes,
-        seconds.
+        For each contestant what is kept of the pieces of all windows, in order. A piece has packed token scores,
+        bytes, seconds.
     """
     shared = {**conditions(model), **protocol.fields}
     keys = [
@@ -180,7 +193,7 @@ def score_windows(
                     reference = dense_logits(model, rows, protocol)
                 for key, piece in zip(wanted, score_rows(model, rows, contestant, reference, protocol), strict=True):
                     if key not in ledger:
-                        ledger.add("fidelity_piece", key, piece)
+                        ledger.add(kind, key, kept(piece))
             done += len(rows)
     progress("scored", done, total)
     return [[ledger[key] for key in own] for own in keys]

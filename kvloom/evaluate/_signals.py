@@ -19,13 +19,12 @@ from kvloom.evaluate._contestants import plan_contestant
 from kvloom.evaluate._context import (
     Progress,
     check_model,
-    conditions,
     silent,
     surroundings,
     tokens_hash,
 )
 from kvloom.evaluate._correlation import pearson, spearman
-from kvloom.evaluate._fidelity import Protocol, check_windows, dense_logits, piece_scores, score_rows
+from kvloom.evaluate._fidelity import Protocol, check_windows, piece_scores, score_windows
 from kvloom.evaluate._random_plans import Group, PlanCounts, RandomPlan, random_plans
 from kvloom.evaluate._records import write_records
 from kvloom.plan import Fingerprint, TensorSpec
@@ -135,24 +134,15 @@ def _measured(
     progress: Progress,
 ) -> list[float]:
     """KLD of each plan, mean over all scored tokens."""
-    shared = {**conditions(model), **protocol.fields}
     entrants = [plan_contestant(it.plan, model, name=it.name, method="random") for it in drawn]
-    keys = [[fingerprint({**shared, **it.identity, "window": tokens_hash(row)}) for row in windows] for it in entrants]
-    done, total = 0, len(windows) * len(entrants)
-    for start, rows in zip(range(0, len(windows), batch), windows.to(model.device).split(batch), strict=True):
-        reference: Tensor | None = None
-        for entrant, own in zip(entrants, keys, strict=True):
-            progress(f"window {start + 1}, {entrant.name}", done, total)
-            missing = own[start : start + len(rows)]
-            if not all(key in ledger for key in missing):
-                if reference is None:
-                    reference = dense_logits(model, rows, protocol)
-                for key, piece in zip(missing, score_rows(model, rows, entrant, reference, protocol), strict=True):
-                    if key not in ledger:
-                        ledger.add("random_plan_piece", key, {"kld": float(piece_scores([piece]).kld.double().mean())})
-            done += len(rows)
-    progress("measured", done, total)
-    return [sum(ledger[key]["kld"] for key in own) / len(own) for own in keys]
+    scored = score_windows(
+        model, windows, entrants, protocol, ledger, progress, batch, kind="random_plan_piece", kept=_mean_kld
+    )
+    return [sum(piece["kld"] for piece in own) / len(own) for own in scored]
+
+
+def _mean_kld(piece: Record) -> Record:
+    return {"kld": float(piece_scores([piece]).kld.double().mean())}
 
 
 def _profile(

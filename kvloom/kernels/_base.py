@@ -35,7 +35,11 @@ def head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 class Backend(ABC):
-    """Encode, decode and attend over pages. Every backend gives the reference's codes bit for bit."""
+    """Encode, decode and attend over pages.
+
+    Every backend gives the reference's codes bit for bit; of codecs that search for a grid, those of a grid whose error
+    is the reference's but for rounding.
+    """
 
     name: str
 

@@ -178,7 +178,7 @@ def test_one_group_alone_is_enough(model) -> None:
 
 
 def test_bad_requests_are_refused_before_anything_is_measured(model, monkeypatch) -> None:
-    monkeypatch.setattr("kvloom.evaluate._signals.score_rows", None)
+    monkeypatch.setattr("kvloom.evaluate._fidelity.score_rows", None)
     with pytest.raises(PlanError, match="signal 'magic' is unknown"):
         compared(model, wanted=["magic"])
     with pytest.raises(DataError, match="windows hold 100 tokens each"):
