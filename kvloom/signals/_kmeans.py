@@ -46,7 +46,8 @@ def _settled(numbers: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
         inner = torch.searchsorted(numbers, _edges(centres))
         bounds = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), len(numbers))])
         own, sums = mass[bounds].diff(), moment[bounds].diff()
-        means = torch.where(own > 0, sums / own, centres)
+        # rounding may put the mean of a few equal numbers past a neighbour that nothing is nearest to
+        means = torch.where(own > 0, sums / own, centres).sort().values
         if means.equal(centres):
             break
         centres = means

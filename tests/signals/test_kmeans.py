@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvloom.signals._kmeans import squared_error, weighted_kmeans
@@ -39,6 +39,7 @@ def best(numbers: torch.Tensor, weights: torch.Tensor, clusters: int) -> float:
 
 
 @given(seed=st.integers(0, 2**31), clusters=st.sampled_from([2, 4]))
+@example(seed=33028, clusters=4)
 def test_nothing_is_better_than_the_best_there_is(seed: int, clusters: int) -> None:
     numbers, weights = draw(12, seed)
     centres = weighted_kmeans(numbers, weights, clusters)
