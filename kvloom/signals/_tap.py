@@ -30,6 +30,12 @@ Store = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 _BARRIER = -1e30
 """Added to scores a query may not see: their exponential is 0, and a row of nothing else stays finite."""
 
+_EXACT_QUERIES = {"cpu": 64}
+"""Queries whose scores exist at a time where nothing is packed: few enough that they stay in a CPU's caches."""
+
+_MANY_EXACT_QUERIES = 512
+"""Elsewhere: a GPU works on small pieces faster than they can be launched."""
+
 _active: ContextVar[Tap | None] = ContextVar("kvloom_active_tap", default=None)
 
 
@@ -57,6 +63,12 @@ def packed_runs(tokens: int, window: Window, page_tokens: int) -> list[Run]:
     starts = [0] + [query for query in range(1, tokens) if ends[query] != ends[query - 1]]
     stops = [*starts[1:], tokens]
     return [Run(start, stop, window.sinks, ends[start]) for start, stop in zip(starts, stops, strict=True)]
+
+
+def exact_runs(tokens: int, device: torch.device) -> list[Run]:
+    """Splits `tokens` queries into runs that see no packed tokens."""
+    step = _EXACT_QUERIES.get(device.type, _MANY_EXACT_QUERIES)
+    return [Run(start, min(start + step, tokens), 0, 0) for start in range(0, tokens, step)]
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class _Recomputed(torch.autograd.Function):
         keep: Callable[[Tensor], None],
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.runs, ctx.scoring, ctx.keep = runs, scoring, keep
+        ctx.scoring, ctx.keep = scoring, keep
         outputs = []
         for run in runs:
             seen = seen_by(run, key, stored[0]), seen_by(run, value, stored[1])
@@ -158,15 +170,15 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.keep(gradient)
         query, key, value = ctx.saved_tensors
-        return (*_gradients(query, key, value, ctx.runs, ctx.scoring, gradient), None, None, None, None)
+        return (*_gradients(query, key, value, ctx.scoring, gradient), None, None, None, None)
 
 
 def _gradients(
-    query: Tensor, key: Tensor, value: Tensor, runs: list[Run], scoring: Scoring, gradient: Tensor
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and value, shaped like them, from the one by the output."""
+    """Gradients by query, key and value, shaped like them, from the one by the output; all states exact."""
     total = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for run in runs:
+    for run in exact_runs(query.shape[3], query.device):
         rows, seen = slice(run.start, run.stop), slice(run.stop)
         parts = query[:, :, :, rows], key[:, :, seen], value[:, :, seen]
         leaves = [part.detach().requires_grad_() for part in parts]
@@ -209,7 +221,7 @@ class Tapped:
         if self.gradient is None:
             raise RuntimeError("the tapped attention has seen no backward pass")
         if self._by_states is None:
-            gradients = _gradients(self.query, self.key, self.value, self.runs, self.scoring, self.gradient)
+            gradients = _gradients(self.query, self.key, self.value, self.scoring, self.gradient)
             self._by_states = gradients[1:]
         return self._by_states
 
@@ -234,12 +246,14 @@ class Tap:
 
     def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attention output of a grouped query, shaped like it."""
-        runs = packed_runs(query.shape[-2], self.window, self.page_tokens)
-        stored, keep = (key, value), _forget
+        tokens = query.shape[-2]
+        runs, stored, keep = exact_runs(tokens, query.device), (key, value), _forget
         if layer is not None and layer in self.layers:
-            caught = Tapped(query.detach(), key.detach(), value.detach(), scoring, runs)
+            packed = packed_runs(tokens, self.window, self.page_tokens)
+            caught = Tapped(query.detach(), key.detach(), value.detach(), scoring, packed)
             self.caught[layer] = caught
-            stored = (key, value) if self.store is None else self.store(layer, key, value)
+            if self.store is not None:
+                runs, stored = packed, self.store(layer, key, value)
             keep = caught.keep
         output: Tensor = _Recomputed.apply(query, key, value, stored, runs, scoring, keep)  # type: ignore[no-untyped-call]
         return output
