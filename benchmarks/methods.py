@@ -75,12 +75,14 @@ class Method:
         source: paper, article or library.
         exact: tokens that it keeps exactly, besides those that do not fill a page.
         plan: what it stores in a model. None: a contestant of that name comes from a profile or from transformers.
+        rotates: whether its rotations are calibrated before it is scored.
     """
 
     name: str
     source: str
     exact: str = ""
     plan: Callable[[Fingerprint], Plan] | None = None
+    rotates: bool = False
 
 
 def _preset(name: str, source: str, exact: str) -> Method:
@@ -111,6 +113,13 @@ def _turboquant(bits: int) -> Method:
     return Method(f"lloyd K{bits}V{bits}{SINKS}", "TurboQuant-MSE, arXiv 2504.19874", "first 4", plan)
 
 
+def _oscar(bits: int) -> Method:
+    """Rotations calibrated on what queries and output projections look at, in place of the Hadamard transform alone."""
+    source = f"OSCAR class, arXiv 2605.17757 (its matrix and ours: LOG.md); {_AWQ}"
+    plan = partial(preset, f"kvloom/K{bits}V{bits}")
+    return Method(f"calibrated rotations K{bits}V{bits}{SINKS}", source, "first 4", plan, rotates=True)
+
+
 def _of_specs(model: Fingerprint, key: TensorSpec, value: TensorSpec) -> Plan:
     return Plan.from_specs(model, dict.fromkeys(model.packed_layers, (key, value)), window=FOUR)
 
@@ -138,6 +147,7 @@ METHODS = (
         _preset(f"kvloom/K{bits}V{bits}", f"Hadamard: QuaRot, arXiv 2404.00456; {_AWQ}", "first 4")
         for bits in (2, 3, 4)
     ),
+    *(_oscar(bits) for bits in (2, 3, 4)),
 )
 PROFILED = (
     Method(KVMIX, _KVMIX),
@@ -167,7 +177,11 @@ def contestants(
     shape = Fingerprint.of(model)
     plans = [
         plan_contestant(
-            _fitted(method.plan(shape), model), model, name=method.name, method="uniform", prefill="quantized"
+            _fitted(method.plan(shape), model, method.rotates),
+            model,
+            name=method.name,
+            method="uniform",
+            prefill="quantized",
         )
         for method in of_share(METHODS, share)
         if method.plan
@@ -181,12 +195,13 @@ def contestants(
     return [*plans, *of_share([other for other in others if other.name in wanted], share)]
 
 
-def _fitted(plan: Plan, model: PreTrainedModel) -> Plan:
-    """The plan with the codebooks that it needs, from other texts than those that are scored."""
-    if not plan.needs_codebooks:
+def _fitted(plan: Plan, model: PreTrainedModel, rotate: bool) -> Plan:
+    """The plan with the codebooks and rotations that it needs, from other texts than those that are scored."""
+    if not (rotate or plan.needs_codebooks):
         return plan
     _, tokenizer = load_model(MODEL_NAME, device="cpu")
-    return calibrate(model, plan, token_windows(tokenizer, texts(CALIBRATION), 512, 8, seed=0), texts=CALIBRATION)
+    tokens = token_windows(tokenizer, texts(CALIBRATION), 2048 if rotate else 512, 8, seed=0)
+    return calibrate(model, plan, tokens, rotate=rotate, texts=CALIBRATION)
 
 
 def evaluate(lineup_of: Callable[[PreTrainedModel], Sequence[Contestant]], asked: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvloom.allocate import Budget
     from kvloom.assets import load_model
     from kvloom.cache import LoomCache, disable, enable
+    from kvloom.generation import decode_loop
     from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
     from kvloom.signals import Profile, calibrate, compute_profile
 
@@ -28,6 +29,7 @@ _HOMES = {
     "Window": "kvloom.plan",
     "calibrate": "kvloom.signals",
     "compute_profile": "kvloom.signals",
+    "decode_loop": "kvloom.generation",
     "disable": "kvloom.cache",
     "enable": "kvloom.cache",
     "load_model": "kvloom.assets",
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compute_profile",
+    "decode_loop",
     "disable",
     "enable",
     "load_model",

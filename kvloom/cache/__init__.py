@@ -8,7 +8,7 @@ from kvloom.cache._evicting import EvictingLayer
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
-from kvloom.cache._static import fixed_nbytes
+from kvloom.cache._static import StaticLoomLayer, fixed_nbytes
 
 __all__ = [
     "ATTENTION",
@@ -18,6 +18,7 @@ __all__ = [
     "LoomCache",
     "LoomLayer",
     "Rope",
+    "StaticLoomLayer",
     "disable",
     "enable",
     "fixed_nbytes",

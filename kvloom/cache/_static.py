@@ -184,6 +184,10 @@ class StaticLoomLayer(LoomLayer):
     def _packed(self, tokens: int) -> int:
         return full_pages(self.entry.window, tokens, self.page_tokens)
 
+    def packs_page(self, tokens: int) -> bool:
+        """Whether a page is packed when a token follows so many."""
+        return self._packed(tokens + 1) > self._packed(tokens)
+
     def _extended(self, group: HeadPages, records: torch.Tensor) -> HeadPages:
         self.store.store(self._of_store(group), slice(None), self.num_pages, records)
         return self._first_pages(group, self.num_pages + records.shape[2])

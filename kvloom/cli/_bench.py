@@ -94,7 +94,7 @@ def generate(
     ] = "prompt",
     repeats: Annotated[int, typer.Option(help="Timed generations.")] = 3,
     caches: Annotated[
-        str | None, typer.Option(help="dynamic,static,quantized,growing,fixed; all of them by default.")
+        str | None, typer.Option(help="dynamic,static,quantized,growing,fixed,loop; all of them by default.")
     ] = None,
     device: Device = None,
     dtype: ShortDtype = None,

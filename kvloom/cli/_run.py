@@ -21,15 +21,20 @@ def generate(
     growing: Annotated[
         bool, typer.Option("--growing", help="A growing cache also on a GPU, where its size is fixed by default.")
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the step first: a minute or more, then a fifth less time a token."),
+    ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Generate text through the packed cache, greedily; on a GPU steps are compiled."""
+    """Generate text through the packed cache, greedily; on a GPU every step is one replayed graph."""
     from transformers import TextStreamer
 
-    from kvloom import Plan
+    from kvloom import Plan, decode_loop
     from kvloom.bench import StepTimes
+    from kvloom.generation import serves
 
     wanted = Plan.load(plan) if plan else None
     loaded, tokenizer = load(model, device, dtype)
@@ -37,13 +42,16 @@ def generate(
     fixed = loaded.device.type == "cuda" and not growing
     cache = _cache(wanted, loaded, inputs.input_ids.shape[1] + max_new_tokens if fixed else None)
     times = StepTimes(loaded.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    looped = {"custom_generate": decode_loop, "token_streamer": streamer}
     loaded.generate(
         **inputs,
+        **(looped if serves(cache) else {"streamer": streamer}),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         logits_processor=[times],
+        disable_compile=not compiled,
     )
     if steps := times.steps():
         err.print(f"{1 / times.timing(steps).seconds:,.1f} tokens/s (median of {len(steps)} decode steps)")

@@ -44,16 +44,20 @@ def test_every_plan_fits_and_its_window_is_as_the_row_says(method: Method):
         assert plan == preset(method.name, SMOLLM2)
 
 
-def test_plans_get_the_codebooks_that_they_need_from_calibration_texts(monkeypatch):
+def test_plans_get_the_codebooks_and_rotations_that_they_need_from_calibration_texts(monkeypatch):
     read = []
     monkeypatch.setattr(methods, "load_model", lambda *name, **options: (None, "tokenizer"))
     monkeypatch.setattr(methods, "token_windows", lambda tokenizer, sources, *sizes, seed: [it.name for it in sources])
     monkeypatch.setattr(methods, "texts", lambda names: [Text(name, "") for name in names])
-    monkeypatch.setattr(methods, "calibrate", lambda model, plan, names, texts: read.append(names) or "made")
-    made = {method.name: methods._fitted(method.plan(SMOLLM2), "model") for method in METHODS}
+    monkeypatch.setattr(
+        methods, "calibrate", lambda model, plan, names, rotate, texts: read.append((rotate, names)) or "made"
+    )
+    made = {method.name: methods._fitted(method.plan(SMOLLM2), "model", method.rotates) for method in METHODS}
     fitted = [name for name, plan in made.items() if plan == "made"]
-    assert fitted == ["nuq K2V2 + sinks", "nuq K3V3 + sinks"]
-    assert not {name for names in read for name in names} & set(EVALUATION)
+    rotated = [f"calibrated rotations K{bits}V{bits} + sinks" for bits in (2, 3, 4)]
+    assert fitted == ["nuq K2V2 + sinks", "nuq K3V3 + sinks", *rotated]
+    assert [rotate for rotate, _ in read] == [False, False, True, True, True]
+    assert not {name for _, names in read for name in names} & set(EVALUATION)
 
 
 def test_rows_without_a_plan_have_the_names_of_contestants():

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PEERS = ("dynamic", "static", "quantized")
-KINDS = (*PEERS, "growing", "fixed")
+KINDS = (*PEERS, "growing", "fixed", "loop")
 """Kinds of caches: transformers' `DynamicCache`, `StaticCache` and `QuantizedCache` (quanto's and hqq's 4 and 2 bits
-on their best axes), `LoomCache` growing and with ``max_tokens``. On a GPU ``generate`` compiles the steps of those of
-fixed size."""
+on their best axes), `LoomCache` growing, with ``max_tokens``, and with ``max_tokens`` under `decode_loop`. On a GPU
+``generate`` compiles the steps of those of fixed size, and `decode_loop` those of the last."""
 
 
 class Lineup:
@@ -62,7 +62,7 @@ class Lineup:
         if "dynamic" in self._kinds:
             made.insert(0, Contestant("dynamic", "dynamic", None, partial(DynamicCache, config=config)))
         for name, plan in self._plans.items():
-            for kind, room in (("growing", None), ("fixed", max_tokens)):
+            for kind, room in (("growing", None), ("fixed", max_tokens), ("loop", max_tokens)):
                 if kind in self._kinds:
                     make_cache = partial(LoomCache, plan, self._model, max_tokens=room)
                     made.append(Contestant(f"{name} {kind}", kind, None, make_cache, plan=plan))

@@ -19,6 +19,7 @@ from kvloom.bench.generation._fill import fill_random
 from kvloom.bench.generation._steps import StepTimes
 from kvloom.cache import LoomCache
 from kvloom.evaluate import Contestant, Record, attention, check_multiple, live_bytes
+from kvloom.generation import decode_loop
 from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
@@ -67,17 +68,18 @@ def measure(job: Job, contestant: Contestant, shape: Shape, ceilings: Ceilings) 
     """
     check_multiple(contestant, "prompt", shape.tokens)
     model, first, steps = job.model, [], []
+    options = _options(contestant)
     start = _allocated(model.device)
     with attention(model, packed=contestant.plan is not None), _plain_generation(model):
         cache = contestant.make_cache()
-        _run(job, cache, shape, min(WARM_UP_TOKENS, job.new_tokens))
+        _run(job, cache, shape, min(WARM_UP_TOKENS, job.new_tokens), options)
         peaks = []
         for _ in range(job.repeats):
             if cache.is_compileable:
                 cache.reset()  # the tensors that the compiled step knows
             else:
                 cache = contestant.make_cache()
-            times, peak = _run(job, cache, shape, job.new_tokens)
+            times, peak = _run(job, cache, shape, job.new_tokens, options)
             first.append(times.first())
             steps += times.steps()
             peaks.append(peak)
@@ -117,7 +119,7 @@ def survives(job: Job, contestant: Contestant, shape: Shape) -> bool:
         ends.insert(0, (job, shape))
     with attention(job.model, packed=contestant.plan is not None), _plain_generation(job.model):
         for end, size in ends:
-            _run(end, contestant.make_cache(), size, _TRIAL_TOKENS, disable_compile=True)
+            _run(end, contestant.make_cache(), size, _TRIAL_TOKENS, {**_options(contestant), "disable_compile": True})
     return True
 
 
@@ -131,9 +133,12 @@ def weight_nbytes(model: PreTrainedModel) -> int:
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def _run(
-    job: Job, cache: Cache, shape: Shape, new_tokens: int, *, disable_compile: bool = False
-) -> tuple[StepTimes, int]:
+def _options(contestant: Contestant) -> dict[str, Any]:
+    """What `generate` is told of a contestant."""
+    return {"custom_generate": decode_loop} if contestant.method == "loop" else {}
+
+
+def _run(job: Job, cache: Cache, shape: Shape, new_tokens: int, options: dict[str, Any]) -> tuple[StepTimes, int]:
     """Bring the prompt into an empty cache and generate; the times, and the most bytes allocated from then on."""
     model: Any = job.model
     if job.fill == "random":
@@ -149,7 +154,7 @@ def _run(
         max_new_tokens=new_tokens,
         do_sample=False,
         logits_processor=[times],
-        disable_compile=disable_compile,
+        **options,
     )
     if isinstance(cache, LoomCache):
         cache.check()

@@ -23,7 +23,7 @@ from kvloom.evaluate import Peers, attention
 from kvloom.plan import Plan
 from kvloom.report import load_records
 
-OURS = ("dynamic", "static", "growing", "fixed")
+OURS = ("dynamic", "static", "growing", "fixed", "loop")
 LOADS = (Load(2, 150),)
 
 
@@ -45,7 +45,7 @@ def test_every_cache_is_measured_under_every_load(bench, tiny, plan, tmp_path: P
     loads, out = make_loads("B2x150,B1x70"), tmp_path / "runs" / "g.jsonl"
     records = bench(loads, out=out)
     cells = of_kind(records, "generate")
-    names = ["dynamic", "static", "k4v2 growing", "k4v2 fixed"]
+    names = ["dynamic", "static", "k4v2 growing", "k4v2 fixed", "k4v2 loop"]
     assert [(record["load"], record["name"]) for record in cells] == [(x.label, n) for x in loads for n in names]
     assert len(of_kind(records, "generate_ceilings")) == 1
     assert len({record["id"] for record in records}) == len(records)
@@ -54,7 +54,7 @@ def test_every_cache_is_measured_under_every_load(bench, tiny, plan, tmp_path: P
     assert [path.name for path in out.parent.iterdir()] == ["g.jsonl"]
     dense = 2 * 2 * 2 * 2 * 32 * 4  # bytes of a token of two sequences
     held = 150 + 11  # the last token is never passed through the model
-    expected = [held * dense, 162 * dense + 2 * 8, plan.nbytes(2, held), fixed_nbytes(plan, 2, 162)]
+    expected = [held * dense, 162 * dense + 2 * 8, plan.nbytes(2, held), *[fixed_nbytes(plan, 2, 162)] * 2]
     assert [record["live_bytes"] for record in cells[:4]] == expected
     assert cells[0]["true_bits"] == pytest.approx(32)
     assert cells[2]["true_bits"] == pytest.approx(plan.true_bits(held))
@@ -139,11 +139,11 @@ def test_a_killed_run_goes_on(bench, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not out.exists()
     seen.append("killed")
     records = bench(LOADS, out=out)
-    assert seen == ["dynamic", "static", "killed", "k4v2 growing", "k4v2 fixed"]
+    assert seen == ["dynamic", "static", "killed", "k4v2 growing", "k4v2 fixed", "k4v2 loop"]
     assert len(of_kind(records, "generate")) == 4
     assert len({record["run"] for record in records}) == 1
     bench(LOADS, out=out)
-    assert seen[5:] == ["dynamic", "static", "k4v2 growing", "k4v2 fixed"]
+    assert seen[5:] == ["dynamic", "static", "k4v2 growing", "k4v2 fixed", "k4v2 loop"]
     assert len(load_records(out)) == 5
 
 
@@ -158,14 +158,14 @@ def test_what_runs_out_of_memory_is_said_and_the_run_goes_on(bench, monkeypatch:
     monkeypatch.setattr(run_module, "measure", scarce)
     records = bench(LOADS)
     cells = of_kind(records, "generate")
-    assert [record["skipped"] for record in cells] == [None, "out of memory", "out of memory", None]
+    assert [record["skipped"] for record in cells] == [None, "out of memory", "out of memory", None, None]
     assert cells[3]["best_peer"] == "dynamic"
     (table,) = generate_tables(records)
     assert table.rows[1][0] == "static: out of memory"
 
 
 def test_every_cache_has_its_own_largest_batch(bench, tiny, plan, monkeypatch: pytest.MonkeyPatch):
-    fit = {"dynamic": 5, "static": 4, "k4v2 growing": 20, "k4v2 fixed": 0}
+    fit = {"dynamic": 5, "static": 4, "k4v2 growing": 20, "k4v2 fixed": 0, "k4v2 loop": 7}
     real, measured = run_module.measure, []
 
     def survives(job, contestant, shape):
@@ -184,9 +184,14 @@ def test_every_cache_has_its_own_largest_batch(bench, tiny, plan, monkeypatch: p
     job = Job(tiny, 4, "random", 1)
     run = run_module._Run(job, Lineup(tiny, {"k4v2": plan}, OURS), [Load(None, 64)], "tiny", None, lambda *_: None)
     cells = of_kind(list(run.records()), "generate")
-    assert [record["batch"] for record in cells] == [5, 4, 18, None]
+    assert [record["batch"] for record in cells] == [5, 4, 18, None, 7]
     assert cells[3]["skipped"] == "out of memory"
-    assert measured == [("dynamic", 5), ("static", 4), *(("k4v2 growing", batch) for batch in (20, 19, 18))]
+    assert measured == [
+        ("dynamic", 5),
+        ("static", 4),
+        *(("k4v2 growing", batch) for batch in (20, 19, 18)),
+        ("k4v2 loop", 7),
+    ]
 
 
 def test_other_peoples_failures_are_said_and_ours_raised(bench, monkeypatch: pytest.MonkeyPatch):
@@ -280,7 +285,9 @@ def test_plans_and_kinds_are_checked_before_anything_is_measured(tiny, plan, mon
         bench_generate(tiny, {"k4v2": other}, LOADS)
     with pytest.raises(PlanError, match="codebook is missing"):
         bench_generate(tiny, {"nuq": Plan.uniform(tiny, 4, 4, value_codec="nuq")}, LOADS)
-    with pytest.raises(PlanError, match="--caches 'paged' is not one of dynamic, static, quantized, growing, fixed"):
+    with pytest.raises(
+        PlanError, match="--caches 'paged' is not one of dynamic, static, quantized, growing, fixed, loop"
+    ):
         bench_generate(tiny, {"k4v2": plan}, LOADS, kinds=["paged"])
     with pytest.raises(ModelError, match="training mode"):
         bench_generate(tiny.train(), {"k4v2": plan}, LOADS)
@@ -302,14 +309,17 @@ def test_on_a_gpu_steps_are_compiled_and_memory_is_told(quick, tmp_path: Path, m
     model = random_model("tiny", dtype=torch.bfloat16, device=torch.device("cuda", 0))
     records = bench_generate(model, {"k4v4": Plan.uniform(model, 4, 4)}, make_loads("B2x512"), new_tokens=24)
     cells = {record["name"]: record for record in of_kind(records, "generate")}
-    assert {name: cells[name]["compiled"] for name in ("dynamic", "static", "k4v4 growing", "k4v4 fixed")} == {
+    assert {
+        name: cells[name]["compiled"] for name in ("dynamic", "static", "k4v4 growing", "k4v4 fixed", "k4v4 loop")
+    } == {
         "dynamic": False,
         "static": True,
         "k4v4 growing": False,
         "k4v4 fixed": True,
+        "k4v4 loop": True,
     }
     for record in cells.values():
         if record["skipped"] is None:
             assert record["peak_bytes"] > record["start_bytes"] >= record["weight_bytes"]
             assert record["method"] == "events"
-    assert cells["k4v4 fixed"]["seconds"] < cells["k4v4 growing"]["seconds"]
+    assert cells["k4v4 loop"]["seconds"] < cells["k4v4 fixed"]["seconds"] < cells["k4v4 growing"]["seconds"]

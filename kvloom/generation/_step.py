@@ -1,0 +1,134 @@
+"""The pass of one token of every sequence, with inputs and outcome in tensors that stay: what a graph can replay."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvloom.cache import LoomCache, StaticLoomLayer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Products of one row become reductions fused with what follows, which read weights faster than cuBLAS does.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+# Calls before the graph is captured: the first compiles, the second is watched for waits.
+_PLAIN_CALLS = 2
+
+_compiled: WeakKeyDictionary[PreTrainedModel, Callable[..., Any]] = WeakKeyDictionary()
+_steps: WeakKeyDictionary[LoomCache, Step] = WeakKeyDictionary()
+
+
+class Step:
+    """One decode step; the first two calls run the model, later ones replay a CUDA graph of it where there can be one.
+
+    Args:
+        model: A causal language model.
+        cache: A `LoomCache` of fixed size that holds the prompt.
+        pads: bool `[batch, tokens]`, True where a prompt is padded; False beyond them.
+        scores: float32 `[batch, vocabulary]`, of the prompt.
+        compiled: Whether torch compiles the pass.
+
+    Attributes:
+        token: int64 `[batch, 1]`, to be written before a call.
+        position: int64 `[batch, 1]`, the token's; a call adds 1.
+        scores: float32 `[batch, vocabulary]`, of the next token, after a call.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tensor, compiled: bool) -> None:
+        batch, device = pads.shape[0], model.device
+        mask_shape = (batch, 1, 1, int(cache.max_tokens or 0))
+        self.token = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self.position = torch.zeros_like(self.token)
+        self._mask = torch.ones(mask_shape, dtype=torch.bool, device=device)
+        self.scores = torch.empty_like(scores)
+        self._forward: Callable[..., Any] = _compiled_call(model) if compiled else model
+        self._inputs = {
+            "input_ids": self.token,
+            "position_ids": self.position,
+            "attention_mask": self._mask,
+            "use_cache": True,
+        }
+        for tensor in (self.token, self.position, self._mask, self.scores):
+            torch._dynamo.mark_static_address(tensor)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._waits = device.type != "cuda"
+        self._calls = 0
+        self._key = _key(model, cache, batch, compiled)
+        self.start(pads)
+
+    def start(self, pads: Tensor) -> None:
+        """Begin behind another prompt; see the class."""
+        self._mask.fill_(True)
+        self._mask[:, 0, 0, : pads.shape[1]] = ~pads
+
+    def fits(self, model: PreTrainedModel, cache: LoomCache, batch: int, compiled: bool) -> bool:
+        """Whether this is the step of these."""
+        return self._key == _key(model, cache, batch, compiled)
+
+    def __call__(self, cache: LoomCache) -> None:
+        """Read `token` at `position`, append it to the cache, and set `scores`."""
+        if self._graph is None and not self._waits and self._calls >= _PLAIN_CALLS:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._run(cache)
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._waits or self._calls < _PLAIN_CALLS - 1:
+            self._run(cache)
+        else:
+            with _watched() as waits:
+                self._run(cache)
+            self._waits = bool(waits)
+            if waits:
+                warnings.warn(f"decoding is not replayed as a CUDA graph: {waits[0].message}", stacklevel=3)
+        self._calls += 1
+
+    def _run(self, cache: LoomCache) -> None:
+        logits = self._forward(**self._inputs, past_key_values=cache).logits
+        self.scores.copy_(logits[:, -1])
+        self.position += 1
+
+
+def step_of(model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tensor, compiled: bool) -> Step:
+    """The step of this cache, from an earlier generation if its tensors are still the same ones."""
+    known = _steps.get(cache)
+    if known is not None and known.fits(model, cache, pads.shape[0], compiled):
+        known.start(pads)
+        return known
+    made = _steps[cache] = Step(model, cache, pads, scores, compiled)
+    return made
+
+
+def _key(model: PreTrainedModel, cache: LoomCache, batch: int, compiled: bool) -> tuple[object, ...]:
+    """What a graph depends on; layers allocate everything at once, so that their levels' places tell of the rest."""
+    levels = tuple(layer.store.state.data_ptr() for layer in cache.layers if isinstance(layer, StaticLoomLayer))
+    return id(model), batch, compiled, levels
+
+
+def _compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
+    if model not in _compiled:
+        _compiled[model] = torch.compile(model.__call__, dynamic=False, options=_OPTIONS)
+    return _compiled[model]
+
+
+@contextmanager
+def _watched() -> Iterator[list[warnings.WarningMessage]]:
+    """Collects torch's warnings of waits for the device; it knows its own."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        caught.clear()  # the mode announces itself as a prototype
+        waits: list[warnings.WarningMessage] = []
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            waits += [it for it in caught if "synchroniz" in str(it.message)]
