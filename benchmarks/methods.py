@@ -176,15 +176,9 @@ def contestants(
     """
     shape = Fingerprint.of(model)
     plans = [
-        plan_contestant(
-            _fitted(method.plan(shape), model, method.rotates),
-            model,
-            name=method.name,
-            method="uniform",
-            prefill="quantized",
-        )
+        plan_contestant(made, model, name=method.name, method="uniform", prefill="quantized")
         for method in of_share(METHODS, share)
-        if method.plan
+        if method.plan and (made := _fitted(method.plan(shape), method.rotates, model))
     ]
     entries = lineup(profile, tokens, BUDGETS) if profile else []
     peers = peer_contestants(model)
@@ -195,13 +189,13 @@ def contestants(
     return [*plans, *of_share([other for other in others if other.name in wanted], share)]
 
 
-def _fitted(plan: Plan, model: PreTrainedModel, rotate: bool) -> Plan:
+def _fitted(plan: Plan, rotates: bool, model: PreTrainedModel) -> Plan:
     """The plan with the codebooks and rotations that it needs, from other texts than those that are scored."""
-    if not (rotate or plan.needs_codebooks):
+    if not (rotates or plan.needs_codebooks):
         return plan
     _, tokenizer = load_model(MODEL_NAME, device="cpu")
-    tokens = token_windows(tokenizer, texts(CALIBRATION), 2048 if rotate else 512, 8, seed=0)
-    return calibrate(model, plan, tokens, rotate=rotate, texts=CALIBRATION)
+    tokens = token_windows(tokenizer, texts(CALIBRATION), 2048 if rotates else 512, 8, seed=0)
+    return calibrate(model, plan, tokens, rotate=rotates, texts=CALIBRATION)
 
 
 def evaluate(lineup_of: Callable[[PreTrainedModel], Sequence[Contestant]], asked: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ def test_plans_get_the_codebooks_and_rotations_that_they_need_from_calibration_t
     monkeypatch.setattr(
         methods, "calibrate", lambda model, plan, names, rotate, texts: read.append((rotate, names)) or "made"
     )
-    made = {method.name: methods._fitted(method.plan(SMOLLM2), "model", method.rotates) for method in METHODS}
+    made = {method.name: methods._fitted(method.plan(SMOLLM2), method.rotates, "model") for method in METHODS}
     fitted = [name for name, plan in made.items() if plan == "made"]
     rotated = [f"calibrated rotations K{bits}V{bits} + sinks" for bits in (2, 3, 4)]
     assert fitted == ["nuq K2V2 + sinks", "nuq K3V3 + sinks", *rotated]
