@@ -140,11 +140,11 @@ def test_a_killed_run_goes_on(bench, tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen.append("killed")
     records = bench(LOADS, out=out)
     assert seen == ["dynamic", "static", "killed", "k4v2 growing", "k4v2 fixed", "k4v2 loop"]
-    assert len(of_kind(records, "generate")) == 4
+    assert len(of_kind(records, "generate")) == 5
     assert len({record["run"] for record in records}) == 1
     bench(LOADS, out=out)
-    assert seen[5:] == ["dynamic", "static", "k4v2 growing", "k4v2 fixed", "k4v2 loop"]
-    assert len(load_records(out)) == 5
+    assert seen[6:] == ["dynamic", "static", "k4v2 growing", "k4v2 fixed", "k4v2 loop"]
+    assert len(load_records(out)) == 6
 
 
 def test_what_runs_out_of_memory_is_said_and_the_run_goes_on(bench, monkeypatch: pytest.MonkeyPatch):
