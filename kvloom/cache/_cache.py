@@ -40,8 +40,9 @@ class LoomCache(DynamicCache):
         nonfinite: What packing does with NaN, infinities and magnitudes above 65504: ``error`` (default) or
             ``clamp``.
         max_tokens: Room for so many tokens of each sequence, allocated at the first pass, in place of a cache that
-            grows. With the CUDA kernels (fp16 or bf16, and `kvloom.enable`) ``generate`` then compiles decoding and
-            replays it as CUDA graphs.
+            grows. Layers that evict allocate when the first prompt ends: for what is kept and for what is to come. With
+            the CUDA kernels (fp16 or bf16, and `kvloom.enable`) ``generate`` then compiles decoding and replays it as
+            CUDA graphs.
 
     Raises:
         ModelError: The model is not the plan's, cannot be packed, or has no rotary embedding that keys could be packed

@@ -135,7 +135,7 @@ def cache_nbytes(
         full_attention = sum(packed.values())
     else:
         fixed = partial(fixed_nbytes, plan, prompt=max(1, tokens - _NEW_TOKENS))
-        full_attention = (plan.nbytes if _grows(plan) else fixed)(batch, tokens, dtype)
+        full_attention = (plan.nbytes if plan.needs_growing else fixed)(batch, tokens, dtype)
     return full_attention, sum(others.values())
 
 
@@ -193,14 +193,8 @@ def fit_contestants(model: PreTrainedModel, plans: Mapping[str, Plan], tokens: i
     """The caches that `fit` speaks of, in its order."""
     made = Lineup(model, {}, ["static"])(tokens)
     for name, plan in plans.items():
-        made += Lineup(model, {name: plan}, ["growing" if _grows(plan) else "fixed"])(tokens)
+        made += Lineup(model, {name: plan}, ["growing" if plan.needs_growing else "fixed"])(tokens)
     return made
-
-
-def _grows(plan: Plan) -> bool:
-    """Whether no cache of fixed size takes the plan."""
-    rooms = map(plan.room, plan.model.packed_layers)
-    return bool(plan.pre_rope_layers) or any(room.policy.watches_steps for room in rooms if room)
 
 
 def _fit(
