@@ -5,20 +5,21 @@ from __future__ import annotations
 from kvloom.cache._attention import ATTENTION, INVARIANT, disable, enable, loom_attention, reads_pages
 from kvloom.cache._cache import LoomCache
 from kvloom.cache._evicting import EvictingLayer
+from kvloom.cache._fixed import FixedLayer
+from kvloom.cache._fixed_bytes import fixed_nbytes
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
-from kvloom.cache._static import StaticLoomLayer, fixed_nbytes
 
 __all__ = [
     "ATTENTION",
     "INVARIANT",
     "EvictingLayer",
+    "FixedLayer",
     "KeptKV",
     "LoomCache",
     "LoomLayer",
     "Rope",
-    "StaticLoomLayer",
     "disable",
     "enable",
     "fixed_nbytes",

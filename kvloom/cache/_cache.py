@@ -17,11 +17,13 @@ from kvloom import codecs
 from kvloom.cache import _file
 from kvloom.cache._attention import reads_pages
 from kvloom.cache._evicting import EvictingLayer
+from kvloom.cache._fixed import FixedLayer
 from kvloom.cache._flags import Flags
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer, NonFinite
 from kvloom.cache._rope import rope_of
 from kvloom.cache._static import StaticLoomLayer
+from kvloom.cache._static_evicting import StaticEvictingLayer
 from kvloom.errors import CacheError, PlanError
 from kvloom.plan import Fingerprint, Plan, format_layers
 
@@ -38,8 +40,9 @@ class LoomCache(DynamicCache):
         nonfinite: What packing does with NaN, infinities and magnitudes above 65504: ``error`` (default) or
             ``clamp``.
         max_tokens: Room for so many tokens of each sequence, allocated at the first pass, in place of a cache that
-            grows. With the CUDA kernels (fp16 or bf16, and `kvloom.enable`) ``generate`` then compiles decoding and
-            replays it as CUDA graphs.
+            grows. Layers that evict allocate when the first prompt ends: for what is kept and for what is to come. With
+            the CUDA kernels (fp16 or bf16, and `kvloom.enable`) ``generate`` then compiles decoding and replays it as
+            CUDA graphs.
 
     Raises:
         ModelError: The model is not the plan's, cannot be packed, or has no rotary embedding that keys could be packed
@@ -68,10 +71,6 @@ class LoomCache(DynamicCache):
         evicting = [str(entry.layers) for entry in plan.layers if entry.evict is not None]
         if evicting and plan.prefill != "exact":  # a changed copy of a plan is not validated
             raise PlanError(f'layers {evicting[0]}: evict chooses among tokens read exactly: set prefill to "exact".')
-        if max_tokens is not None and evicting:
-            raise CacheError(
-                f"a cache of fixed size cannot evict: leave out max_tokens, or evict in layers {evicting[0]}."
-            )
         for name in plan.codecs:
             codecs.get(name).prepare()
         self.rope = rope_of(model, plan.pre_rope_layers) if plan.pre_rope_layers else None
@@ -79,8 +78,10 @@ class LoomCache(DynamicCache):
         self.plan = plan
         self.max_tokens = max_tokens
         make: Callable[..., LoomLayer] = LoomLayer
+        make_evicting: Callable[..., LoomLayer] = EvictingLayer
         if max_tokens is not None:
-            make = partial(StaticLoomLayer, max_tokens=max_tokens, expected=_expected(model))
+            fixed: dict[str, Any] = {"max_tokens": max_tokens, "expected": _expected(model)}
+            make, make_evicting = partial(StaticLoomLayer, **fixed), partial(StaticEvictingLayer, **fixed)
         self._flags = Flags()
         options: dict[str, Any] = {
             "prefill": plan.prefill,
@@ -92,7 +93,7 @@ class LoomCache(DynamicCache):
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 room = plan.room(i)
-                make_it = partial(EvictingLayer, room=room) if room else make
+                make_it = partial(make_evicting, room=room) if room else make
                 self.layers[i] = make_it(
                     plan.spec(i), plan.model, is_enabled=is_enabled, matrices=matrices.get(i, {}), **options
                 )
@@ -182,7 +183,7 @@ class LoomCache(DynamicCache):
             CacheError: NaN, infinity or a magnitude above 65504 was packed, or there is no room for the tokens.
         """
         layer = self.layers[self._last_packed]
-        if isinstance(layer, StaticLoomLayer) and not _is_capturing():
+        if isinstance(layer, FixedLayer) and not _is_capturing():
             layer.check(room_for=room_for)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -197,7 +198,9 @@ class LoomCache(DynamicCache):
 
     def _cannot_fail(self, layer_idx: int) -> bool:
         """Whether a pass of one token through a layer of fixed size raises nothing."""
-        return torch.compiler.is_compiling() or bool(self.layers[layer_idx].is_compileable)
+        layer = self.layers[layer_idx]
+        is_prompt = isinstance(layer, FixedLayer) and not layer.takes_steps
+        return torch.compiler.is_compiling() or (bool(layer.is_compileable) and not is_prompt)
 
     def _warn_dense(self) -> None:
         if not self._has_warned:

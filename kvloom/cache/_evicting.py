@@ -11,10 +11,10 @@ import torch
 from kvloom.cache._kept_kv import KeptKV, real_places
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._layer import NOT_THIS_PLANS, SIDES, LoomLayer
-from kvloom.cache._slots import places, slot_dtype, stored
+from kvloom.cache._slots import slot_dtype
 from kvloom.errors import CacheError
 from kvloom.eviction import Chosen, Reading, Room, Seen, choose
-from kvloom.pages import ExactKV, HeadPages
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, places, stored
 
 # Scores of what leaves first and of what never leaves; sums of a page of them are finite, but for the latter.
 _PADDING, _PROTECTED = -1e30, torch.inf
@@ -129,16 +129,24 @@ class EvictingLayer(LoomLayer):
             self._readable(),
             self.sinks,
             self.tail,
-            self.sinks.tokens + self.num_pages * self.page_tokens + self.tail.tokens,
+            self.sinks.tokens + self.tail.tokens,
             self.page_tokens,
-            self.num_pages,
-            torch.full((queries,), self.num_pages, device=self.device),
+            0,
+            torch.zeros(queries, dtype=torch.int64, device=self.device),
             self._query_turn(),
             self._output_turn(),
-            slots_of=None if self.tail.tokens == self.length else self._slots,
-            is_even=all(bool((kept.counts == self.num_pages).all()) for kept in self.kept),
+            None if self.tail.tokens == self.length else torch.cat([self.sink_slots, self.tail_slots], dim=-1),
             observe=self._observe,
         )
+
+    def _readable(self) -> tuple[HeadPages, ...]:
+        if not any(kept.layout.key.fmt.pre_rope for kept in self.kept):
+            return tuple(kept.shared() for kept in self.kept)
+        (decoded,) = super()._readable()
+        counts = self._by_head([kept.counts for kept in self.kept]).to(self.device)
+        slots = self._by_head([kept.padded_slots(self.num_pages) for kept in self.kept]).clamp_min(0)
+        extents = torch.stack([torch.zeros_like(counts), counts], dim=-1)
+        return (replace(decoded, kept=KeptRecords(extents, stored(slots, self.tail_slots.dtype))),)
 
     def _slots(self) -> torch.Tensor:
         """Places of sinks, pages and tail, int64 ``[batch, kv_heads, tokens]``; -1 for nothing."""

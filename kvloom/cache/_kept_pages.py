@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvloom.cache._slots import places, slot_dtype, stored
-from kvloom.pages import HeadPages, PageLayout
+from kvloom.cache._slots import slot_dtype
+from kvloom.pages import HeadPages, KeptRecords, PageLayout, places, stored
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class KeptPages:
         slots = torch.zeros((0, group.layout.page_tokens), dtype=slot_dtype(0), device=data.device)
         mass = torch.zeros(0, dtype=torch.float64, device=data.device) if has_mass else None
         return cls(group.heads, group.layout, data, slots, mass, torch.zeros(group.data.shape[:2], dtype=torch.int32))
+
+    def shared(self) -> HeadPages:
+        """As attention reads them: every head its own of the records."""
+        extents = torch.stack([self._first(), self.counts], dim=-1).int().to(self.data.device)
+        return HeadPages(self.heads, self.layout, self.data[None, None], KeptRecords(extents, self.slots[None, None]))
 
     def padded(self, most: int) -> HeadPages:
         """As if every head held ``most`` pages, the first record in place of those that it lacks.
@@ -68,10 +73,14 @@ class KeptPages:
 
     def _index(self, most: int) -> torch.Tensor:
         """int64 ``[batch, heads, most]`` of records; -1 for pages that a head lacks."""
-        counts = self.counts.long()
-        first = counts.flatten().cumsum(0).view_as(counts) - counts
         pages = torch.arange(most)
-        return torch.where(pages < counts[..., None], first[..., None] + pages, -1).to(self.data.device)
+        index = torch.where(pages < self.counts[..., None], self._first()[..., None] + pages, -1)
+        return index.to(self.data.device)
+
+    def _first(self) -> torch.Tensor:
+        """int64 ``[batch, heads]``: first record of each."""
+        counts = self.counts.long()
+        return counts.flatten().cumsum(0).view_as(counts) - counts
 
     def owners(self) -> torch.Tensor:
         """int64 ``[records]``: ``sequence * heads + head`` of each, on the CPU."""

@@ -70,8 +70,8 @@ def _cache(plan: Plan | None, model: Any, max_tokens: int | None) -> Any:
     if plan is None:
         return DynamicCache(config=model.config)
     enable(model)
-    if max_tokens is not None and plan.pre_rope_layers:
-        err.print("note: keys before RoPE need a growing cache, so that steps are not compiled")
+    if max_tokens is not None and plan.needs_growing:
+        err.print(f"note: {plan.needs_growing} need a growing cache, so that steps are not compiled")
         max_tokens = None
     return LoomCache(plan, model, max_tokens=max_tokens)
 

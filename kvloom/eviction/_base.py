@@ -58,6 +58,11 @@ class Policy(BaseModel, ABC):
         """Whether the budget holds while tokens come one by one; otherwise those are all kept."""
         return False
 
+    @property
+    def watches_steps(self) -> bool:
+        """Whether it has to see what every token that comes alone attends to, not prompts alone."""
+        return self.sums_attention or self.evicts_while_decoding
+
     def newest(self, budget: int) -> int:
         """Newest tokens that are always kept, out of ``budget`` tokens."""
         return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from kvloom.cache import LoomCache, StaticLoomLayer
+from kvloom.cache import FixedLayer, LoomCache
 from kvloom.errors import CacheError, ModelError
 from kvloom.generation._mirror import Mirror
 from kvloom.generation._prompt import Prompt
@@ -87,8 +87,8 @@ def decode_loop(
         unfinished = unfinished & ~stopping_criteria(ids[:, :length], told.scores)
         mirror.take(chosen, unfinished)
         is_last = length >= limit
-        # A step that packs a page cannot be taken back exactly, so it has to be known that it is wanted.
-        waits = is_last or _packs_page(cache, held)
+        # What cannot be taken back exactly has to be wanted: the host waits before such a step.
+        waits = is_last or not _undoes_step(cache, held)
         if (waits and not mirror.show(token_streamer)) or is_last:
             break
         if step is None:
@@ -111,7 +111,7 @@ def serves(cache: object) -> bool:
     return (
         isinstance(cache, LoomCache)
         and cache.max_tokens is not None
-        and all(isinstance(layer, StaticLoomLayer) for layer in cache.layers)
+        and all(isinstance(layer, FixedLayer) for layer in cache.layers)
     )
 
 
@@ -131,7 +131,7 @@ def _checked(cache: Any) -> LoomCache:
             "decode_loop decodes with a cache of fixed size: give past_key_values=LoomCache(plan, model, "
             "max_tokens=...), or leave out custom_generate."
         )
-    if others := [i for i, layer in enumerate(cache.layers) if not isinstance(layer, StaticLoomLayer)]:
+    if others := [i for i, layer in enumerate(cache.layers) if not isinstance(layer, FixedLayer)]:
         raise ModelError(
             f"layer {others[0]} of the model is not packed (sliding window or linear attention), which decode_loop "
             "does not serve: leave out custom_generate."
@@ -155,6 +155,6 @@ def _chosen(scores: Tensor, sample: bool) -> Tensor:
     return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
 
 
-def _packs_page(cache: LoomCache, tokens: int) -> bool:
-    """Whether some layer packs a page when a token follows so many."""
-    return any(layer.packs_page(tokens) for layer in cache.layers if isinstance(layer, StaticLoomLayer))
+def _undoes_step(cache: LoomCache, tokens: int) -> bool:
+    """Whether a token that follows so many can be taken back."""
+    return all(layer.undoes_step(tokens) for layer in cache.layers if isinstance(layer, FixedLayer))

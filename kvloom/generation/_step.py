@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvloom.cache import LoomCache, StaticLoomLayer
+from kvloom.cache import FixedLayer, LoomCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ def step_of(model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tens
 
 def _key(model: PreTrainedModel, cache: LoomCache, batch: int, compiled: bool) -> tuple[object, ...]:
     """What a graph depends on; layers allocate everything at once, so that their levels' places tell of the rest."""
-    levels = tuple(layer.store.state.data_ptr() for layer in cache.layers if isinstance(layer, StaticLoomLayer))
+    levels = tuple(layer.store.state.data_ptr() for layer in cache.layers if isinstance(layer, FixedLayer))
     return id(model), batch, compiled, levels
 
 

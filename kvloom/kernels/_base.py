@@ -96,8 +96,8 @@ class Backend(ABC):
             query: ``[batch, query_heads, queries, head_dim]``; the queries are the newest tokens of ``kv``.
             kv: The layer's cache, this pass's tokens included.
             scaling: Factor of the scores.
-            mask: None for causal, or ``[batch or 1, heads or 1, queries, kv.length]`` by slot: boolean (True = attend)
-                or additive.
+            mask: None for causal, or ``[batch or 1, heads or 1, queries, kv.length]`` by slot, or by place where ``kv``
+                has ``places``: boolean (True = attend) or additive.
             softcap: Scores become ``softcap * tanh(scores / softcap)``.
             sink_logits: ``[query_heads]`` extra logits that take part in the softmax only (gpt-oss).
 

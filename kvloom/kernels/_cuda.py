@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 
@@ -33,8 +33,9 @@ _T = TypeVar("_T")
 class CudaBackend(TorchBackend):
     """Attention over pages as one launch; packing and unpacking likewise. What is not served goes to the reference.
 
-    Served: fp16 and bf16, pages of 64 or 128 tokens, boolean masks. A pass with more query rows of a KV head than a
-    page has tokens is left to dense attention over unpacked pages, which is then faster.
+    Served: fp16 and bf16, pages of 64 or 128 tokens, boolean masks that all heads share, also where every head keeps
+    other tokens. A pass with more query rows of a KV head than a page has tokens is left to dense attention over
+    unpacked pages, which is then faster.
 
     Args:
         device: Where it is to run.
@@ -129,7 +130,7 @@ class CudaBackend(TorchBackend):
 
 def _served(query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | None, shared_limit: int) -> bool:
     return (
-        (kv.num_pages > 0 or isinstance(kv, StaticKV))
+        (isinstance(kv, StaticKV) or kv.has_pages)
         and rows_of_a_head(query, kv) <= kv.page_tokens
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
         and _is_covered([group.layout for group in kv.pages], query.dtype, shared_limit)
@@ -160,10 +161,11 @@ def attend_pages(
 
     Args:
         query: fp16 or bf16 ``[batch, query_heads, queries, head_dim]``.
-        kv: The layer's cache; ``num_pages`` at least 1. Of a `StaticKV` the last query's token is the newest, and every
+        kv: The layer's cache; it has pages. Of a `StaticKV` the last query's token is the newest, and every
             query reads the pages that one reads.
         scaling: Factor of the scores.
-        mask: None for causal, or boolean ``[batch or 1, 1, queries, slots]``, for every slot held.
+        mask: None for causal, or boolean ``[batch or 1, 1, queries, slots]``, for every slot held; by place where
+            ``kv`` has ``places``.
         softcap: See `Backend.attend`.
         sink_logits: See `Backend.attend`.
         lse: Whether to return the log-sum-exp too.
@@ -176,7 +178,6 @@ def attend_pages(
     batch, query_heads, queries, dim = query.shape
     out = query.new_empty((batch, queries, query_heads, dim))
     sums = query.new_empty((batch, query_heads, queries), dtype=torch.float32) if lse else None
-    masked = 1 if queries > 1 else 0 if mask is None else 2
     if mask is not None:
         mask = _last_contiguous(mask.expand(batch, -1, -1, -1))
     logits = None if sink_logits is None else sink_logits.float()
@@ -184,8 +185,9 @@ def attend_pages(
     static = kv if isinstance(kv, StaticKV) else None
     table = None if static is None else static.table
     for group in kv.pages:
-        launch = _launch(group, query, kv, masked, softcap is not None)
+        launch = _launch(group, query, kv, mask, softcap is not None)
         sides = (group.layout.key, group.layout.value)
+        data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
         launch.module.launch(
             "attend",
             (launch.splits, len(group.heads) * launch.row_tiles, batch),
@@ -195,8 +197,8 @@ def attend_pages(
             query_heads // kv.shape[1],
             queries,
             query_heads,
-            group.data,
-            *_nvrtc.strides(group.data),
+            data,
+            *_nvrtc.strides(data),
             table,
             0 if table is None else table.stride(0),
             head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
@@ -216,12 +218,14 @@ def attend_pages(
             _nvrtc.int64(0 if mask is None else mask.stride(0)),
             _nvrtc.int64(0 if mask is None else mask.stride(2)),
             kv.visible if queries > 1 and isinstance(kv, PagedKV) else None,
+            None if group.kept is None else group.kept.extents,
             scaling * LOG2E,
             0.0 if softcap is None else softcap * LOG2E,
             logits,
             *_workspace(launch, batch * len(group.heads), dim, query.device, static),
             out,
             sums,
+            *(() if mask is None else _places(group, kv)),
             *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
             shared=launch.shared,
             cluster=launch.cluster,
@@ -239,14 +243,27 @@ class _Launch:
     cluster: int
 
 
-def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV | StaticKV, masked: int, capped: bool) -> _Launch:
+def _places(group: HeadPages, kv: PagedKV | StaticKV) -> tuple[Any, ...]:
+    """What a mask by place is looked up by: places of the records and of the slots, if those are not places."""
+    if group.kept is None or kv.places is None:
+        return ()
+    batch, heads = kv.shape[0], len(group.heads)
+    of_pages = group.kept.places.expand(batch, heads, -1, -1)
+    return of_pages, *_nvrtc.strides(of_pages)[:2], kv.places, *_nvrtc.strides(kv.places)[:2]
+
+
+def _launch(
+    group: HeadPages, query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | None, capped: bool
+) -> _Launch:
     row_tiles = -(-rows_of_a_head(query, kv) // ROWS)
     device = query.device.index
-    tiles = query.shape[0] * len(group.heads) * row_tiles
-    warps = block_warps(group.layout, tiles * kv.num_pages // _multiprocessors(device), _nvrtc.shared_limit(device))
-    units = kv.num_pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
+    tiles, pages = query.shape[0] * len(group.heads) * row_tiles, _pages_of_a_head(group, kv)
+    warps = block_warps(group.layout, tiles * pages // _multiprocessors(device), _nvrtc.shared_limit(device))
+    units = pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
     splits = max(1, min(_multiprocessors(device) // tiles, -(-units // warps)))
-    kernel = (group.layout, warps, query.dtype == torch.bfloat16, masked, capped)
+    masked = 1 if query.shape[2] > 1 else 0 if mask is None else 2
+    place = 0 if mask is None or kv.places is None else kv.places.itemsize
+    kernel = (group.layout, warps, query.dtype == torch.bfloat16, masked, capped, place)
     shared = _shared_bytes(group.layout, warps)
     if _merges_in_cluster(kernel, splits, tiles, shared, device):
         return _Launch(
@@ -256,9 +273,13 @@ def _launch(group: HeadPages, query: torch.Tensor, kv: PagedKV | StaticKV, maske
     return _Launch(_nvrtc.module("attend.cu", attend_defines(*kernel, False)), warps, splits, row_tiles, shared, 0)
 
 
+def _pages_of_a_head(group: HeadPages, kv: PagedKV | StaticKV) -> int:
+    return kv.num_pages if group.kept is None else group.mean_pages(kv.shape[0])
+
+
 @lru_cache(maxsize=1024)
 def _merges_in_cluster(
-    kernel: tuple[PageLayout, int, bool, int, bool], splits: int, tiles: int, shared: int, device: int
+    kernel: tuple[PageLayout, int, bool, int, bool, int], splits: int, tiles: int, shared: int, device: int
 ) -> bool:
     """Whether the splits of a row tile can be one cluster, and all clusters run at the same time."""
     if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
@@ -301,8 +322,10 @@ _SMALL_PAGE, _SMALL_HEAD_DIM = 8 << 10, 128
 
 
 @lru_cache(maxsize=1024)
-def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: int, capped: bool, clustered: bool) -> Defines:
-    """Macros of ``attend.cu`` for a layout; ``masked`` as there."""
+def attend_defines(
+    layout: PageLayout, warps: int, bf16: bool, masked: int, capped: bool, place: int, clustered: bool
+) -> Defines:
+    """Macros of ``attend.cu`` for a layout; ``masked`` and ``place`` as there."""
     key, value = layout.key, layout.value
     numbers = {
         "D": layout.head_dim,
@@ -319,6 +342,7 @@ def attend_defines(layout: PageLayout, warps: int, bf16: bool, masked: int, capp
         "VCH": value.fmt.grouping == "per_channel",
         "BF16": bf16,
         "MASKED": masked,
+        "PLACE": place,
         "SOFTCAP": capped,
         "WARPS": warps,
         "CLUSTER": clustered,

@@ -148,6 +148,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
     with torch.cuda.device(key.device):
         for group in kv.pages:
             _check_encoded(group.layout, key.dtype)
+            data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
             defines, warps, shared = _encode_build(group.layout, key.dtype, append=True)
             module("encode.cu", defines).launch(
                 "append_token",
@@ -165,8 +166,8 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
                 kv.tail.key,
                 kv.tail.value,
                 kv.tail.tokens,
-                group.data,
-                *strides(group.data),
+                data,
+                *strides(data),
                 kv.table,
                 0 if kv.table is None else kv.table.stride(0),
                 kv.state,
@@ -174,6 +175,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
                 kv.filled,
                 kv.length,
                 int(group is kv.pages[-1]),
+                None if group.kept is None else group.kept.extents,
                 *point_arguments(group.layout.key),
                 *point_arguments(group.layout.value),
                 shared=shared,

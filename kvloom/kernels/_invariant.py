@@ -7,6 +7,7 @@ from typing import Unpack
 import torch
 
 from kvloom.kernels._base import AttendOptions
+from kvloom.kernels._kept import padded
 from kvloom.kernels._torch import TorchBackend, column_mask, dense_attention
 from kvloom.pages import PagedKV
 
@@ -22,6 +23,8 @@ class InvariantBackend(TorchBackend):
 
     def attend(self, query: torch.Tensor, kv: PagedKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         """See `Backend.attend`."""
+        if kv.places is not None:
+            kv, options["mask"] = padded(kv, options.get("mask"), query.shape[1], query.shape[2])
         if kv.num_pages:
             options["mask"] = column_mask(kv, options.get("mask"), query.shape[2])
         return invariant_attention(query, *self.all_states(kv), **options)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kvloom.kernels._registry import backend
-from kvloom.pages import ExactKV, HeadPages, StaticKV, layouts_of
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, layouts_of
 
 _CHANGED = ("pages", "sink_key", "sink_value", "tail_key", "tail_value", "state", "flags")
 _APPEND = """(
     Tensor key, Tensor value, Tensor(a!)[] pages, Tensor(b!) sink_key, Tensor(c!) sink_value, Tensor(d!) tail_key,
-    Tensor(e!) tail_value, Tensor(f!) state, Tensor(g!) flags, Tensor filled, Tensor? table, int page_tokens,
-    str layouts
+    Tensor(e!) tail_value, Tensor(f!) state, Tensor(g!) flags, Tensor filled, Tensor? table, Tensor? places,
+    Tensor[] extents, Tensor[] page_places, int page_tokens, str layouts
 ) -> ()"""
 _ATTEND = """(
     Tensor query, float scaling, Tensor? mask, float? softcap, Tensor? sink_logits, Tensor[] pages, Tensor sink_key,
     Tensor sink_value, Tensor tail_key, Tensor tail_value, Tensor state, Tensor flags, Tensor filled, Tensor? table,
-    int page_tokens, str layouts
+    Tensor? places, Tensor[] extents, Tensor[] page_places, int page_tokens, str layouts
 ) -> Tensor"""
 
 
@@ -43,7 +44,10 @@ def attend_static(
 
 def _parts(kv: StaticKV) -> tuple[Any, ...]:
     exact = (kv.sinks.key, kv.sinks.value, kv.tail.key, kv.tail.value)
-    return ([g.data for g in kv.pages], *exact, kv.state, kv.flags, kv.filled, kv.table, kv.page_tokens, kv.layouts)
+    kept = [g.kept for g in kv.pages if g.kept is not None]
+    places = (kv.places, [part.extents for part in kept], [part.places for part in kept])
+    data = [g.data for g in kv.pages]
+    return (data, *exact, kv.state, kv.flags, kv.filled, kv.table, *places, kv.page_tokens, kv.layouts)
 
 
 def _whole(
@@ -56,13 +60,18 @@ def _whole(
     flags: torch.Tensor,
     filled: torch.Tensor,
     table: torch.Tensor | None,
+    places: torch.Tensor | None,
+    extents: list[torch.Tensor],
+    page_places: list[torch.Tensor],
     page_tokens: int,
     layouts: str,
 ) -> StaticKV:
     known = layouts_of(layouts, tail_key.shape[-1], tail_key.itemsize, page_tokens)
-    groups = tuple(HeadPages(heads, layout, data) for (heads, layout), data in zip(known, pages, strict=True))
+    kept: Sequence[KeptRecords | None]
+    kept = [KeptRecords(*each) for each in zip(extents, page_places, strict=True)] or [None] * len(pages)
+    groups = tuple(HeadPages(*of, data, own) for of, data, own in zip(known, pages, kept, strict=True))
     sinks, tail = ExactKV(sink_key, sink_value), ExactKV(tail_key, tail_value)
-    return StaticKV(groups, sinks, tail, state, flags, filled, page_tokens, table)
+    return StaticKV(groups, sinks, tail, state, flags, filled, page_tokens, table, places=places)
 
 
 @torch.library.custom_op("kvloom::append", mutates_args=_CHANGED, schema=_APPEND)

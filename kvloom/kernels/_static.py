@@ -34,7 +34,8 @@ def attend_by_sequence(backend: Backend, query: torch.Tensor, kv: StaticKV, opti
     out = []
     for rows, tokens, pages in _runs(kv):
         if mask is not None:
-            options = {**options, "mask": mask.expand(len(query), -1, -1, -1)[rows, ..., :tokens]}
+            slots = tokens if kv.places is None else mask.shape[-1]
+            options = {**options, "mask": mask.expand(len(query), -1, -1, -1)[rows, ..., :slots]}
         out.append(backend.attend(query[rows], kv.paged(rows, tokens, pages), **options))
     return torch.cat(out)
 

@@ -11,6 +11,7 @@ from kvloom import codecs
 from kvloom.codecs import Encoded, Outliers, wide
 from kvloom.kernels._base import Backend, rows_of_a_head
 from kvloom.kernels._folded import packed_scores, packed_values
+from kvloom.kernels._kept import padded
 from kvloom.pages import (
     PagedKV,
     PageLayout,
@@ -60,6 +61,8 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         """See `Backend.attend`."""
         options: _Options = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+        if kv.places is not None:
+            kv, mask = padded(kv, mask, query.shape[1], query.shape[2])
         if kv.num_pages == 0:
             return dense_attention(query, *_exact_states(kv), mask=mask, **options)
         columns = column_mask(kv, mask, query.shape[2])

@@ -130,17 +130,24 @@ class TritonBackend(TorchBackend):
         exact = [x.contiguous() for x in (kv.sinks.key, kv.sinks.value, kv.tail.key, kv.tail.value)]
         is_bool = mask is not None and mask.dtype == torch.bool
         mask_strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
+        has_places = mask is not None and kv.places is not None
+        exact_places = kv.places if kv.places is not None else query
         sizes = (kv.length, kv.sinks.tokens, kv.tail.tokens, kv.num_pages, share, page_splits, _EXACT_TOKENS, splits)
         for pages in kv.pages:
             columns = row_tile(pages.layout, rows)
+            kept = pages.kept
+            extents, of_pages = (query, query) if kept is None else (kept.extents, kept.places)
             self._attend_kernels.attend_split[(splits, len(pages.heads) * -(-rows // columns), batch)](
                 *(partial, stats, query, pages.data),
                 *(_points(side, pages.data) for side in (pages.layout.key, pages.layout.value)),
                 *(head_index(pages.heads, kv.device), *exact, kv.visible),
                 query if mask is None else mask.view(torch.uint8) if is_bool else mask,
+                *(extents, of_pages, exact_places),
                 *query.stride()[:3],
-                *pages.data.stride()[:3],
+                *_broadcast_strides(pages.data)[:3],
                 *mask_strides,
+                *_broadcast_strides(of_pages)[:2],
+                *exact_places.stride()[:2],
                 *sizes,
                 scaling,
                 softcap or 0.0,
@@ -156,6 +163,8 @@ class TritonBackend(TorchBackend):
                 HAS_READS=queries > 1 or mask is not None,
                 HAS_MASK=mask is not None,
                 IS_BOOL=is_bool,
+                HAS_EXTENTS=kept is not None,
+                HAS_PLACES=has_places,
                 STAGES=_stages(pages.layout, query.dtype),
                 num_warps=_WARPS,
             )
@@ -212,7 +221,7 @@ def _is_covering(layout: PageLayout) -> bool:
 def _serves(query: torch.Tensor, kv: PagedKV) -> bool:
     """Whether the kernels cover this case."""
     return (
-        kv.num_pages > 0
+        kv.has_pages
         and query.dtype == kv.dtype
         and kv.dtype in _DTYPES
         and kv.page_tokens in PAGE_TOKENS
@@ -226,8 +235,9 @@ def _splits(kv: PagedKV) -> tuple[int, int, int]:
     """Pages of a split, splits of pages, and all splits, those of the exact tokens included."""
     batch, heads = kv.shape[:2]
     wanted = _PROGRAMS_PER_PROCESSOR * _processors(kv.device) // (batch * heads)
-    share = -(-kv.num_pages // max(1, wanted))
-    page_splits = -(-kv.num_pages // share)
+    pages = max(kv.num_pages, *(group.mean_pages(batch) for group in kv.pages))
+    share = -(-pages // max(1, wanted))
+    page_splits = -(-pages // share)
     return share, page_splits, page_splits + max(1, -(-kv.tail.tokens // _EXACT_TOKENS))
 
 

@@ -329,10 +329,22 @@ def _base_2(scores, factor, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _place(places, at, slot, reads, HAS_PLACES: tl.constexpr):
+    """Places in the sequence of tokens ``at`` in ``places``, which count from the least number of their dtype."""
+    if HAS_PLACES:
+        stored = tl.load(places + at, mask=reads, other=0).to(tl.int64)
+        slot = stored + (1 << (places.dtype.element_ty.primitive_bitwidth - 1))
+    return slot
+
+
+@triton.jit
 def _masked(
     scores, mask, slot, query_slot, mask_at, mask_slot, reads, HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr
 ):  # fmt: skip
-    """Base-2 scores ``[tokens, N]`` of ``slot`` under ``reads`` and the caller's mask, or causality without one."""
+    """Base-2 scores ``[tokens, N]`` of ``slot`` under ``reads`` and the caller's mask, or causality without one.
+
+    With a mask by place it is the place.
+    """
     if HAS_MASK:
         at = mask_at[None, :] + slot.to(tl.int64)[:, None] * mask_slot
         own = tl.load(mask + at, mask=reads, other=0)
@@ -366,8 +378,9 @@ def _exact_tile(elements, count, head, token, HEAD_DIM: tl.constexpr, HEAD_DIM_P
 @triton.jit
 def _exact_tokens(
     out, high, weight, plain, factor, softcap, key, value, head, count, first, last, first_slot, boundary, valid,
-    query_slot, mask, mask_at, mask_slot, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
+    query_slot, mask, mask_at, mask_slot, places, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_READS: tl.constexpr, HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Take the exact tokens from ``first`` up to ``last`` into the softmax; token 0 is slot ``first_slot``."""
     HEAD_DIM_PAD: tl.constexpr = plain.shape[0]
@@ -379,6 +392,7 @@ def _exact_tokens(
         if HAS_READS:
             slot = first_slot + at
             reads = reads & (slot[:, None] >= boundary[None, :])
+            slot = _place(places, slot, slot, at < last, HAS_PLACES)
             scores = _masked(scores, mask, slot, query_slot, mask_at, mask_slot, reads, HAS_MASK, IS_BOOL)
         else:
             scores = tl.where(reads, scores, -float("inf"))
@@ -390,25 +404,30 @@ def _exact_tokens(
 @triton.jit(
     do_not_specialize=[
         "length", "sinks", "tail", "num_pages", "share", "first_exact", "exact_share",
-        "mask_batch", "mask_head", "mask_query", "mask_slot", "splits",
+        "mask_batch", "mask_head", "mask_query", "mask_slot", "place_batch", "place_head", "exact_batch", "exact_head",
+        "splits",
     ]
 )  # fmt: skip
 def attend_split(
     partial, stats, query, data, key_points, value_points, heads, sink_key, sink_value, tail_key, tail_value, visible,
-    mask,
+    mask, extents, page_places, exact_places,
     query_batch, query_head, query_row, data_batch, data_head, data_page, mask_batch, mask_head, mask_query, mask_slot,
+    place_batch, place_head, exact_batch, exact_head,
     length, sinks, tail, num_pages, share, first_exact, exact_share, splits, scaling, softcap,
     KEY: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
     QUERIES: tl.constexpr, N: tl.constexpr, PADDED_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_READS: tl.constexpr, HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr, STAGES: tl.constexpr,
+    HAS_READS: tl.constexpr, HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr, HAS_EXTENTS: tl.constexpr,
+    HAS_PLACES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised attention of the rows of one KV head over one split of its pages, or of the exact tokens.
 
     Grid: (splits, heads of this layout x row tiles, batch). Splits below ``first_exact`` take ``share`` pages each, the
     others ``exact_share`` tokens of the tail each, and the first of them the sinks. A row is a query of a query head,
-    queries fastest. ``key_points`` and ``value_points``, fp16, are read where a side has a codebook. Writes, in fp32,
-    ``partial [batch, kv_heads, splits, PADDED_ROWS, head_dim]`` and, maximum in base 2 and sum, ``stats [batch,
-    kv_heads, splits, 2, PADDED_ROWS]``.
+    queries fastest. ``key_points`` and ``value_points``, fp16, are read where a side has a codebook. ``extents [batch,
+    heads of this layout, 2]`` are the first record of a head and how many pages it has before those that have slots;
+    splits then share out the pages there are. With places, ``mask`` is by place. Writes, in fp32, ``partial [batch,
+    kv_heads, splits, PADDED_ROWS, head_dim]`` and, maximum in base 2 and sum, ``stats [batch, kv_heads, splits, 2,
+    PADDED_ROWS]``.
     """
     HALF: tl.constexpr = DTYPE.primitive_bitwidth == 16
     HEAD_DIM: tl.constexpr = KEY.head_dim
@@ -446,6 +465,16 @@ def attend_split(
     zeros = tl.full((VALUE.cols if VALUE.groups == 1 else VALUE.groups, N), 0.0, tl.float32)
     token = tl.arange(0, TOKENS)
 
+    earlier = 0
+    if HAS_EXTENTS:
+        extent = extents + (batch * (tl.num_programs(1) // ROW_TILES) + local) * 2
+        record, earlier = tl.load(extent).to(tl.int64), tl.load(extent + 1)
+        num_pages += earlier
+        share = (num_pages + first_exact - 1) // first_exact
+        data += record * data_page
+        page_places += batch * place_batch + local.to(tl.int64) * place_head + record * TOKENS
+    if HAS_PLACES:
+        exact_places += batch * exact_batch + head.to(tl.int64) * exact_head
     first = split * share
     last = tl.where(split < first_exact, tl.minimum(first + share, num_pages), first)
     page = data + batch * data_batch + local.to(tl.int64) * data_head + first.to(tl.int64) * data_page
@@ -458,8 +487,9 @@ def attend_split(
             scores = _token_scores(page, key_points, stored, KEY, N, HALF)
         scores = _base_2(scores, factor, softcap, HAS_SOFTCAP)
         if HAS_READS:
-            slot = sinks + index * TOKENS + token
+            slot = sinks + (index - earlier) * TOKENS + token
             reads = valid[None, :] & (slot[:, None] < boundary[None, :])
+            slot = _place(page_places, index * TOKENS + token, slot, token < TOKENS, HAS_PLACES)
             scores = _masked(scores, mask, slot, query_slot, mask_at, mask_slot, reads, HAS_MASK, IS_BOOL)
         p, high, weight, decay = _softmax_step(scores, high, weight)
         out *= decay[None, :]
@@ -481,14 +511,15 @@ def attend_split(
     last = tl.where(split == first_exact, sinks, 0)
     out, high, weight = _exact_tokens(
         out, high, weight, plain, factor, softcap, sink_key, sink_value, of_batch, sinks, 0, last, 0, query_slot * 0,
-        valid, query_slot, mask, mask_at, mask_slot, TOKENS, HEAD_DIM, DTYPE, HAS_SOFTCAP, HAS_READS, HAS_MASK, IS_BOOL,
+        valid, query_slot, mask, mask_at, mask_slot, exact_places, TOKENS, HEAD_DIM, DTYPE, HAS_SOFTCAP, HAS_READS,
+        HAS_MASK, IS_BOOL, HAS_PLACES,
     )  # fmt: skip
     first = tl.maximum(split - first_exact, 0) * exact_share
     last = tl.where(split < first_exact, first, tl.minimum(first + exact_share, tail))
     out, high, weight = _exact_tokens(
         out, high, weight, plain, factor, softcap, tail_key, tail_value, of_batch, tail, first, last, length - tail,
-        boundary, valid, query_slot, mask, mask_at, mask_slot, TOKENS, HEAD_DIM, DTYPE, HAS_SOFTCAP, HAS_READS,
-        HAS_MASK, IS_BOOL,
+        boundary, valid, query_slot, mask, mask_at, mask_slot, exact_places, TOKENS, HEAD_DIM, DTYPE, HAS_SOFTCAP,
+        HAS_READS, HAS_MASK, IS_BOOL, HAS_PLACES,
     )  # fmt: skip
 
     base = (of_batch * splits + split) * PADDED_ROWS

@@ -24,7 +24,7 @@ from kvloom.pages._fragment import Plane, source_index
 from kvloom.pages._layout import PageLayout, SideLayout, num_outliers, page_layout, page_nbytes, side_nbytes
 
 if TYPE_CHECKING:
-    from kvloom.pages._handle import ExactKV, HeadPages, PagedKV, StaticKV, layouts_of
+    from kvloom.pages._handle import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, layouts_of
     from kvloom.pages._outliers import pack_outliers, unpack_outliers
     from kvloom.pages._pack import (
         RowRuns,
@@ -36,20 +36,24 @@ if TYPE_CHECKING:
         unpack_raw,
         unpack_side,
     )
+    from kvloom.pages._places import places, stored
 
 # The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
 _TENSOR_HOMES = {
     "ExactKV": "kvloom.pages._handle",
     "HeadPages": "kvloom.pages._handle",
+    "KeptRecords": "kvloom.pages._handle",
     "PagedKV": "kvloom.pages._handle",
     "StaticKV": "kvloom.pages._handle",
     "codebook_points": "kvloom.pages._pack",
     "layouts_of": "kvloom.pages._handle",
     "pack_outliers": "kvloom.pages._outliers",
     "pack_side": "kvloom.pages._pack",
+    "places": "kvloom.pages._places",
     "RowRuns": "kvloom.pages._pack",
     "row_runs": "kvloom.pages._pack",
     "side_matrix": "kvloom.pages._pack",
+    "stored": "kvloom.pages._places",
     "unpack_outliers": "kvloom.pages._outliers",
     "unpack_params": "kvloom.pages._pack",
     "unpack_raw": "kvloom.pages._pack",
@@ -70,6 +74,7 @@ __all__ = [
     "Format",
     "Grouping",
     "HeadPages",
+    "KeptRecords",
     "PageLayout",
     "PagedKV",
     "Plane",
@@ -89,10 +94,12 @@ __all__ = [
     "page_layout",
     "page_nbytes",
     "page_tokens_of",
+    "places",
     "row_runs",
     "side_matrix",
     "side_nbytes",
     "source_index",
+    "stored",
     "unpack_outliers",
     "unpack_params",
     "unpack_raw",

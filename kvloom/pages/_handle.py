@@ -15,18 +15,42 @@ from kvloom.pages._layout import PageLayout, page_layout
 
 
 @dataclass(frozen=True)
+class KeptRecords:
+    """Where the pages lie that hold kept tokens, of which every head may have another number.
+
+    Attributes:
+        extents: int32 ``[batch, heads, 2]``: the first record of a head, and how many pages of kept tokens it has. They
+            come before the pages that `PagedKV.num_pages` counts, whose records follow.
+        places: ``[batch or 1, heads or 1, records, page_tokens]``, the place of each token in its sequence, see
+            `stored`.
+    """
+
+    extents: torch.Tensor
+    places: torch.Tensor
+
+
+@dataclass(frozen=True)
 class HeadPages:
     """Page records of the KV heads that share a layout.
 
     Attributes:
         heads: Indices of those heads, rising.
         layout: Their layout.
-        data: uint8 ``[batch, len(heads), pages, layout.nbytes]``.
+        data: uint8 ``[batch, len(heads), pages, layout.nbytes]``; with ``kept`` ``[batch or 1, len(heads) or 1,
+            records, layout.nbytes]``, where one entry is shared by all.
+        kept: Which of the records a head has; None if page ``i`` is record ``i``.
     """
 
     heads: tuple[int, ...]
     layout: PageLayout
     data: torch.Tensor
+    kept: KeptRecords | None = None
+
+    def mean_pages(self, batch: int) -> int:
+        """Pages of a head there is room for, the mean where they are kept, rounded up."""
+        if self.kept is None:
+            return self.data.shape[2]
+        return -(-self.data.shape[:3].numel() // (batch * len(self.heads)))
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,8 @@ class PagedKV(_Handle):
     Slots ``[0, sinks)`` are the sinks, pages follow in order, the tail ends at ``length``. Pages and tail may overlap
     (prefill "quantized"): query ``i`` reads pages ``[0, visible[i])`` packed and every later slot from the tail.
 
+    Where other tokens were evicted, pages of kept ones (`HeadPages.kept`) come before all that and have no slots.
+
     Attributes:
         pages: Page records, by layout.
         sinks: First tokens.
@@ -83,6 +109,8 @@ class PagedKV(_Handle):
         query_turn: Matrix that queries are to be multiplied with, ``[head_dim, head_dim]`` or one for each KV head;
             None for none. Backends do not look at it.
         output_turn: Likewise for outputs.
+        places: ``[batch, kv_heads, length]``, the place of each slot's token in its sequence, see `stored`; None if
+            slots are places.
     """
 
     pages: tuple[HeadPages, ...]
@@ -94,10 +122,16 @@ class PagedKV(_Handle):
     visible: torch.Tensor
     query_turn: torch.Tensor | None = None
     output_turn: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether any sequence may hold a page."""
+        return self.num_pages > 0 or any(g.kept is not None and g.data.numel() > 0 for g in self.pages)
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the dense tensor it stands for, ``[batch, kv_heads, tokens, head_dim]``."""
+        """Shape of the dense tensor it stands for, ``[batch, kv_heads, tokens, head_dim]``, kept pages left out."""
         batch, heads, _, dim = self.tail.key.shape
         return torch.Size((batch, heads, self.length, dim))
 
@@ -130,6 +164,7 @@ class StaticKV(_Handle):
         table: int32 ``[batch, num_pages]``, which record of the pool holds a page of a sequence; None if in order.
         query_turn: See `PagedKV`.
         output_turn: See `PagedKV`.
+        places: See `PagedKV`; ``[batch, kv_heads, length]``, of tokens to come, too.
         layouts: Heads and layouts of ``pages`` as text, see `layouts_of`.
     """
 
@@ -143,6 +178,7 @@ class StaticKV(_Handle):
     table: torch.Tensor | None = None
     query_turn: torch.Tensor | None = None
     output_turn: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     layouts: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,8 +191,8 @@ class StaticKV(_Handle):
 
     @property
     def num_pages(self) -> int:
-        """Most pages of a sequence."""
-        return self.pages[0].data.shape[2] if self.table is None else self.table.shape[1]
+        """Most pages of a sequence; the mean of its heads where pages are kept."""
+        return self.pages[0].mean_pages(self.tail.key.shape[0]) if self.table is None else self.table.shape[1]
 
     @property
     def shape(self) -> torch.Size:
@@ -182,17 +218,25 @@ class StaticKV(_Handle):
         start = pages * self.page_tokens
         slots = self.ring_slots(start, tokens - sinks)
         return PagedKV(
-            tuple(HeadPages(g.heads, g.layout, self.records(g, rows, pages)) for g in self.pages),
+            tuple(
+                HeadPages(g.heads, g.layout, self.records(g, rows, pages), _of_rows(g.kept, rows)) for g in self.pages
+            ),
             ExactKV(self.sinks.key[rows, :, :sinks], self.sinks.value[rows, :, :sinks]),
             ExactKV(self.tail.key[rows][:, :, slots], self.tail.value[rows][:, :, slots]),
             tokens,
             self.page_tokens,
             pages,
             torch.full((1,), pages, device=self.device),
+            places=None if self.places is None else self.places[rows, :, :tokens],
         )
 
     def records(self, group: HeadPages, rows: slice, pages: int) -> torch.Tensor:
-        """First ``pages`` records of sequences, ``[batch, heads, pages, layout.nbytes]``; a copy with a table."""
+        """First ``pages`` records of sequences, ``[batch, heads, pages, layout.nbytes]``; a copy with a table.
+
+        All records where pages are kept.
+        """
+        if group.kept is not None:
+            return group.data[rows]
         if self.table is None:
             return group.data[rows, :, :pages]
         return group.data[0][:, self.table[rows, :pages].long()].transpose(0, 1)
@@ -200,10 +244,18 @@ class StaticKV(_Handle):
     def store(self, group: HeadPages, rows: slice, page: int, records: torch.Tensor) -> None:
         """Write records ``[batch, heads, pages, layout.nbytes]`` of sequences as their pages from ``page`` on."""
         stop = page + records.shape[2]
-        if self.table is None:
+        if group.kept is not None:
+            after = group.kept.extents[rows].long().sum(-1)[..., None]  # of the kept pages of each head
+            row = torch.arange(len(after), device=after.device)[:, None, None]
+            group.data[rows][row, 0, after + torch.arange(page, stop, device=after.device)] = records
+        elif self.table is None:
             group.data[rows, :, page:stop] = records
         else:
             group.data[0][:, self.table[rows, page:stop].long()] = records.transpose(0, 1)
+
+
+def _of_rows(kept: KeptRecords | None, rows: slice) -> KeptRecords | None:
+    return None if kept is None else KeptRecords(kept.extents[rows], kept.places[rows])
 
 
 @lru_cache(maxsize=1024)

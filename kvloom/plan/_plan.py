@@ -378,6 +378,14 @@ class Plan(PlanModel):
             for n, i in enumerate(model.packed_layers)
         }
 
+    @cached_property
+    def needs_growing(self) -> str:
+        """What of the plan only growing caches do, in words; empty if those of fixed size do everything."""
+        if self.pre_rope_layers:
+            return "keys before RoPE"
+        watching = [room.policy.name for room in self._rooms.values() if room and room.policy.watches_steps]
+        return f"steps that policy {watching[0]!r} watches" if watching else ""
+
     def true_bits(self, tokens: int, dtype: Any = None, *, decoded: int = 0) -> float:
         """8 x bytes / cached elements of one sequence of ``tokens``: everything resident counts; see `nbytes`."""
         if tokens <= 0:

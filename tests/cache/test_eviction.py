@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_cache_invariants import page_size, rounded
 
 from kvloom.cache import LoomCache, loom_attention
-from kvloom.cache._slots import places, stored
 from kvloom.errors import CacheError, PlanError
 from kvloom.eviction import _room
+from kvloom.pages import places, stored
 from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
 
 EIGHT = TensorSpec(bits=8, grouping="per_channel")

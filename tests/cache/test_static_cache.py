@@ -14,7 +14,7 @@ from transformers import CompileConfig
 
 from kvloom import kernels
 from kvloom.cache import LoomCache, fixed_nbytes, loom_attention
-from kvloom.cache._static import ring_tokens
+from kvloom.cache._fixed import ring_tokens
 from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, HeadPages, StaticKV
 from kvloom.plan import Window, full_pages

@@ -13,7 +13,7 @@ from kvloom.bench import _ceilings as ceilings
 from kvloom.bench import _timing as timing
 from kvloom.bench import fit
 from kvloom.cli._run import _cache as make_cache
-from kvloom.plan import Fingerprint, Plan, TensorSpec, preset
+from kvloom.plan import Evict, Fingerprint, Plan, TensorSpec, preset
 
 TINY = {
     "vocab_size": 97,
@@ -143,6 +143,11 @@ def test_generate_takes_a_cache_of_fixed_size_where_it_can(plan: Path, capsys: p
     before_rope = Plan.from_specs(Fingerprint.of(model), dict.fromkeys((0, 1), (key, value)))
     assert make_cache(before_rope, model, 100).max_tokens is None
     assert "keys before RoPE need a growing cache" in capsys.readouterr().err
+    evict = Evict(policy="h2o", budget=0.5, parameters={"recent": 9})
+    kept = Plan.uniform(model, 4, 4)
+    kept = kept.model_copy(update={"layers": tuple(x.model_copy(update={"evict": evict}) for x in kept.layers)})
+    assert make_cache(kept, model, 100).max_tokens is None
+    assert "steps that policy 'h2o' watches need a growing cache" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

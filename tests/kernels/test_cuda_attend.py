@@ -235,7 +235,7 @@ def test_a_graph_replays_attention() -> None:
 def test_codebook_kernels_compile_without_a_device(number: int, head_dim: int) -> None:
     pytest.importorskip("cuda.core")
     layout = page_layout(*codebook_formats(number, head_dim), head_dim)
-    defines = _cuda.attend_defines(layout, 4, number == 1, number, False, number == 2)
+    defines = _cuda.attend_defines(layout, 4, number == 1, number, False, 0, number == 2)
     assert _nvrtc.cubin("attend.cu", defines, "sm_90")[:4] == b"\x7fELF"
     assert _nvrtc.cubin("decode.cu", _cuda_pages._decode_build(layout, torch.float16)[0], "sm_90")[:4] == b"\x7fELF"
 
@@ -247,7 +247,9 @@ def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int)
     case = random_case(seed)
     warps = _cuda.block_warps(case.layout, 100, 227 * 1024)
     bf16 = case.dtype == torch.bfloat16
-    defines = _cuda.attend_defines(case.layout, warps, bf16, seed % 3, case.softcap is not None, clustered)
+    defines = _cuda.attend_defines(
+        case.layout, warps, bf16, seed % 3, case.softcap is not None, seed % 3 * 2, clustered
+    )
     assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
 
 

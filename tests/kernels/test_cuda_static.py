@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvloom
 from kvloom import kernels
+from kvloom.bench.generation._fill import fill_random
 from kvloom.errors import CacheError
 from kvloom.kernels._torch import TORCH
 from kvloom.pages import ExactKV, Format, HeadPages, StaticKV, page_layout, page_tokens_of
-from kvloom.plan import Fingerprint, LayerPlan, Window, full_pages, preset
+from kvloom.plan import Evict, Fingerprint, LayerPlan, Window, full_pages, preset
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -148,8 +151,47 @@ def mixed(model) -> kvloom.Plan:
     return kvloom.Plan(model=Fingerprint.of(model), layers=(entry,))
 
 
+def kept(model, policy: str = "snapkv") -> kvloom.Plan:
+    """Fewer than half of a prompt's tokens."""
+    plan = uniform(model)
+    evict = Evict(policy=policy, budget=90, parameters={"window": 8})
+    return plan.model_copy(update={"layers": tuple(x.model_copy(update={"evict": evict}) for x in plan.layers)})
+
+
+def unevenly_kept(model) -> kvloom.Plan:
+    return kept(model, "adakv")
+
+
+@pytest.mark.parametrize("make_plan", [kept, unevenly_kept])
+def test_steps_over_kept_pages_are_the_references(model, make_plan) -> None:
+    torch.manual_seed(2)
+    kvloom.enable(model)
+    cache = kvloom.LoomCache(make_plan(model), model, max_tokens=600)
+    fill_random(cache, model, 2, 400)
+    ours = cache.packed_layers[0].store
+    theirs, cuda = copy.deepcopy(ours), kernels.backend(DEVICE)
+    for step in range(200):
+        k, v = torch.randn(2, 2, 1, 2, 64, device=DEVICE, dtype=torch.bfloat16).transpose(2, 3)
+        cuda.append(k, v, ours)
+        TORCH.append(k, v, theirs)
+        if step % 9 and step < 197:
+            continue
+        query = torch.randn(2, 8, 1, 64, device=DEVICE, dtype=torch.bfloat16)
+        mask = torch.rand(2, 1, 1, 600, device=DEVICE) < 0.8
+        mask[..., 400 + step] = True
+        for given in (None, mask):
+            output = cuda.attend_static(query, ours, scaling=0.125, mask=given)
+            expected = TORCH.attend_static(query.float(), theirs, scaling=0.125, mask=given)
+            assert float((output.float() - expected).norm() / expected.norm()) < 1.2e-2, step
+    assert ours.levels().equal(theirs.levels())
+    for g, h in zip(ours.pages, theirs.pages, strict=True):
+        assert g.data.equal(h.data)
+    assert not ours.flags.any()
+    assert not ours.counters().any()
+
+
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("make_plan", [uniform, turned, mixed])
+@pytest.mark.parametrize("make_plan", [uniform, turned, mixed, kept, unevenly_kept])
 def test_generate_replays_graphs_and_gives_the_growing_caches_logits(model, make_plan, padded) -> None:
     torch.manual_seed(1)
     kvloom.enable(model)

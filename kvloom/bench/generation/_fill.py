@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import QuantizedCache
 from transformers.cache_utils import CacheLayerMixin
 
+from kvloom.cache import KeptKV, LoomCache
 from kvloom.errors import CacheError
 from kvloom.plan import Fingerprint
 
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
 # Elements of one layer's keys in one update: what packing them takes besides stays small beside the cache.
 FILL_ELEMENTS = 1 << 24
 _LEAST_TOKENS = 64
+_QUERIES = 512
 
 
 def fill_random(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -> None:
     """Append normal keys and values to every layer, as many tokens at a time as have `FILL_ELEMENTS`.
 
-    Layers are called themselves: what a cache keeps to undo a pass that fails would take memory that decoding does not.
+    They are one prompt, of which layers that evict keep what normal queries of its last tokens attend to. Layers are
+    called themselves, one after the other: what a cache keeps to undo a pass that fails would take memory that decoding
+    does not.
 
     Args:
         cache: An empty cache; `QuantizedCache` is given everything at once, as it would be by a prompt.
@@ -39,11 +44,17 @@ def fill_random(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -
     shape = Fingerprint.of(model)
     piece = max(_LEAST_TOKENS, FILL_ELEMENTS // (batch * shape.num_kv_heads * shape.head_dim))
     pieces = [tokens] if isinstance(cache, QuantizedCache) else _split(tokens, piece)
-    for count in pieces:
-        size = (batch, shape.num_kv_heads, count, shape.head_dim)
-        key, value = (torch.randn(size, dtype=model.dtype, device=model.device) for _ in range(2))
-        for layer in layers:
-            layer.update(key, value)
+    query_heads = model.config.get_text_config(decoder=True).num_attention_heads
+    draw = partial(torch.randn, dtype=model.dtype, device=model.device)
+    if isinstance(cache, LoomCache) and tokens:
+        cache.expect_prompt(tokens)
+    for layer in layers:
+        for count in pieces:
+            size = (batch, shape.num_kv_heads, count, shape.head_dim)
+            states, _ = layer.update(draw(size), draw(size))
+            if isinstance(states, KeptKV):
+                query = draw((batch, query_heads, min(count, _QUERIES), shape.head_dim))
+                states.observe(query, scaling=shape.head_dim**-0.5, mask=None, softcap=None, sink_logits=None)
 
 
 def _split(tokens: int, piece: int) -> list[int]:

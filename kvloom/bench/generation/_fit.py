@@ -84,8 +84,9 @@ def fit(
     """Predict how many sequences fit: weights, a decode step's activations and the caches, by exact bytes of each.
 
     Caches are of fixed size (`StaticCache`, and `LoomCache` with ``max_tokens``; growing where a plan's keys are packed
-    before RoPE): exact windows, sinks, unfilled pages and room to the last token count, sliding-window layers too. What
-    passing a prompt takes does not: bring long prompts in chunks (``prefill_chunk_size`` of `generate`).
+    before RoPE or its policy watches every step): exact windows, sinks, unfilled pages and room to the last token
+    count, sliding-window layers too. Where tokens are evicted, all but the last two are the prompt. What passing a
+    prompt takes does not count: bring long prompts in chunks (``prefill_chunk_size`` of `generate`).
 
     Args:
         config: The model's.
@@ -118,7 +119,7 @@ def fit(
 def cache_nbytes(
     plan: Plan | None, config: PreTrainedConfig, batch: int, tokens: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Bytes of a cache of fixed size (growing for keys before RoPE): full-attention layers, and sliding-window layers.
+    """Bytes of a cache of fixed size (growing where `fit` says so): full-attention layers, and sliding-window layers.
 
     Args:
         plan: What the full-attention layers store; None for `StaticCache`.
@@ -133,7 +134,8 @@ def cache_nbytes(
     if plan is None:
         full_attention = sum(packed.values())
     else:
-        full_attention = (plan.nbytes if plan.pre_rope_layers else partial(fixed_nbytes, plan))(batch, tokens, dtype)
+        fixed = partial(fixed_nbytes, plan, prompt=max(1, tokens - _NEW_TOKENS))
+        full_attention = (plan.nbytes if plan.needs_growing else fixed)(batch, tokens, dtype)
     return full_attention, sum(others.values())
 
 
@@ -191,7 +193,7 @@ def fit_contestants(model: PreTrainedModel, plans: Mapping[str, Plan], tokens: i
     """The caches that `fit` speaks of, in its order."""
     made = Lineup(model, {}, ["static"])(tokens)
     for name, plan in plans.items():
-        made += Lineup(model, {name: plan}, ["growing" if plan.pre_rope_layers else "fixed"])(tokens)
+        made += Lineup(model, {name: plan}, ["growing" if plan.needs_growing else "fixed"])(tokens)
     return made
 
 

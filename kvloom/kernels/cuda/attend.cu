@@ -10,7 +10,7 @@
 // Shape of the problem: D channels, P tokens in a page. KB0 + KB1, VB0 + VB1: bits of the planes (KB0 = 16: raw
 // elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored. KPOINTS,
 // VPOINTS: codes stand for the points of a codebook. MASKED: 1 by mask, position and pages, query by query; 2 by the mask of
-// the one query there is.
+// the one query there is. PLACE: bytes of the place of a token in its sequence, by which the mask is; 0: it is by slot.
 #ifndef D
 #define D 128
 #define P 64
@@ -28,6 +28,7 @@
 #define VCH 0
 #define BF16 0
 #define MASKED 0
+#define PLACE 0
 #define SOFTCAP 0
 #define WARPS 4
 #define CLUSTER 0
@@ -374,6 +375,14 @@ __device__ __forceinline__ int share(u32 worker, u32 workers, u32 total) {
     return worker * each + worker * more / workers;
 }
 
+// Places count from the least number of their type.
+#if PLACE == 2
+typedef unsigned short Place;
+#else
+typedef u32 Place;
+#endif
+__device__ __forceinline__ int counted(Place x) { return (Place)(x ^ (Place)1 << (8 * sizeof(Place) - 1)); }
+
 struct Row {  // one of the two rows whose scores a thread holds
     const u8* mask;
     int last, boundary;  // newest slot it may read; first slot that it reads from the tail rather than from pages
@@ -432,7 +441,9 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // head of `pages`. Sinks and tail [batch, kv_heads, tokens, D] by strides in elements. state: (tokens, pages) of each
 // sequence, read on the device in place of the four numbers; the tail is then a ring, in which the token of slot s lies at
 // (s - num_sinks) % tail_ring, a multiple of P. mask [batch, query, slot]. visible: pages each query
-// may read. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
+// may read. extents [batch, heads of `pages`, 2]: first record of a head, and how many pages it has before those that have
+// slots. With PLACE there is a mask [batch, query, place]; page_places: of the records, by strides in elements; exact_places
+// [batch, kv_heads, slot] by strides. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
 // [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     const u8* __restrict__ q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
@@ -440,9 +451,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     const int* __restrict__ heads, const u8* __restrict__ sink_k, const u8* __restrict__ sink_v, i64 sink_batch, i64 sink_head,
     i64 sink_token, int num_sinks, const u8* __restrict__ tail_k, const u8* __restrict__ tail_v, i64 tail_batch, i64 tail_head,
     i64 tail_token, int tail_ring, const int* __restrict__ state, int num_pages, int num_tail, int length, const u8* __restrict__ mask,
-    i64 mask_batch, i64 mask_query, const i64* __restrict__ visible, float scale_log2, float softcap,
-    const float* __restrict__ sink_logits, float* __restrict__ part_o, float* __restrict__ part_ml, int* __restrict__ turn,
-    u8* __restrict__ out, float* __restrict__ lse
+    i64 mask_batch, i64 mask_query, const i64* __restrict__ visible, const int2* __restrict__ extents, float scale_log2,
+    float softcap, const float* __restrict__ sink_logits, float* __restrict__ part_o, float* __restrict__ part_ml,
+    int* __restrict__ turn, u8* __restrict__ out, float* __restrict__ lse
+#if PLACE
+    , const Place* __restrict__ page_places, i64 place_batch, i64 place_head, const Place* __restrict__ exact_places,
+    i64 exact_batch, i64 exact_head
+#endif
 #if KPOINTS
     , u64 key_low0, u64 key_low1, u64 key_high0, u64 key_high1
 #endif
@@ -466,6 +481,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
         length = now.x; num_pages = now.y; num_sinks = min(num_sinks, length); num_tail = length - num_sinks - num_pages * P;
         tail_start = num_pages * P % tail_ring;
     }
+    int2 kept = make_int2(0, 0);
+    if (extents) kept = extents[batch * (gridDim.y / row_tiles) + own];
+    const int all_pages = num_pages + kept.y;
     extern __shared__ __align__(16) u8 shared[];
 #if CLUSTER
     cluster_arrive();  // no block sends before the others have begun
@@ -474,12 +492,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     // Every warp takes an even share of the pages, in order, and of the exact tokens, 16 at a time.
     const int sink_units = (num_sinks + 15) / 16, exact_units = sink_units + (num_tail + 15) / 16;
     const u32 workers = splits * WARPS, worker = split * WARPS + warp;
-    const bool apart = num_pages + exact_units <= workers;  // then nobody has more than one of either
-    const int first = apart ? min(worker, num_pages) : share(worker, workers, num_pages);
-    const int last = apart ? min(worker + 1, num_pages) : share(worker + 1, workers, num_pages);
-    const int first_unit = apart ? min(max((int)worker - num_pages, 0), exact_units) : share(worker, workers, exact_units);
-    const int last_unit = apart ? min(max((int)worker + 1 - num_pages, 0), exact_units) : share(worker + 1, workers, exact_units);
-    const u8* base = pages + batch * (table ? 0 : page_batch) + own * page_head;
+    const bool apart = all_pages + exact_units <= workers;  // then nobody has more than one of either
+    const int first = apart ? min(worker, all_pages) : share(worker, workers, all_pages);
+    const int last = apart ? min(worker + 1, all_pages) : share(worker + 1, workers, all_pages);
+    const int first_unit = apart ? min(max((int)worker - all_pages, 0), exact_units) : share(worker, workers, exact_units);
+    const int last_unit = apart ? min(max((int)worker + 1 - all_pages, 0), exact_units) : share(worker + 1, workers, exact_units);
+    const u8* base = pages + batch * (table ? 0 : page_batch) + own * page_head + kept.x * page_bytes;
     u8* ring = shared + warp * RING;
     auto fetch = [&](int page) {
         if (page < last) {
@@ -552,7 +570,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int query = (row0 + min(2 * t + i, rows - 1)) % queries;
-            seer[i].last = length - queries + query;
+            seer[i].last = PLACE ? 0x7fffffff : length - queries + query;  // a mask by place is causal itself
             seer[i].boundary = num_sinks + (visible ? (int)visible[query] : num_pages) * P;
             seer[i].mask = mask ? mask + batch * mask_batch + query * mask_query : nullptr;
         }
@@ -561,11 +579,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     constexpr bool BITS = MASKED == 2;
     u8 ahead[P / 32];
     u32 seen[P / 32];
+#if PLACE
+    page_places += batch * place_batch + own * place_head + (i64)kept.x * P;
+    exact_places += batch * exact_batch + head * exact_head;
+    Place where[P / 32] = {};  // the places themselves another page ahead
+    auto look_up = [&](int page) {
+        if (!BITS || page >= last) return;
+#pragma unroll
+        for (int i = 0; i < P / 32; i++) where[i] = page_places[(i64)page * P + 32 * i + lane];
+    };
+    look_up(first);
+#endif
     auto look_ahead = [&](int page) {
         if (!BITS || page >= last) return;
-        const u8* at = mask + batch * mask_batch + num_sinks + page * P + lane;
+        const u8* at = mask + batch * mask_batch;
+#if PLACE
+#pragma unroll
+        for (int i = 0; i < P / 32; i++) ahead[i] = at[counted(where[i])];
+        look_up(page + 1);
+#else
+        at += num_sinks + page * P + lane;
 #pragma unroll
         for (int i = 0; i < P / 32; i++) ahead[i] = at[32 * i];
+#endif
     };
     look_ahead(first);
     auto capped = [&](float s) { return SOFTCAP ? softcap * tanhf(s / softcap) : s; };
@@ -601,8 +637,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
             const int token = begin + 8 * (i >> 1) + g, slot = is_sink ? token : length - num_tail + token;
             s[0][i] = capped(s[0][i] * (i & 1 ? unit1 : unit0) * pow2(-kexp));
             if (token >= count) s[0][i] = NEVER;
+#if PLACE
+            else if (!seer[i & 1].sees(counted(exact_places[slot]))) s[0][i] = NEVER;
+#else
             if constexpr (MASKED)
                 if ((!is_sink && slot < seer[i & 1].boundary) || !seer[i & 1].sees(slot)) s[0][i] = NEVER;
+#endif
         }
         float r0, r1;
         if (sm.update<1>(s, r0, r1)) scale_all(o, r0, r1);
@@ -736,10 +776,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
             for (int m = 0; m < MT; m++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int slot = num_sinks + page * P + 16 * m + 8 * (i >> 1) + g;
+                    const int token = page * P + 16 * m + 8 * (i >> 1) + g;
                     s[m][i] = capped(s[m][i]);
+#if PLACE
+                    if constexpr (MASKED == 1)
+                        if (!seer[i & 1].sees(counted(page_places[token]))) s[m][i] = NEVER;
+#else
+                    const int slot = num_sinks + token - kept.y * P;
                     if constexpr (MASKED == 1)
                         if (slot >= seer[i & 1].boundary || !seer[i & 1].sees(slot)) s[m][i] = NEVER;
+#endif
                 }
         }
         if constexpr (BITS)

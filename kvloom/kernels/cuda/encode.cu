@@ -626,12 +626,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // Records by strides in bytes, in order, or through table [batch, table_stride] of page numbers. state: (tokens, pages that
 // the newest token reads) of each sequence, then a ticket for each, zero between launches. flags become 1: what was packed is
 // out of range; the cache was full and the token is lost. filled [capacity + 1]: full pages by number of tokens. is_last: no
-// launch for other heads of this token follows, so the sequences grow. The rest: see Points.
+// launch for other heads of this token follows, so the sequences grow. extents [batch, heads of records, 2]: the first record
+// of a head, and how many pages it has before those that are counted. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(THREADS)
     append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head, int kv_heads,
                  const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, int num_sinks, ELEMENT* ring_key, ELEMENT* ring_value,
                  int ring, u8* records, i64 record_batch, i64 record_head, i64 record_page, const int* table, int table_stride,
-                 int* state, int* flags, const int* filled, int capacity, int is_last, u64 key_low0, u64 key_low1,
+                 int* state, int* flags, const int* filled, int capacity, int is_last, const int2* extents, u64 key_low0, u64 key_low1,
                  u64 key_high0, u64 key_high1, u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1) {
     extern __shared__ __align__(16) u8 shared[];
     const bool is_key = blockIdx.x == 0;
@@ -656,6 +657,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             __syncthreads();
             const i64 number = table ? table[batch * table_stride + page] : page;
             u8* record = records + (table ? 0 : batch * record_batch) + blockIdx.y * record_head + number * record_page;
+            if (extents) {
+                const int2 kept = extents[batch * gridDim.y + blockIdx.y];
+                record += (i64)(kept.x + kept.y) * record_page;
+            }
             const ELEMENT* x = own + page * P % ring * D;
             if (is_key) encode_side<Keys>(x, D, record, shared, flags, {{key_low0, key_low1}, {key_high0, key_high1}});
             else encode_side<Values>(x, D, record + VALUE_OFFSET, shared, flags, {{value_low0, value_low1}, {value_high0, value_high1}});

@@ -20,7 +20,7 @@ from kvloom.bench.generation._measure import Job, measure, survives, weight_nbyt
 from kvloom.cache import LoomCache, fixed_nbytes
 from kvloom.errors import CacheError, DataError, ModelError, PlanError
 from kvloom.evaluate import Peers, attention
-from kvloom.plan import Plan
+from kvloom.plan import Evict, Plan
 from kvloom.report import load_records
 
 OURS = ("dynamic", "static", "growing", "fixed", "loop")
@@ -101,6 +101,25 @@ def test_random_states_fill_every_layer(tiny, plan, monkeypatch: pytest.MonkeyPa
     if isinstance(cache, LoomCache):
         cache.check()
         assert [layer.batch_size for layer in cache.packed_layers.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "adakv", "h2o"])
+def test_plans_that_evict_are_measured(tiny, quick, policy: str):
+    evict = Evict(policy=policy, budget=0.5, parameters={"recent": 20} if policy == "h2o" else {"window": 20})
+    plan = Plan.uniform(tiny, 4, 4)
+    plan = plan.model_copy(update={"layers": tuple(x.model_copy(update={"evict": evict}) for x in plan.layers)})
+    kinds, live = ("growing", "fixed"), {}
+    for fill in ("random", "prompt"):
+        records = bench_generate(tiny, {"kept": plan}, LOADS, new_tokens=12, repeats=1, kinds=kinds, fill=fill)
+        growing, fixed = of_kind(records, "generate")
+        assert growing["skipped"] is None
+        if policy == "h2o":
+            assert "does not show policy 'h2o' its steps" in fixed["skipped"]
+            continue
+        live[fill] = (growing["live_bytes"], fixed["live_bytes"])
+    if live:
+        assert live["random"] == (plan.nbytes(2, 162, decoded=12), fixed_nbytes(plan, 2, 162, prompt=150))
+        assert live["prompt"] == (plan.nbytes(2, 161, decoded=11), fixed_nbytes(plan, 2, 162, prompt=150))
 
 
 def test_layers_without_keys_are_not_filled(tiny):
