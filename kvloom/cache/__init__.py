@@ -8,6 +8,7 @@ from kvloom.cache._evicting import EvictingLayer
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
+from kvloom.cache._shard import Shard, local_shape, shard_of
 from kvloom.cache._static import fixed_nbytes
 
 __all__ = [
@@ -18,10 +19,13 @@ __all__ = [
     "LoomCache",
     "LoomLayer",
     "Rope",
+    "Shard",
     "disable",
     "enable",
     "fixed_nbytes",
+    "local_shape",
     "loom_attention",
     "reads_pages",
     "rope_of",
+    "shard_of",
 ]

@@ -135,16 +135,23 @@ def enable(model: Any, *, batch_invariant: bool = False) -> None:
         batch_invariant: Make the result for a token independent of the length of its pass and of the other sequences,
             bit for bit: linear layers take rows in blocks of one shape and attention sums in fp64. With
             ``prefill="quantized"`` a model then gives the same tokens however its prompt arrives. Slower; for caches
-            that grow, and models whose products are linear layers and attention (not for fused experts).
+            that grow, and models in one process whose products are linear layers and attention (not for fused
+            experts).
 
     Raises:
-        ModelError: The model does not take its attention from transformers' registry, so it can only use the dense way.
+        ModelError: The model does not take its attention from transformers' registry, so it can only use the dense way;
+            or it is sharded, and ``batch_invariant`` is asked for.
     """
     source = _modeling_source(model)
     if _REGISTRY_WORD not in source:
         raise ModelError(
             f"{type(model).__name__} computes attention itself instead of through transformers' registry: use "
             "LoomCache without enable (memory is saved, speed is not)."
+        )
+    if batch_invariant and (getattr(model, "tp_size", None) or 1) > 1:
+        raise ModelError(
+            "batch_invariant cannot fix the order in which processes of a sharded model sum up: leave it out, or use "
+            "one process."
         )
     for name, function in _REGISTERED.items():
         AttentionInterface.register(name, function)
