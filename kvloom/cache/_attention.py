@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvloom import kernels
+from kvloom._processes import world_size
 from kvloom.cache._invariant import fix_rows, free_rows
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._rotation import turned
@@ -148,7 +149,7 @@ def enable(model: Any, *, batch_invariant: bool = False) -> None:
             f"{type(model).__name__} computes attention itself instead of through transformers' registry: use "
             "LoomCache without enable (memory is saved, speed is not)."
         )
-    if batch_invariant and (getattr(model, "tp_size", None) or 1) > 1:
+    if batch_invariant and world_size(model) > 1:
         raise ModelError(
             "batch_invariant cannot fix the order in which processes of a sharded model sum up: leave it out, or use "
             "one process."

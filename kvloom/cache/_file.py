@@ -81,8 +81,8 @@ def _check_header(cache: LoomCache, header: dict[str, str], path: Path) -> None:
         raise CacheError(f"{path} is a safetensors file but not a kvloom cache (no {_FORMAT} header).")
     if header.get("shard", _WHOLE) != _shard_text(cache):
         raise CacheError(
-            f"{path} holds the KV heads of {header.get('shard', _WHOLE)} and this is {_shard_text(cache)}: load it with "
-            "as many processes as it was saved by, each its own file."
+            f"{path} holds the KV heads of {header.get('shard', _WHOLE)} and this is {_shard_text(cache)}: load it "
+            "with as many processes as it was saved by, each its own file."
         )
     if header.get("plan") != _plan_text(cache):
         raise CacheError(f"{path} was written under another plan; load it with the plan it was made with.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from kvloom._processes import world_size
 from kvloom.plan import Fingerprint
 
 # Layers whose output holds the keys, fused or not.
@@ -24,12 +25,11 @@ def shard_of(model: Any) -> Shard:
     Configs and fingerprints of a sharded model are those of the whole model; its layers see their own heads. All heads
     are here where the model is not sharded, or where its plan (``tp_plan``) leaves the keys whole on every process.
     """
-    world_size = getattr(model, "tp_size", None) or 1
-    if world_size == 1 or not _splits_keys(model.tp_plan):
+    if world_size(model) == 1 or not _splits_keys(model.tp_plan):
         return Shard(0, 1)
     mesh = model._device_mesh
     mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-    return Shard(mesh.get_local_rank(), world_size)
+    return Shard(mesh.get_local_rank(), world_size(model))
 
 
 def local_shape(model: Any) -> Fingerprint:

@@ -8,8 +8,8 @@ import torch
 from transformers import QuantizedCache
 from transformers.cache_utils import CacheLayerMixin
 
+from kvloom.cache import local_shape
 from kvloom.errors import CacheError
-from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -36,7 +36,7 @@ def fill_random(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -
     layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     if len(layers) < len(cache.layers):
         raise CacheError("layers without keys and values cannot be filled at random: pass a prompt (--fill prompt).")
-    shape = Fingerprint.of(model)
+    shape = local_shape(model)
     piece = max(_LEAST_TOKENS, FILL_ELEMENTS // (batch * shape.num_kv_heads * shape.head_dim))
     pieces = [tokens] if isinstance(cache, QuantizedCache) else _split(tokens, piece)
     for count in pieces:
