@@ -117,7 +117,7 @@ def generate(
     place = bench_device(device)
     loads = make_loads(shapes or (setting.loads if setting else _LOADS[place.type]))
     plans = named_plans(plan, config_of(model, shape))
-    loaded = load_or_make(model, shape, place, make_dtype(dtype) if dtype else None)
+    loaded = load_or_make(model, shape, place, make_dtype(dtype) if dtype else None, sharded=True)
     usual = setting.new_tokens if setting else _NEW_TOKENS
     with progress() as update:
         records = bench_generate(
