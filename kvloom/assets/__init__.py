@@ -4,7 +4,7 @@ from kvloom._userdir import cache_dir
 from kvloom.assets._fetch import MODEL_NAME, essays_dir, fetch, model_dir
 from kvloom.assets._gsm8k import gsm8k_rows
 from kvloom.assets._longbench import longbench_rows
-from kvloom.assets._model import load_config, load_model
+from kvloom.assets._model import load_config, load_model, load_tokenizer
 from kvloom.assets._rows import Row, Rows, json_file
 from kvloom.assets._shapes import SHAPES, random_model, shape_config
 from kvloom.assets._sharding import started_processes
@@ -28,6 +28,7 @@ __all__ = [
     "json_file",
     "load_config",
     "load_model",
+    "load_tokenizer",
     "longbench_rows",
     "model_dir",
     "random_model",

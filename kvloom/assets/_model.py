@@ -76,6 +76,29 @@ def load_config(name_or_path: str | Path = MODEL_NAME) -> PreTrainedConfig:
     return config
 
 
+def load_tokenizer(name_or_path: str | Path = MODEL_NAME) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        name_or_path: as `load_model` takes it.
+
+    Raises:
+        DataError: the packaged model has not been fetched.
+        ModelError: there is no such folder or hub id, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(name_or_path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The tokenizer of {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a local "
+            f"folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
+        ) from error
+    return tokenizer
+
+
 def _source(name_or_path: str | Path) -> str | Path:
     return _packaged_model() if name_or_path == MODEL_NAME else _checked_path(name_or_path)
 

@@ -77,7 +77,7 @@ def random_model(name: str, *, dtype: torch.dtype, device: torch.device, sharded
     config = shape_config(name)
     if sharded and started_processes() > 1:
         torch.manual_seed(_SEED)
-        return random_sharded(config, dtype).eval()
+        return random_sharded(config, dtype)
     used = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=used), torch.device(device):
         torch.manual_seed(_SEED)

@@ -19,7 +19,7 @@ def started_processes() -> int:
 
 def sharding() -> dict[str, Any]:
     """Options of `from_pretrained` that split a model over all processes; it takes the device of each."""
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=started_processes(), tp_plan="auto")}
 
@@ -46,7 +46,7 @@ def shared_device(asked: torch.device | str | None) -> str:
 
 
 def random_sharded(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of a Llama's configuration with random weights, of which each process makes its own part."""
+    """A Llama with random weights, in evaluation mode, of which each process makes its own part."""
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
 
@@ -56,5 +56,5 @@ def random_sharded(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         model: Any = LlamaForCausalLM.from_pretrained(None, config=config, state_dict={}, dtype=dtype, **sharding())
     finally:
         logging.set_verbosity(before)
-    made: PreTrainedModel = model
+    made: PreTrainedModel = model.eval()
     return made

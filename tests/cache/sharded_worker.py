@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from kvloom.assets import load_model
+from kvloom._processes import local_tensor
+from kvloom.assets import SHAPES, load_model, random_model
 from kvloom.cache import LoomCache, enable, fixed_nbytes, local_shape, shard_of
 from kvloom.errors import CacheError, ModelError, PlanError
 from kvloom.plan import Plan
@@ -34,7 +35,9 @@ def generated(model: Any, plan: Plan, max_tokens: int | None) -> dict[str, Any]:
     )
     cache.check()
     length, own = int(cache.get_seq_length()), plan.shard(*shard_of(model))
-    said = fixed_nbytes(own, 2, ROOM, model.dtype) if max_tokens else own.nbytes(2, length, model.dtype, decoded=NEW - 1)
+    said = own.nbytes(2, length, model.dtype, decoded=NEW - 1)
+    if max_tokens is not None:
+        said = fixed_nbytes(own, 2, max_tokens, model.dtype)
     heads = {layer.model.num_kv_heads for layer in cache.packed_layers.values()}
     return {"tokens": out.tolist(), "nbytes": cache.nbytes(), "said": said, "heads": sorted(heads)}
 
@@ -78,7 +81,19 @@ def main(folder: Path) -> None:
     torch.distributed.barrier()
     other = folder / f"{1 - shard.rank}.safetensors"
     told["other's"] = error(lambda: LoomCache.load(other, plan, model))
+    told["random"] = drawn()
     (folder / f"{shard.rank}.json").write_text(json.dumps(told))
+
+
+def drawn() -> dict[str, Any]:
+    """Of a shape with random weights: the rows of keys that are here, their spread, and tokens through a plan."""
+    SHAPES["tiny"] = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    SHAPES["tiny"] |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = random_model("tiny", dtype=torch.float32, device=torch.device("cpu"), sharded=True)
+    enable(model)
+    keys = local_tensor(model.model.layers[0].self_attn.k_proj.weight.detach())
+    tokens = generated(model, Plan.uniform(model, 8, 8), None)["tokens"]
+    return {"rows": keys.shape[0], "spread": float(keys.std()), "tokens": tokens}
 
 
 def _tensors(cache: LoomCache) -> list[tuple[str, torch.Tensor]]:

@@ -133,6 +133,13 @@ def test_what_processes_cannot_do_together_is_refused(told: list[dict[str, Any]]
         assert it["invariant"].startswith("ModelError: batch_invariant cannot fix the order")
 
 
+def test_random_weights_are_made_in_parts(told: list[dict[str, Any]]):
+    drawn = [it["random"] for it in told]
+    assert [it["rows"] for it in drawn] == [16, 16]
+    assert all(0.01 < it["spread"] < 0.03 for it in drawn)  # initializer_range is 0.02
+    assert drawn[0]["tokens"] == drawn[1]["tokens"]
+
+
 class _Mesh:
     """A device mesh as far as it is asked; transformers 5.23 gives one of three dimensions."""
 

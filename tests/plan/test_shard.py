@@ -1,4 +1,4 @@
-"""The part of a plan that one rank follows: its KV heads, their specs and matrices, their bytes, and what is refused."""
+"""The part of a plan that one rank follows: its KV heads, their specs, matrices and bytes, and what is refused."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_heads_that_cannot_be_split(rank: int, world_size: int, message: str):
 
 def test_heads_that_compete_cannot_be_on_several_ranks():
     plan = plan_of(evict=Evict(policy="adakv", budget=256))
-    with pytest.raises(PlanError, match="layers 0-2: evict.policy 'adakv' lets all KV heads of a layer compete"):
+    with pytest.raises(PlanError, match=r"layers 0-2: evict\.policy 'adakv' lets all KV heads of a layer compete"):
         plan.shard(0, 2)
     assert plan.shard(0, 1) is plan
     kept = plan_of(evict=Evict(policy="snapkv", budget=256))
