@@ -7,7 +7,7 @@ from kvloom.assets._longbench import longbench_rows
 from kvloom.assets._model import load_config, load_model, load_tokenizer
 from kvloom.assets._rows import Row, Rows, json_file
 from kvloom.assets._shapes import SHAPES, random_model, shape_config
-from kvloom.assets._sharding import started_processes
+from kvloom.assets._sharding import shared_device, started_processes
 from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts
 from kvloom.assets._windows import token_windows
 
@@ -33,6 +33,7 @@ __all__ = [
     "model_dir",
     "random_model",
     "shape_config",
+    "shared_device",
     "started_processes",
     "texts",
     "token_windows",

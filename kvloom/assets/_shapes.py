@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvloom.assets._sharding import random_sharded, started_processes
+from kvloom.assets._sharding import random_sharded, shared_device, started_processes
 from kvloom.errors import ModelError
 
 if TYPE_CHECKING:
@@ -69,13 +69,14 @@ def random_model(name: str, *, dtype: torch.dtype, device: torch.device, sharded
         sharded: each process that torchrun has started makes a part, on its own device, as `load_model` does.
 
     Raises:
-        ModelError: there is no such shape.
+        ModelError: there is no such shape, or processes take another kind of device.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = shape_config(name)
     if sharded and started_processes() > 1:
+        shared_device(device.type)
         torch.manual_seed(_SEED)
         return random_sharded(config, dtype)
     used = [device] if device.type == "cuda" else []

@@ -104,6 +104,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
 ) -> None:
     """Time prompts and decoding, and find the largest batch, with plans' caches and transformers' own."""
+    from kvloom.assets import shared_device, started_processes
     from kvloom.bench import (
         KINDS,
         bench_device,
@@ -117,6 +118,8 @@ def generate(
     setting = make_preset(preset) if preset else None
     if setting and model is None:
         shape = shape or setting.shape
+    if started_processes() > 1:
+        shared_device(device)
     place = bench_device(device)
     loads = make_loads(shapes or (setting.loads if setting else _LOADS[place.type]))
     plans = named_plans(plan, config_of(model, shape))
