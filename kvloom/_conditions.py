@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from kvloom._ledger import Record
+from kvloom._processes import local_tensor, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,18 +37,24 @@ def conditions(model: PreTrainedModel, code: tuple[str, ...]) -> Record:
 
 
 def device_name(model: PreTrainedModel) -> str:
-    """The GPU's name, or the kind of device."""
+    """The GPU's name, or the kind of device; with their number if processes share the model."""
     kind = model.device.type
-    return torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
+    name = torch.cuda.get_device_name(model.device) if kind == "cuda" else kind
+    return name if world_size(model) == 1 else f"{world_size(model)} x {name}"
 
 
 def _weights_hash(model: PreTrainedModel) -> str:
-    """Hash of every parameter's name, shape, dtype and first elements."""
+    """Hash of every parameter's name, shape, dtype and first elements; the same in all processes that share a model."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
+        here = local_tensor(weight.detach())
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(here.flatten()[:_SAMPLE].float().cpu().numpy().tobytes())
+    if world_size(model) == 1:
+        return digest.hexdigest()
+    parts = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, digest.hexdigest())
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 @cache

@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "plot": ("matplotlib",),
     "quanto": ("optimum.quanto", "ninja"),
     "search": ("optuna", "scipy"),
+    "serve": ("httpx2",),
     "tasks": ("rouge_score", "wonderwords", "pyarrow"),
 }
 """Extra of pyproject.toml -> the modules it brings."""

@@ -25,3 +25,7 @@ class MissingExtraError(ImportError):
 
 class KernelError(RuntimeError):
     """A faster backend cannot be used here; the message says what it lacks."""
+
+
+class ServerError(RuntimeError):
+    """A server is away, or does not answer as asked."""

@@ -4,9 +4,10 @@ from kvloom._userdir import cache_dir
 from kvloom.assets._fetch import MODEL_NAME, essays_dir, fetch, model_dir
 from kvloom.assets._gsm8k import gsm8k_rows
 from kvloom.assets._longbench import longbench_rows
-from kvloom.assets._model import load_config, load_model
+from kvloom.assets._model import load_config, load_model, load_tokenizer
 from kvloom.assets._rows import Row, Rows, json_file
 from kvloom.assets._shapes import SHAPES, random_model, shape_config
+from kvloom.assets._sharding import shared_device, started_processes
 from kvloom.assets._texts import CALIBRATION, ESSAYS, EVALUATION, Text, digest, texts
 from kvloom.assets._windows import token_windows
 
@@ -27,10 +28,13 @@ __all__ = [
     "json_file",
     "load_config",
     "load_model",
+    "load_tokenizer",
     "longbench_rows",
     "model_dir",
     "random_model",
     "shape_config",
+    "shared_device",
+    "started_processes",
     "texts",
     "token_windows",
 ]

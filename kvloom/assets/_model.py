@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvloom.assets._fetch import MODEL_NAME, model_dir
+from kvloom.assets._sharding import sharding, shared_device, started_processes
 from kvloom.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    sharded: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in evaluation mode, and its tokenizer.
 
@@ -26,19 +28,29 @@ def load_model(
         dtype: of the weights, as a torch dtype or its name ("bfloat16"); by default float32 on a
             CPU, where 16-bit arithmetic is slower, and the checkpoint's own elsewhere.
         device: where the model goes; by default the first GPU, else the CPU.
+        sharded: split the model over the processes that torchrun has started (tensor parallelism); each takes its own
+            GPU, or the CPU where there is none. In one process it changes nothing.
 
     Raises:
         DataError: the packaged model has not been fetched.
-        ModelError: there is no such folder or hub id, or it is not a causal language model.
+        ModelError: there is no such folder or hub id, it is not a causal language model, or it cannot be split; or a
+            device is given for all processes.
     """
     import torch
 
+    if sharded and started_processes() > 1:
+        kind = shared_device(device)
+        return _load(_source(name_or_path), dtype or _usual_dtype(kind), None)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else "auto"
-    return _load(_source(name_or_path), dtype, device)
+    return _load(_source(name_or_path), dtype or _usual_dtype(device.type), device)
+
+
+def _usual_dtype(device_type: str) -> torch.dtype | str:
+    import torch
+
+    return torch.float32 if device_type == "cpu" else "auto"
 
 
 def load_config(name_or_path: str | Path = MODEL_NAME) -> PreTrainedConfig:
@@ -62,6 +74,29 @@ def load_config(name_or_path: str | Path = MODEL_NAME) -> PreTrainedConfig:
             f"local folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
         ) from error
     return config
+
+
+def load_tokenizer(name_or_path: str | Path = MODEL_NAME) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        name_or_path: as `load_model` takes it.
+
+    Raises:
+        DataError: the packaged model has not been fetched.
+        ModelError: there is no such folder or hub id, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(name_or_path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"The tokenizer of {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a local "
+            f"folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
+        ) from error
+    return tokenizer
 
 
 def _source(name_or_path: str | Path) -> str | Path:
@@ -90,19 +125,21 @@ def _checked_path(name_or_path: str | Path) -> str | Path:
 
 
 def _load(
-    source: str | Path, dtype: torch.dtype | str, device: torch.device
+    source: str | Path, dtype: torch.dtype | str, device: torch.device | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model on a device, or split over all processes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = sharding() if device is None else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
-        model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"The model {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a local "
             f"folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
         ) from error
-    return model.to(device).eval(), tokenizer
+    return (model if device is None else model.to(device)).eval(), tokenizer
 
 
 def _first_sentence(error: Exception) -> str:

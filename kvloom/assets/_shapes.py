@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvloom.assets._sharding import random_sharded, shared_device, started_processes
 from kvloom.errors import ModelError
 
 if TYPE_CHECKING:
@@ -58,21 +59,26 @@ def shape_config(name: str) -> PreTrainedConfig:
     return config
 
 
-def random_model(name: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def random_model(name: str, *, dtype: torch.dtype, device: torch.device, sharded: bool = False) -> PreTrainedModel:
     """A model of a shape with random weights, the same every time, made on its device, in evaluation mode.
 
     Args:
         name: a key of `SHAPES`.
         dtype: of the weights.
         device: where they are made; with ``meta`` they have sizes only.
+        sharded: each process that torchrun has started makes a part, on its own device, as `load_model` does.
 
     Raises:
-        ModelError: there is no such shape.
+        ModelError: there is no such shape, or processes take another kind of device.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = shape_config(name)
+    if sharded and started_processes() > 1:
+        shared_device(device.type)
+        torch.manual_seed(_SEED)
+        return random_sharded(config, dtype)
     used = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=used), torch.device(device):
         torch.manual_seed(_SEED)

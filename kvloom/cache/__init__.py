@@ -10,6 +10,7 @@ from kvloom.cache._fixed_bytes import fixed_nbytes
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
+from kvloom.cache._shard import Shard, local_shape, shard_of
 
 __all__ = [
     "ATTENTION",
@@ -20,10 +21,13 @@ __all__ = [
     "LoomCache",
     "LoomLayer",
     "Rope",
+    "Shard",
     "disable",
     "enable",
     "fixed_nbytes",
+    "local_shape",
     "loom_attention",
     "reads_pages",
     "rope_of",
+    "shard_of",
 ]

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvloom import kernels
+from kvloom._processes import world_size
 from kvloom.cache._invariant import fix_rows, free_rows
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._rotation import turned
@@ -132,16 +133,23 @@ def enable(model: Any, *, batch_invariant: bool = False) -> None:
         batch_invariant: Make the result for a token independent of the length of its pass and of the other sequences,
             bit for bit: linear layers take rows in blocks of one shape and attention sums in fp64. With
             ``prefill="quantized"`` a model then gives the same tokens however its prompt arrives. Slower; for caches
-            that grow, and models whose products are linear layers and attention (not for fused experts).
+            that grow, and models in one process whose products are linear layers and attention (not for fused
+            experts).
 
     Raises:
-        ModelError: The model does not take its attention from transformers' registry, so it can only use the dense way.
+        ModelError: The model does not take its attention from transformers' registry, so it can only use the dense way;
+            or it is sharded, and ``batch_invariant`` is asked for.
     """
     source = _modeling_source(model)
     if _REGISTRY_WORD not in source:
         raise ModelError(
             f"{type(model).__name__} computes attention itself instead of through transformers' registry: use "
             "LoomCache without enable (memory is saved, speed is not)."
+        )
+    if batch_invariant and world_size(model) > 1:
+        raise ModelError(
+            "batch_invariant cannot fix the order in which processes of a sharded model sum up: leave it out, or use "
+            "one process."
         )
     for name, function in _REGISTERED.items():
         AttentionInterface.register(name, function)

@@ -22,6 +22,7 @@ from kvloom.cache._flags import Flags
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer, NonFinite
 from kvloom.cache._rope import rope_of
+from kvloom.cache._shard import shard_of
 from kvloom.cache._static import StaticLoomLayer
 from kvloom.cache._static_evicting import StaticEvictingLayer
 from kvloom.errors import CacheError, PlanError
@@ -32,7 +33,9 @@ class LoomCache(DynamicCache):
     """Packed cache for ``model.generate(..., past_key_values=LoomCache(plan, model))``.
 
     Full-attention layers are packed by the plan, and evict where it says so (`EvictingLayer`); sliding-window, linear
-    and shared layers keep transformers' own.
+    and shared layers keep transformers' own. Of a model that transformers has sharded (tensor parallelism) each process
+    holds the pages of its own KV heads: ``plan`` is then that part of the plan (`kvloom.Plan.shard`), and `nbytes` what
+    this process holds.
 
     Args:
         plan: What each layer stores.
@@ -45,9 +48,10 @@ class LoomCache(DynamicCache):
             CUDA graphs.
 
     Raises:
-        ModelError: The model is not the plan's, cannot be packed, or has no rotary embedding that keys could be packed
-            before (pre_rope).
-        PlanError: The plan lacks a codebook, its tensors cannot be read, or it evicts under ``prefill="quantized"``.
+        ModelError: The model is not the plan's, cannot be packed, has no rotary embedding that keys could be packed
+            before (pre_rope), or is sharded over a number of processes that its KV heads cannot be split over.
+        PlanError: The plan lacks a codebook, its tensors cannot be read, it evicts under ``prefill="quantized"``, or a
+            process of a sharded model cannot follow it (`kvloom.Plan.shard`).
         CacheError: ``max_tokens`` is not positive, or does not go with ``nonfinite`` or with the plan.
         MissingExtraError: A codec of the plan needs a package that is not installed.
     """
@@ -58,6 +62,8 @@ class LoomCache(DynamicCache):
         config = getattr(model, "config", model)
         fingerprint = Fingerprint.of(model)
         plan.model.check(fingerprint)
+        self.shard = shard_of(model)
+        plan = plan.shard(*self.shard)
         if max_tokens is not None and max_tokens < 1:
             raise CacheError(
                 f"max_tokens is {max_tokens}: give the number of tokens to make room for, or leave it out."
@@ -217,7 +223,7 @@ class LoomCache(DynamicCache):
         return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, LoomLayer)}
 
     def nbytes(self) -> int:
-        """Live bytes of the packed layers: the storage of every tensor they hold."""
+        """Live bytes of the packed layers: the storage of every tensor they hold, in this process."""
         return sum(layer.nbytes() for layer in self.packed_layers.values())
 
     def true_bits(self) -> float:

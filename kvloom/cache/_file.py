@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvloom.cache._cache import LoomCache
 
 _FORMAT = "kvloom-cache-1"
+_WHOLE = "rank 0 of 1"
 
 
 def save(cache: LoomCache, path: Path) -> None:
@@ -32,6 +33,8 @@ def save(cache: LoomCache, path: Path) -> None:
     header = {"format": _FORMAT, "plan": _plan_text(cache), "tokens": str(int(cache.get_seq_length()))}
     if cache.rope:
         header["inv_freq"] = str(cache.rope.inv_freq.tolist())
+    if cache.shard.world_size > 1:
+        header["shard"] = _shard_text(cache)
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, metadata=header)
@@ -60,6 +63,10 @@ def restore(cache: LoomCache, path: Path, device: Any) -> None:
         _restore_layer(layer, own, int(header["tokens"]))
 
 
+def _shard_text(cache: LoomCache) -> str:
+    return f"rank {cache.shard.rank} of {cache.shard.world_size}"
+
+
 def _plan_text(cache: LoomCache) -> str:
     """The parts of the plan that decide what the bytes mean, in canonical form."""
     plan = cache.plan
@@ -72,6 +79,11 @@ def _plan_text(cache: LoomCache) -> str:
 def _check_header(cache: LoomCache, header: dict[str, str], path: Path) -> None:
     if header.get("format") != _FORMAT:
         raise CacheError(f"{path} is a safetensors file but not a kvloom cache (no {_FORMAT} header).")
+    if header.get("shard", _WHOLE) != _shard_text(cache):
+        raise CacheError(
+            f"{path} holds the KV heads of {header.get('shard', _WHOLE)} and this is {_shard_text(cache)}: load it "
+            "with as many processes as it was saved by, each its own file."
+        )
     if header.get("plan") != _plan_text(cache):
         raise CacheError(f"{path} was written under another plan; load it with the plan it was made with.")
     if cache.rope and header.get("inv_freq") != str(cache.rope.inv_freq.tolist()):

@@ -18,5 +18,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     from kvloom.cli._app import app
+    from kvloom.cli._processes import hush
 
+    hush()
     app()

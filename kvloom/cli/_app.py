@@ -17,6 +17,7 @@ _SHOWN = (
     errors.MissingExtraError,
     errors.ModelError,
     errors.PlanError,
+    errors.ServerError,
     OSError,
 )
 

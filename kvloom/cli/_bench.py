@@ -1,4 +1,4 @@
-"""`kvloom bench kernels`, `kvloom bench generate`."""
+"""`kvloom bench kernels`, `kvloom bench generate`, `kvloom bench serve`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import typer
 
 from kvloom.cli._terminal import (
     Device,
+    Model,
     OptionalModel,
     Plans,
     Shape,
     ShortDtype,
+    Texts,
     config_of,
     load_or_make,
     named_plans,
     print_tables,
     progress,
 )
+from kvloom.errors import PlanError
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
@@ -101,6 +104,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
 ) -> None:
     """Time prompts and decoding, and find the largest batch, with plans' caches and transformers' own."""
+    from kvloom.assets import shared_device, started_processes
     from kvloom.bench import (
         KINDS,
         bench_device,
@@ -114,10 +118,12 @@ def generate(
     setting = make_preset(preset) if preset else None
     if setting and model is None:
         shape = shape or setting.shape
+    if started_processes() > 1:
+        shared_device(device)
     place = bench_device(device)
     loads = make_loads(shapes or (setting.loads if setting else _LOADS[place.type]))
     plans = named_plans(plan, config_of(model, shape))
-    loaded = load_or_make(model, shape, place, make_dtype(dtype) if dtype else None)
+    loaded = load_or_make(model, shape, place, make_dtype(dtype) if dtype else None, sharded=True)
     usual = setting.new_tokens if setting else _NEW_TOKENS
     with progress() as update:
         records = bench_generate(
@@ -138,3 +144,64 @@ def generate(
     if setting:
         typer.echo(f"setting: {setting.source}")
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def serve(
+    model: Model,
+    server: Annotated[
+        list[str], typer.Option(help="NAME=http://localhost:8000, OpenAI-compatible; give it again to compare.")
+    ],
+    served_name: Annotated[
+        str | None, typer.Option(help="What the servers call the model; the only one they have by default.")
+    ] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Requests at a time: 1,8,32; 8 without --rate.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Requests a second, at random moments: 2,4.5.")] = None,
+    requests: Annotated[int, typer.Option(help="Under each concurrency and rate.", min=1)] = 64,
+    prompt: Annotated[str, typer.Option(help="Tokens of each prompt: 512, 4K.")] = "512",
+    new: Annotated[int, typer.Option(help="Generated tokens of each.")] = 128,
+    text: Texts = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and moments; a server may know the prompts of an old one.")] = 0,
+    out: Annotated[Path, typer.Option(help="Results file; the same cases are replaced.")] = Path("runs/serve.jsonl"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
+) -> None:
+    """Time running servers: requests and tokens a second, first tokens, and the times between tokens."""
+    from kvloom.allocate import parse_tokens
+    from kvloom.assets import EVALUATION, load_tokenizer, texts
+    from kvloom.bench import bench_serve, draw_prompts, make_traffic, serve_tables
+
+    traffic = make_traffic(concurrency if concurrency or rate else "8", rate)
+    content = "\n\n".join(source.content for source in texts(text or EVALUATION))
+    tokens = load_tokenizer(model)(content, add_special_tokens=False, verbose=False).input_ids
+    prompts = draw_prompts(tokens, len(traffic) * requests + 1, parse_tokens(prompt), seed)
+    with progress() as update:
+        records = bench_serve(
+            _servers(server),
+            prompts,
+            traffic,
+            new_tokens=new,
+            model=served_name,
+            seed=seed,
+            out=out,
+            progress=update,
+        )
+    if as_json:
+        typer.echo(json.dumps(records))
+        return
+    print_tables(serve_tables(records))
+    typer.echo(f"wrote {out}")
+
+
+def _servers(listed: list[str]) -> dict[str, str]:
+    """Addresses by name; an address without a name is its own.
+
+    Raises:
+        PlanError: two servers have one name.
+    """
+    found: dict[str, str] = {}
+    for word in listed:
+        name, _, address = word.rpartition("=")
+        if (name or address) in found:
+            raise PlanError(f"--server {word}: another server is named {name or address!r}; give each its own name.")
+        found[name or address] = address
+    return found

@@ -64,7 +64,7 @@ def evaluate(
     plans = _plans(plan)
     for note in chosen.notes:
         err.print(note)
-    loaded, tokenizer = load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype, sharded=True)
     with progress() as update:
         records = evaluate(
             loaded, tokenizer, chosen.tasks, _contestants(plans, loaded, prefill), out=output, progress=update

@@ -37,7 +37,7 @@ def generate(
     from kvloom.generation import serves
 
     wanted = Plan.load(plan) if plan else None
-    loaded, tokenizer = load(model, device, dtype)
+    loaded, tokenizer = load(model, device, dtype, sharded=True)
     inputs = _inputs(tokenizer, prompt, raw).to(loaded.device)
     fixed = loaded.device.type == "cuda" and not growing
     cache = _cache(wanted, loaded, inputs.input_ids.shape[1] + max_new_tokens if fixed else None)
@@ -58,7 +58,8 @@ def generate(
     if wanted:
         cache.check()
         tokens = int(cache.get_seq_length())
-        err.print(f"{tokens} tokens in {cache.nbytes():,} live bytes, {cache.true_bits():.2f} true bits")
+        whose = " of this process" if cache.shard.world_size > 1 else ""
+        err.print(f"{tokens} tokens in {cache.nbytes():,} live bytes{whose}, {cache.true_bits():.2f} true bits")
 
 
 def _cache(plan: Plan | None, model: Any, max_tokens: int | None) -> Any:

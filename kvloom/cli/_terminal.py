@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Drawn
 from rich.text import Text
 
+from kvloom.cli._processes import speaks
 from kvloom.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _PIPE_WIDTH = 120
 
-err = Console(stderr=True, highlight=False, markup=False)
+err = Console(stderr=True, highlight=False, markup=False, quiet=not speaks())
 
 Model = Annotated[str, typer.Argument(help="smollm2-135m (packaged), a local folder, or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the first GPU if there is one.")]
@@ -55,13 +56,23 @@ def without_bars() -> None:
     logging.disable_progress_bar()
 
 
-def load(model: str, device: Any, dtype: Any) -> tuple[Any, Any]:
-    """`kvloom.load_model` with a spinner."""
-    from kvloom import load_model
+def load(model: str, device: Any, dtype: Any, *, sharded: bool = False) -> tuple[Any, Any]:
+    """`kvloom.load_model` with a spinner; `sharded` in commands that several processes run together.
 
+    Raises:
+        ModelError: torchrun has started several processes, and this command runs in one.
+    """
+    from kvloom import load_model
+    from kvloom.assets import started_processes
+
+    if started_processes() > 1 and not sharded:
+        raise ModelError(
+            "this command runs in one process: start it without torchrun, which is for kvloom generate, eval and bench "
+            "generate."
+        )
     without_bars()
     with err.status(f"loading {model}"):
-        return load_model(model, device=device, dtype=dtype)
+        return load_model(model, device=device, dtype=dtype, sharded=sharded)
 
 
 def config_of(model: str | None, shape: str | None) -> Any:
@@ -79,18 +90,26 @@ def config_of(model: str | None, shape: str | None) -> Any:
     raise ModelError("give a model or --shape, and not both.")
 
 
-def load_or_make(model: str | None, shape: str | None, device: Any, dtype: Any) -> Any:
-    """A model by name, or one of a shape with random weights in bf16, on a CPU in fp32, unless `dtype` is given."""
+def load_or_make(model: str | None, shape: str | None, device: Any, dtype: Any, *, sharded: bool = False) -> Any:
+    """A model by name, or one of a shape with random weights in bf16, on a CPU in fp32, unless `dtype` is given.
+
+    Args:
+        model: as `load` takes it.
+        shape: as `kvloom.assets.random_model` takes it.
+        device: the device; several processes take theirs of the same kind.
+        dtype: of the weights.
+        sharded: as `load` takes it.
+    """
     import torch
 
-    from kvloom.assets import random_model
+    from kvloom.assets import random_model, started_processes
 
     if model is not None:
-        return load(model, device, dtype)[0]
+        return load(model, device if started_processes() == 1 else device.type, dtype, sharded=sharded)[0]
     assert shape is not None
     usual = torch.float32 if device.type == "cpu" else torch.bfloat16
     with err.status(f"making {shape}"):
-        return random_model(shape, dtype=dtype or usual, device=device)
+        return random_model(shape, dtype=dtype or usual, device=device, sharded=sharded)
 
 
 def named_plans(words: list[str] | None, model: Any) -> dict[str, Plan]:

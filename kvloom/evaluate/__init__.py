@@ -25,7 +25,7 @@ from kvloom.evaluate._paired import paired_difference, paired_speed
 from kvloom.evaluate._peers import BEST_AXES, Peers, peer_contestants
 from kvloom.evaluate._random_plans import PlanCounts
 from kvloom.evaluate._reader import Reader
-from kvloom.evaluate._records import write_records
+from kvloom.evaluate._records import open_pieces, write_records, write_results
 from kvloom.evaluate._reply import Request
 from kvloom.evaluate._samples import samples
 from kvloom.evaluate._signals import compare_signals
@@ -67,6 +67,7 @@ __all__ = [
     "needle",
     "needle_cases",
     "needle_prompt",
+    "open_pieces",
     "paired_difference",
     "paired_speed",
     "peer_contestants",
@@ -78,4 +79,5 @@ __all__ = [
     "surroundings",
     "task_names",
     "write_records",
+    "write_results",
 ]

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvloom._ledger import Record
+from kvloom.cache import local_shape
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant
 from kvloom.evaluate._context import check_logits
 from kvloom.evaluate._live import held
 from kvloom.evaluate._through import attention, check_multiple, chunked_logits
-from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ class Continuations:
                 own, targets = targets[: len(logits)], targets[len(logits) :]
                 total += float(logits.double().log_softmax(-1).gather(1, own[:, None]).sum())
                 is_greedy = is_greedy and bool((logits.argmax(-1) == own).all())
-        about = held(self._contestant, cache, Fingerprint.of(self._model))
+        about = held(self._contestant, cache, local_shape(self._model))
         return {"loglikelihood": total, "greedy": is_greedy, **about}
 
     def _filled(self, context: tuple[int, ...]) -> Cache:

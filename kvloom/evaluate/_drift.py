@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvloom._ledger import Ledger, Record, fingerprint, pieces_path
+from kvloom._ledger import Record, fingerprint
 from kvloom.evaluate._bootstrap import block_slope
 from kvloom.evaluate._contestants import Contestant, check_names
 from kvloom.evaluate._context import Progress, check_model, silent, surroundings, tokens_hash
@@ -20,7 +20,7 @@ from kvloom.evaluate._fidelity import (
     piece_scores,
     score_windows,
 )
-from kvloom.evaluate._records import write_records
+from kvloom.evaluate._records import open_pieces, write_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,15 +66,14 @@ def drift(
     check_names(contestants)
     check_model(model)
     check_windows(model, windows, contestants, protocol)
-    ledger = Ledger(pieces_path(out) if out else None)
+    ledger = open_pieces(out, model)
     scored = score_windows(model, windows, contestants, protocol, ledger, progress)
     where = {**surroundings(model, name), "text": {"names": list(texts), "sha256": tokens_hash(windows)}}
     records = [
         _record(contestant, pieces, windows, protocol, where)
         for contestant, pieces in zip(contestants, scored, strict=True)
     ]
-    if out:
-        write_records(out, records)
+    write_results(out, records, model)
     return records
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvloom._ledger import Ledger, Record, fingerprint, pack_floats, pieces_path, unpack_floats
+from kvloom._ledger import Ledger, Record, fingerprint, pack_floats, unpack_floats
+from kvloom.cache import local_shape
 from kvloom.errors import DataError
 from kvloom.evaluate._bootstrap import block_mean, block_quantile
 from kvloom.evaluate._contestants import Contestant, check_names, plan_layers
@@ -38,7 +39,7 @@ from kvloom.evaluate._context import (
     tokens_hash,
 )
 from kvloom.evaluate._live import live_bytes, true_bits
-from kvloom.evaluate._records import write_records
+from kvloom.evaluate._records import open_pieces, write_results
 from kvloom.evaluate._scores import TokenScores, score_tokens
 from kvloom.evaluate._through import attention, check_multiple, chunked_logits, last_logits
 from kvloom.plan import Fingerprint
@@ -134,7 +135,7 @@ def fidelity(
     check_names(contestants)
     check_model(model)
     check_windows(model, windows, contestants, protocol)
-    ledger = Ledger(pieces_path(out) if out else None)
+    ledger = open_pieces(out, model)
     scored = score_windows(model, windows, contestants, protocol, ledger, progress, batch)
     context = {
         **surroundings(model, name),
@@ -144,8 +145,7 @@ def fidelity(
         _aggregate(contestant, pieces, windows, protocol, context)
         for contestant, pieces in zip(contestants, scored, strict=True)
     ]
-    if out:
-        write_records(out, records)
+    write_results(out, records, model)
     return records
 
 
@@ -236,7 +236,7 @@ def score_rows(
 ) -> list[Record]:
     """A piece for each of the windows `[batch, tokens]`."""
     started = perf_counter()
-    cache, (batch, tokens), shape = contestant.make_cache(), rows.shape, Fingerprint.of(model)
+    cache, (batch, tokens), shape = contestant.make_cache(), rows.shape, local_shape(model)
     parts: list[list[TokenScores]] = [[] for _ in rows]
     read = start = protocol.prompt_tokens
     with attention(model, packed=contestant.plan is not None):

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvloom._ledger import Ledger, Record, fingerprint, pieces_path
+from kvloom._ledger import Record, fingerprint
+from kvloom.cache import local_shape
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant, check_names
 from kvloom.evaluate._context import (
@@ -31,9 +32,8 @@ from kvloom.evaluate._context import (
 )
 from kvloom.evaluate._live import fullest, held
 from kvloom.evaluate._mean_score import mean_score
-from kvloom.evaluate._records import write_records
+from kvloom.evaluate._records import open_pieces, write_results
 from kvloom.evaluate._through import Prompt, greedy, stop_tokens
-from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,8 +174,8 @@ def needle(
     cases = needle_cases() if cases is None else cases
     check_names(contestants)
     check_model(model)
-    ledger = Ledger(pieces_path(out) if out else None)
-    shared, shape = {**conditions(model), "new_tokens": NEW_TOKENS}, Fingerprint.of(model)
+    ledger = open_pieces(out, model)
+    shared, shape = {**conditions(model), "new_tokens": NEW_TOKENS}, local_shape(model)
     answers: list[list[Record]] = [[] for _ in contestants]
     done, total = 0, len(cases) * len(contestants)
     for case in cases:
@@ -195,8 +195,7 @@ def needle(
     progress("answered", done, total)
     where = surroundings(model, name)
     records = [_record(contestant, answered, where) for contestant, answered in zip(contestants, answers, strict=True)]
-    if out:
-        write_records(out, records)
+    write_results(out, records, model)
     return records
 
 

@@ -21,8 +21,8 @@ import torch
 from transformers import QuantizedCache
 
 from kvloom._extras import missing, pip_command
+from kvloom.cache import local_shape
 from kvloom.evaluate._contestants import Contestant
-from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def quantized_contestant(
         "residual_length": RESIDUAL,
     }
     whole_groups = backend == "quanto" and -1 in (configuration.axis_key, configuration.axis_value)
-    heads = Fingerprint.of(model).num_kv_heads
+    heads = local_shape(model).num_kv_heads
     name = f"{backend} {bits}b, {configuration.label}"
     return Contestant(
         name=name if group == GROUP else f"{name}, groups of {group}",
@@ -127,7 +127,7 @@ def why_not(backend: str, model: PreTrainedModel) -> str | None:
             f"{pip_command(backend)}."
         )
     first = BACKENDS[backend][0]
-    shape = Fingerprint.of(model)
+    shape = local_shape(model)
     states = torch.linspace(-1, 1, shape.num_kv_heads * GROUP * shape.head_dim, dtype=model.dtype)
     states = states.view(1, shape.num_kv_heads, GROUP, shape.head_dim).to(model.device)
     try:

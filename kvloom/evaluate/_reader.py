@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvloom._ledger import Ledger, Record, fingerprint, pieces_path
+from kvloom._ledger import Record, fingerprint
 from kvloom.evaluate._contestants import Contestant
 from kvloom.evaluate._context import check_model, conditions
 from kvloom.evaluate._continuation import Continuations
 from kvloom.evaluate._live import fullest
+from kvloom.evaluate._records import open_pieces
 from kvloom.evaluate._reply import Request, reply
 from kvloom.evaluate._through import Prompt
 
@@ -48,7 +49,7 @@ class Reader:
         self._model = model
         self._tokenizer = tokenizer
         self._continuations = Continuations(model, contestant, chunk)
-        self._ledger = Ledger(pieces_path(out) if out else None)
+        self._ledger = open_pieces(out, model)
         self._shared = {**conditions(model), **contestant.identity, "chunk": chunk}
         self._used: list[Record] = []
 

@@ -5,8 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvloom._ledger import Record, parse_lines
+from kvloom._ledger import Ledger, Record, parse_lines, pieces_path
+from kvloom._processes import leads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def open_pieces(out: Path | None, model: PreTrainedModel) -> Ledger:
+    """The finished pieces of a results file. Of processes that share a model all read them, and the first one writes.
+
+    Raises:
+        DataError: the file of pieces is no ledger.
+    """
+    path = pieces_path(out) if out else None
+    if path is None or leads(model):
+        return Ledger(path)
+    return Ledger(None, [path] if path.exists() else [])
+
+
+def write_results(out: Path | None, records: Iterable[Record], model: PreTrainedModel) -> None:
+    """`write_records` if there is a results file and, of processes that share a model, in the first one."""
+    if out and leads(model):
+        write_records(out, records)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvloom._ledger import Record
+from kvloom.cache import local_shape
 from kvloom.evaluate._contestants import Contestant
 from kvloom.evaluate._live import held
 from kvloom.evaluate._through import Prompt, greedy, stop_tokens
-from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,4 +66,4 @@ def reply(model: PreTrainedModel, tokenizer: Any, contestant: Contestant, prompt
     answer = text(written.tokens)
     for stop in request.stop:
         answer = answer.partition(stop)[0]
-    return {"answer": answer, **held(contestant, written.cache, Fingerprint.of(model), prompt.tokens.shape[1])}
+    return {"answer": answer, **held(contestant, written.cache, local_shape(model), prompt.tokens.shape[1])}

@@ -87,6 +87,26 @@ class Fingerprint(PlanModel):
                     "make a plan for this model (kvloom profile, kvloom plan)."
                 )
 
+    def local_heads(self, rank: int, world_size: int) -> range:
+        """KV heads of a rank where they are split evenly: ``[rank * H / world_size, (rank + 1) * H / world_size)``.
+
+        Raises:
+            ModelError: There is no such rank, or the heads cannot be split evenly.
+        """
+        if not 0 <= rank < world_size:
+            raise ModelError(f"there is no rank {rank} of {world_size}: ranks count from 0.")
+        if self.num_kv_heads % world_size:
+            raise ModelError(
+                f"the {self.num_kv_heads} KV heads of {self.architecture} cannot be split evenly over {world_size} "
+                f"processes: start a number of them that divides {self.num_kv_heads}."
+            )
+        count = self.num_kv_heads // world_size
+        return range(rank * count, (rank + 1) * count)
+
+    def shard(self, rank: int, world_size: int) -> Fingerprint:
+        """Shape of the cache of one rank; see `local_heads`."""
+        return self.model_copy(update={"num_kv_heads": len(self.local_heads(rank, world_size))})
+
 
 def full_attention_layers(text_config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose stock cache layer is transformers' plain growing one."""

@@ -15,6 +15,7 @@ from kvloom.errors import PlanError
 from kvloom.pages import PASSTHROUGH_BITS, Role, codec_facts
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes, room_of
 from kvloom.plan._fingerprint import Fingerprint
+from kvloom.plan._shard import local_entry, local_tensors
 from kvloom.plan._spec import GroupSize, HeadPlan, LayerPlan, PlanModel, TensorSpec, Window, format_layers
 from kvloom.plan._tensors import PlanTensors, rotation_name
 from kvloom.plan._validate import validated
@@ -340,6 +341,46 @@ class Plan(PlanModel):
             assert self.tensors is not None
             found.setdefault(layer, {})[side] = self.tensors.get(rotation_name(layer, side), shape)
         return found
+
+    def shard(self, rank: int, world_size: int) -> Plan:
+        """The part of one rank of a model whose KV heads are split evenly over ranks (tensor parallelism).
+
+        Rank ``r`` holds KV heads ``[r * H / w, (r + 1) * H / w)``, with their specs and calibrated matrices; it counts
+        them from 0. `nbytes` and `true_bits` of the part are of those heads. `LoomCache` takes the whole plan and calls
+        this itself; the same part is returned at every call.
+
+        Args:
+            rank: Which, from 0.
+            world_size: Number of ranks.
+
+        Raises:
+            ModelError: There is no such rank, or the heads cannot be split evenly.
+            PlanError: Heads compete for a budget of tokens, pages of a rank alone would hold another number of tokens,
+                or the plan's tensors cannot be read.
+        """
+        if (rank, world_size) == (0, 1):
+            return self
+        if (rank, world_size) not in self._parts:
+            self._parts[rank, world_size] = self._shard(rank, world_size)
+        return self._parts[rank, world_size]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], Plan]:
+        return {}
+
+    def _shard(self, rank: int, world_size: int) -> Plan:
+        heads = self.model.local_heads(rank, world_size)
+        part = {
+            "model": self.model.shard(rank, world_size),
+            "layers": tuple(local_entry(entry, self.model, heads) for entry in self.layers),
+            "tensors": None,
+        }
+        local = self.model_copy(update=part)
+        sides, whole = local._calibrated_sides, self.rotations()
+        if not sides:
+            return local
+        found = {layer: {side: whole[layer][side] for at, side in sides if at == layer} for layer, _ in sides}
+        return local.model_copy(update={"tensors": local_tensors(found, heads)})
 
     def nbytes(self, batch: int, tokens: int, dtype: Any = None, *, decoded: int = 0) -> int:
         """Bytes of the packed layers' cache: codes, scales, zero points, exact window, sinks, unfilled page.

@@ -11,7 +11,7 @@ from kvloom import decode_loop
 from kvloom.cache import LoomCache, disable, enable
 from kvloom.errors import CacheError, ModelError
 from kvloom.generation import serves
-from kvloom.plan import Window
+from kvloom.plan import Evict, Window
 from tests.cache import tiny
 
 ROOM = 400
@@ -112,6 +112,16 @@ def test_left_padding(model, plan):
     assert actual.equal(expected)
     assert_same_caches(plain, looped)
     assert not actual.equal(both(model, plan, prompt)[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"eos_token_id": 5}])
+def test_caches_that_evict(model, options):
+    evict = Evict(policy="snapkv", budget=100)
+    plan = tiny.mixed(model, window=Window(sinks=4, recent=20))
+    plan = plan.model_copy(update={"layers": tuple(it.model_copy(update={"evict": evict}) for it in plan.layers)})
+    expected, actual, plain, looped = both(model, plan, tiny.prompt(300, batch=2), new=60, **options)
+    assert actual.equal(expected)
+    assert_same_caches(plain, looped)
 
 
 def test_prompts_in_chunks(model, plan):

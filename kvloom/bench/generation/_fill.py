@@ -9,7 +9,7 @@ import torch
 from transformers import QuantizedCache
 from transformers.cache_utils import CacheLayerMixin
 
-from kvloom.cache import KeptKV, LoomCache
+from kvloom.cache import KeptKV, LoomCache, local_shape
 from kvloom.errors import CacheError
 from kvloom.plan import Fingerprint
 
@@ -41,10 +41,11 @@ def fill_random(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -
     layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     if len(layers) < len(cache.layers):
         raise CacheError("layers without keys and values cannot be filled at random: pass a prompt (--fill prompt).")
-    shape = Fingerprint.of(model)
+    shape = local_shape(model)
     piece = max(_LEAST_TOKENS, FILL_ELEMENTS // (batch * shape.num_kv_heads * shape.head_dim))
     pieces = [tokens] if isinstance(cache, QuantizedCache) else _split(tokens, piece)
-    query_heads = model.config.get_text_config(decoder=True).num_attention_heads
+    all_queries = model.config.get_text_config(decoder=True).num_attention_heads
+    query_heads = all_queries * shape.num_kv_heads // Fingerprint.of(model).num_kv_heads
     draw = partial(torch.randn, dtype=model.dtype, device=model.device)
     if isinstance(cache, LoomCache) and tokens:
         cache.expect_prompt(tokens)

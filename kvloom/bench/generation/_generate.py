@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvloom._processes import leads, world_size
 from kvloom.bench._ceilings import Ceilings, measure_ceilings
 from kvloom.bench._grid import Shape
 from kvloom.bench._machine import surroundings
@@ -22,16 +23,16 @@ from kvloom.bench.generation._memory import attempt, largest, release
 from kvloom.errors import CacheError, DataError, KernelError
 from kvloom.evaluate import (
     Contestant,
-    Ledger,
     Progress,
     Record,
     check_model,
     conditions,
     fingerprint,
     model_name,
+    open_pieces,
     pieces_path,
     silent,
-    write_records,
+    write_results,
 )
 from kvloom.plan import Plan
 
@@ -60,6 +61,7 @@ def bench_generate(
 
     Every cache is warmed up and, where `generate` does so, compiled before it is timed. A cache that runs out of memory
     is recorded as such. A killed run goes on where it stopped: finished records lie beside ``out`` until the run ends.
+    Processes that share a model all measure, and the first one writes; ``world_size`` says how many they are.
 
     Args:
         model: A causal language model in evaluation mode, on the device to measure.
@@ -80,7 +82,7 @@ def bench_generate(
 
     Raises:
         DataError: There are too few new tokens or repeats, no load or no cache, the largest batch is asked for on a
-            CPU, or ``out`` is not a results file.
+            CPU or of a sharded model, or ``out`` is not a results file.
         ModelError: A plan is for another model, or the model is in training mode.
         PlanError: A kind of cache is unknown, or a plan lacks a codebook or its tensors.
         MissingExtraError: A codec of a plan needs a package that is not installed.
@@ -93,6 +95,11 @@ def bench_generate(
         )
     if model.device.type != "cuda" and any(load.batch is None for load in loads):
         raise DataError("the largest batch (B*) is found by running out of a GPU's memory: on a CPU give a number.")
+    if world_size(model) > 1 and any(load.batch is None for load in loads):
+        raise DataError(
+            "the largest batch (B*) is found by running out of memory, which processes that share a model do not do at "
+            "one time: give a number."
+        )
     lineup = Lineup(model, plans, kinds)
     if not loads or not lineup(1):
         raise DataError("there is nothing to measure: give a load, and a plan or one of transformers' caches.")
@@ -100,8 +107,8 @@ def bench_generate(
     with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
         run = _Run(job, lineup, loads, name or model_name(model), out, progress)
         records = against_peers(list(run.records()))
-    if out:
-        write_records(out, records)
+    write_results(out, records, model)
+    if out and leads(model):
         pieces_path(out).unlink(missing_ok=True)
     return records
 
@@ -130,10 +137,10 @@ class _Run:
         self._job, self._lineup, self._loads, self._progress = job, lineup, loads, progress
         self._device = job.model.device
         self._settings = {"new_tokens": job.new_tokens, "fill": job.fill, "repeats": job.repeats}
-        self._ledger = Ledger(pieces_path(out) if out else None)
+        self._ledger = open_pieces(out, job.model)
         self._conditions = conditions(job.model)
         dtype = str(job.model.dtype).removeprefix("torch.")
-        self._where = {"model": name, **surroundings(self._device, dtype)}
+        self._where = {"model": name, "world_size": world_size(job.model), **surroundings(self._device, dtype)}
         self._done, self._total = 0, 1 + len(loads) * len(lineup(1))
 
     def records(self) -> Iterator[Record]:
@@ -208,7 +215,7 @@ class _Run:
         """A record, from before the run was killed if it was made then."""
         key = fingerprint([kind, self._conditions, case])
         if key not in self._ledger:
-            identity = [self._where[name] for name in ("model", "device", "dtype")]
+            identity = [self._where[name] for name in ("model", "world_size", "device", "dtype")]
             fields = make()
             self._ledger.add(kind, key, {"id": fingerprint([*identity, case]), **fields, **self._where})
         return {field: value for field, value in self._ledger[key].items() if field != "key"}

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from kvloom._processes import local_tensor
 from kvloom.bench._ceilings import Ceilings
 from kvloom.bench._figures import rates, times_bound
 from kvloom.bench._grid import Shape
 from kvloom.bench.generation._fill import fill_random
 from kvloom.bench.generation._steps import StepTimes
-from kvloom.cache import LoomCache
+from kvloom.cache import LoomCache, local_shape
 from kvloom.evaluate import Contestant, Record, attention, check_multiple, live_bytes
 from kvloom.generation import decode_loop
-from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -29,6 +29,7 @@ Fill = Literal["prompt", "random"]
 
 WARM_UP_TOKENS = 8
 _TRIAL_TOKENS = 2
+_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def measure(job: Job, contestant: Contestant, shape: Shape, ceilings: Ceilings) 
     """Time and memory of one cache.
 
     `tokens_per_s` is all decoded tokens over all decode time, `seconds` the median step. The bound is the time that
-    reading all weights and the live cache once takes at the measured bandwidth. `start_bytes` are allocated before
+    reading all weights and the live cache once takes at the measured bandwidth; of a sharded model it is all about this
+    process's part, but for the tokens. `start_bytes` are allocated before
     there is a cache, `peak_bytes` is the most while prompts were passed and tokens decoded (None on a CPU).
 
     Args:
@@ -84,7 +86,7 @@ def measure(job: Job, contestant: Contestant, shape: Shape, ceilings: Ceilings) 
             steps += times.steps()
             peaks.append(peak)
         compiled = cache.is_compileable and model.device.type == "cuda"
-    live, weights = live_bytes(contestant, cache, Fingerprint.of(model)), weight_nbytes(model)
+    live, weights = live_bytes(contestant, cache, local_shape(model)), weight_nbytes(model)
     timing = times.timing(steps)
     return {
         "batch": shape.batch,
@@ -129,8 +131,8 @@ def room(load_tokens: int, new_tokens: int) -> int:
 
 
 def weight_nbytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's weights, each counted once."""
-    return sum(weight.nbytes for weight in model.parameters())
+    """Bytes of a model's weights in this process, each counted once."""
+    return sum(local_tensor(weight).nbytes for weight in model.parameters())
 
 
 def _options(contestant: Contestant) -> dict[str, Any]:
@@ -164,7 +166,8 @@ def _run(job: Job, cache: Cache, shape: Shape, new_tokens: int, options: dict[st
 
 def _token_ids(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return torch.randint(vocabulary, (batch, tokens), device=model.device)
+    generator = torch.Generator(model.device).manual_seed(_SEED)  # processes that share a model read the same tokens
+    return torch.randint(vocabulary, (batch, tokens), generator=generator, device=model.device)
 
 
 @contextmanager
@@ -184,5 +187,5 @@ def _allocated(device: torch.device) -> int | None:
 
 def _elements(model: PreTrainedModel, batch: int, tokens: int) -> int:
     """Cached numbers of the full-attention layers."""
-    shape = Fingerprint.of(model)
+    shape = local_shape(model)
     return 2 * len(shape.packed_layers) * batch * shape.num_kv_heads * tokens * shape.head_dim

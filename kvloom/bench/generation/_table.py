@@ -66,7 +66,8 @@ def _fit_row(row: Fit, first: Fit) -> tuple[str, ...]:
 def _table(cells: Sequence[Record]) -> Table:
     first = cells[0]
     prompt = "passed through the model" if first["fill"] == "prompt" else "random keys and values, not computed"
-    title = f"{first['model']}, {first['load']} + {first['new_tokens']} tokens, {first['dtype']}; prompts: {prompt}"
+    where = first["dtype"] if first["world_size"] == 1 else f"{first['dtype']}, {first['world_size']} processes"
+    title = f"{first['model']}, {first['load']} + {first['new_tokens']} tokens, {where}; prompts: {prompt}"
     return Table(title, _HEADINGS, tuple(map(_row, cells)), (), 1)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from kvloom._ledger import Ledger, Record, fingerprint, pieces_path
+from kvloom._ledger import Record, fingerprint
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant, check_names
 from kvloom.evaluate._context import check_model, conditions, reads_at_most, surroundings, tokens_hash
 from kvloom.evaluate._live import fullest
 from kvloom.evaluate._mean_score import mean_score
-from kvloom.evaluate._records import write_records
+from kvloom.evaluate._records import open_pieces, write_results
 from kvloom.evaluate._reply import Request, reply
 from kvloom.evaluate._through import Prompt
 from kvloom.evaluate.tasks._base import Bench, Task
@@ -61,8 +61,7 @@ class AnswerTask(Task):
             self._record(contestant, cases, answered, where)
             for contestant, answered in zip(bench.contestants, answers, strict=True)
         ]
-        if bench.out:
-            write_records(bench.out, records)
+        write_results(bench.out, records, bench.model)
         return records
 
     def _check_room(self, bench: Bench, cases: Sequence[Case]) -> None:
@@ -76,7 +75,7 @@ class AnswerTask(Task):
 
     def _answers(self, bench: Bench, cases: Sequence[Case]) -> list[list[Record]]:
         """Of every contestant the pieces of all cases."""
-        ledger = Ledger(pieces_path(bench.out) if bench.out else None)
+        ledger = open_pieces(bench.out, bench.model)
         shared = conditions(bench.model)
         answers: list[list[Record]] = [[] for _ in bench.contestants]
         done, total = 0, len(cases) * len(bench.contestants)
