@@ -99,15 +99,14 @@ def named_plans(words: list[str] | None, model: Any) -> dict[str, Plan]:
     Raises:
         PlanError: a file cannot be read, there is no such preset, or two plans have one name.
     """
-    from kvloom.plan import Plan, preset
+    from kvloom.plan import find_plan
 
     found: dict[str, Plan] = {}
     for word in words or ():
-        is_file = word.endswith(".json") or Path(word).is_file()
-        name = Path(word).stem if is_file else word
+        name, plan = find_plan(word, model)
         if name in found:
             raise PlanError(f"--plan {word}: another plan is named {name!r}; rename one of the files.")
-        found[name] = Plan.load(word) if is_file else preset(word, model)
+        found[name] = plan
     return found
 
 
