@@ -25,3 +25,7 @@ class MissingExtraError(ImportError):
 
 class KernelError(RuntimeError):
     """A faster backend cannot be used here; the message says what it lacks."""
+
+
+EXPECTED = (CacheError, DataError, KernelError, MissingExtraError, ModelError, PlanError, OSError)
+"""What can happen to anybody: commands show the message alone."""

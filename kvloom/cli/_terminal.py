@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as Drawn
 from rich.text import Text
 
@@ -151,6 +150,21 @@ def meter(
             return kld_meter(loaded, rows, batch=at_once, progress=update)(plan)
 
     return measure
+
+
+@contextmanager
+def many_bars() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Bars on stderr, one for each worker, and the `(who, what, done, total)` callback that moves them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
+        shown: dict[str, TaskID] = {}
+
+        def update(who: str, what: str, done: int, total: int) -> None:
+            if who not in shown:
+                shown[who] = bars.add_task("", total=None)
+            bars.update(shown[who], description=f"{who}: {what}", completed=done, total=total or None)
+
+        yield update
 
 
 @contextmanager
