@@ -79,8 +79,8 @@ def plan_file(model: ModelEntry, plan: str) -> Path:
 
 
 def as_file(name: str) -> str:
-    """A name as that of a file."""
-    return re.sub(r"[^\w.+-]+", "-", name)
+    """A name as that of a file, which is never hidden and never another folder."""
+    return re.sub(r"[^\w.+-]+", "-", name).lstrip(".") or "-"
 
 
 def _stamp(path: Path) -> list[Any]:
