@@ -160,9 +160,12 @@ def many_bars() -> Iterator[Callable[[str, str, int, int], None]]:
         shown: dict[str, TaskID] = {}
 
         def update(who: str, what: str, done: int, total: int) -> None:
-            if who not in shown:
-                shown[who] = bars.add_task("", total=None)
-            bars.update(shown[who], description=f"{who}: {what}", completed=done, total=total or None)
+            if what:
+                if who not in shown:
+                    shown[who] = bars.add_task("", total=None)
+                bars.update(shown[who], description=f"{who}: {what}", completed=done, total=total or None)
+            elif who in shown:
+                bars.remove_task(shown.pop(who))
 
         yield update
 

@@ -170,7 +170,7 @@ def _perform(job: Job, files: Files, post: Any) -> _Done:
         except Exception as error:
             return _Done(failure=why(error), trace=traceback.format_exc())
         finally:
-            ray.get(sender.send((job.name, 0, 0)))
+            ray.get(sender.send(("", 0, 0)))
         return _Done(results.read_bytes() if results.exists() else None)
 
 
@@ -197,7 +197,7 @@ class _Sender:
         self.send((f"{self._job.name}: {what}", done, total))
 
     def send(self, said: tuple[str, int, int]) -> Any:
-        """Send what is new, whole lines only, and what comes next."""
+        """Send what is new, which is whole lines, and what comes next."""
         with self._pieces.open("rb") as file:
             file.seek(self._sent)
             lines = file.read()

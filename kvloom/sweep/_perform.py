@@ -40,7 +40,6 @@ class Performer:
             RuntimeError: memory ran out, among others.
         """
         out = self._folder / job.results
-        out.unlink(missing_ok=True)
         model, tokenizer = self._model(job.model)
         contestant = self._contestant(job, model)
         task, name = job.task, job.model.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -22,6 +21,7 @@ from kvloom.sweep._runner import Outcome, Runner, Watch
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _THREADS = "OMP_NUM_THREADS"
+_KILLED = -9
 
 
 class Processes(Runner):
@@ -147,7 +147,7 @@ class _Worker:
             process.communicate()
 
     def _how_it_died(self, code: int) -> str:
-        if code == -signal.SIGKILL:
+        if code == _KILLED:
             return "its process was killed, as by a machine out of memory: give less length, or fewer processes."
         return f"its process ended with code {code}: see {self._log}."
 

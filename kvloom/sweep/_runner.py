@@ -10,7 +10,10 @@ from pathlib import Path
 from kvloom.sweep._job import Job
 
 Watch = Callable[[str, str, int, int], None]
-"""`(who, what, done, total)`, called by a worker before each piece of work; a `total` of 0 is not known."""
+"""`(who, what, done, total)`, called by a worker before each piece of work.
+
+A `total` of 0 is not known, and with no `what` the worker is gone.
+"""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def sweep(jobs: Jobs, folder: Path, *, runner: Runner | None = None, watch: Watc
         finished = _Finished(folder, keys)
         left = [job for job in jobs.jobs if job not in finished]
         done, total = len(jobs.jobs) - len(left), len(jobs.jobs)
-        watch(JOBS, "jobs", done, total)
+        for job in left:
+            (folder / job.results).unlink(missing_ok=True)  # of other settings
+        watch(JOBS, "finished", done, total)
         failures: dict[str, str] = {}
         with closing((runner or Processes()).run(left, folder, watch)) as outcomes:
             for outcome in outcomes:
@@ -69,7 +71,7 @@ def sweep(jobs: Jobs, folder: Path, *, runner: Runner | None = None, watch: Watc
                 else:
                     failures[outcome.job.name] = outcome.failure
                 done += 1
-                watch(JOBS, f"jobs, {len(failures)} failed" if failures else "jobs", done, total)
+                watch(JOBS, f"finished, {len(failures)} failed" if failures else "finished", done, total)
         records = _records([job for job in jobs.jobs if job in finished], folder)
         return Swept(records, {name: failures[name] for name in keys if name in failures})
 

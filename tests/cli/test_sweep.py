@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from kvloom.cli import _terminal
 from kvloom.report import load_records
 from tests.sweep.conftest import home as home
 from tests.sweep.runners import Here
@@ -47,6 +50,20 @@ def test_failed_jobs_are_named_and_the_exit_code_is_1(kvloom, here, home, tmp_pa
     done = kvloom("sweep", file, "-o", tmp_path / "out")
     assert done.exit_code == 1
     assert "failed: tiny, ruler/vt, dense: ruler/vt takes " in done.stderr
+
+
+def test_bars_come_and_go_with_their_workers(monkeypatch):
+    shown = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(_terminal, "err", shown)
+    with _terminal.many_bars() as watch:
+        watch("GPU 0", "needle", 1, 3)
+        watch("GPU 1", "gone soon", 0, 0)
+        watch("GPU 1", "", 0, 0)
+        watch("GPU 2", "", 0, 0)
+    last = shown.file.getvalue().rpartition("needle")
+    assert "GPU 0: " in last[0]
+    assert "1/3" in last[2]
+    assert "GPU 1" not in last[2]
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def test_a_failure_stops_nothing_and_is_told(home, tmp_path):
     assert "and the model reads 2048" in swept.failures["tiny, ruler/vt, dense"]
     assert [it["kind"] for it in swept.records["tiny"]] == ["fidelity"]
     assert [it for it in said if it[0] == JOBS] == [
-        (JOBS, "jobs", 0, 2),
-        (JOBS, "jobs, 1 failed", 1, 2),
-        (JOBS, "jobs, 1 failed", 2, 2),
+        (JOBS, "finished", 0, 2),
+        (JOBS, "finished, 1 failed", 1, 2),
+        (JOBS, "finished, 1 failed", 2, 2),
     ]
 
 
