@@ -30,7 +30,7 @@ def conditions(model: PreTrainedModel, code: tuple[str, ...]) -> Record:
     return {
         "model": _weights_hash(model),
         "device": device_name(model),
-        "code": _code_hash(code),
+        "code": code_hash(code),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -58,8 +58,12 @@ def _weights_hash(model: PreTrainedModel) -> str:
 
 
 @cache
-def _code_hash(code: tuple[str, ...]) -> str:
-    """Hash of code, comments aside: pieces of another kvloom are not used."""
+def code_hash(code: tuple[str, ...]) -> str:
+    """Hash of code, comments aside: pieces of another kvloom are not used.
+
+    Args:
+        code: rooms and files, relative to the package.
+    """
     root = Path(__file__).parent
     files = [file for name in code for file in (sorted((root / name).rglob("*.py")) or [root / name])]
     digest = hashlib.sha256()

@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "milp": ("scipy",),
     "plot": ("matplotlib",),
     "quanto": ("optimum.quanto", "ninja"),
+    "ray": ("ray",),
     "search": ("optuna", "scipy"),
     "serve": ("httpx2",),
     "tasks": ("rouge_score", "wonderwords", "pyarrow"),

@@ -29,3 +29,7 @@ class KernelError(RuntimeError):
 
 class ServerError(RuntimeError):
     """A server is away, or does not answer as asked."""
+
+
+EXPECTED = (CacheError, DataError, KernelError, MissingExtraError, ModelError, PlanError, ServerError, OSError)
+"""What can happen to anybody: commands show the message alone."""

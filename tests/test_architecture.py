@@ -36,6 +36,7 @@ DOORS: dict[str, set[str] | str] = {
     "testing": RUNTIME | {"cache", "signals"},
     "integrations": PUBLIC_API,
     "demo": PUBLIC_API,
+    "sweep": PUBLIC_API,
     "cli": PUBLIC_API,
 }
 

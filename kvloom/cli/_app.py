@@ -7,19 +7,22 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kvloom import __version__, errors
-from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _fit, _plan, _profile, _run, _search, _signals
-
-_SHOWN = (
-    errors.CacheError,
-    errors.DataError,
-    errors.KernelError,
-    errors.MissingExtraError,
-    errors.ModelError,
-    errors.PlanError,
-    errors.ServerError,
-    OSError,
+from kvloom import __version__
+from kvloom.cli import (
+    _assets,
+    _bench,
+    _calibrate,
+    _doctor,
+    _evaluate,
+    _fit,
+    _plan,
+    _profile,
+    _run,
+    _search,
+    _signals,
+    _sweep,
 )
+from kvloom.errors import EXPECTED
 
 
 class _Group(TyperGroup):
@@ -28,7 +31,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except _SHOWN as error:
+        except EXPECTED as error:
             if ctx.params["debug"]:
                 raise
             typer.echo(f"error: {error}", err=True)
@@ -76,6 +79,7 @@ for command in (
     _run.generate,
     _evaluate.evaluate,
     _evaluate.lm_eval,
+    _sweep.sweep,
     _evaluate.report,
     _evaluate.demo,
 ):

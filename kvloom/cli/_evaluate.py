@@ -120,20 +120,16 @@ def _plans(paths: list[Path]) -> list[tuple[str, Plan]]:
 
 def _contestants(plans: list[tuple[str, Plan]], model: Any, prefill: str) -> list[Any]:
     """The uncompressed cache and every plan's."""
-    from kvloom.evaluate import dense_contestant, plan_contestant
+    from kvloom.evaluate import dense_contestant, plan_contestant, plan_method, shared_prefill
 
-    mode: Any = None if prefill == "plan" else prefill
-    if mode == "quantized" and any(entry.evict for _, it in plans for entry in it.layers):
+    wanted: Any = None if prefill == "plan" else prefill
+    mode = shared_prefill((it for _, it in plans), wanted)
+    if mode != wanted:
         err.print(
             "A plan evicts, which chooses among tokens read exactly: all plans read prompts so (--prefill exact)."
         )
-        mode = "exact"
-    packed = [plan_contestant(it, model, name=name, method=_method(it), prefill=mode) for name, it in plans]
+    packed = [plan_contestant(it, model, name=name, method=plan_method(it), prefill=mode) for name, it in plans]
     return [dense_contestant(model), *packed]
-
-
-def _method(plan: Plan) -> str:
-    return (plan.provenance and plan.provenance.solver) or "uniform"
 
 
 def report(

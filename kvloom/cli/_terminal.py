@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table as Drawn
 from rich.text import Text
 
@@ -118,15 +117,14 @@ def named_plans(words: list[str] | None, model: Any) -> dict[str, Plan]:
     Raises:
         PlanError: a file cannot be read, there is no such preset, or two plans have one name.
     """
-    from kvloom.plan import Plan, preset
+    from kvloom.plan import find_plan
 
     found: dict[str, Plan] = {}
     for word in words or ():
-        is_file = word.endswith(".json") or Path(word).is_file()
-        name = Path(word).stem if is_file else word
+        name, plan = find_plan(word, model)
         if name in found:
             raise PlanError(f"--plan {word}: another plan is named {name!r}; rename one of the files.")
-        found[name] = Plan.load(word) if is_file else preset(word, model)
+        found[name] = plan
     return found
 
 
@@ -171,6 +169,24 @@ def meter(
             return kld_meter(loaded, rows, batch=at_once, progress=update)(plan)
 
     return measure
+
+
+@contextmanager
+def many_bars() -> Iterator[Callable[[str, str, int, int], None]]:
+    """Bars on stderr, one for each worker, and the `(who, what, done, total)` callback that moves them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bars:
+        shown: dict[str, TaskID] = {}
+
+        def update(who: str, what: str, done: int, total: int) -> None:
+            if what:
+                if who not in shown:
+                    shown[who] = bars.add_task("", total=None)
+                bars.update(shown[who], description=f"{who}: {what}", completed=done, total=total or None)
+            elif who in shown:
+                bars.remove_task(shown.pop(who))
+
+        yield update
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvloom._ledger import Ledger, Record, fingerprint, pieces_path
-from kvloom.evaluate._contestants import Contestant, dense_contestant, plan_contestant
+from kvloom.evaluate._contestants import Contestant, dense_contestant, plan_contestant, plan_method, shared_prefill
 from kvloom.evaluate._context import (
     Progress,
     check_model,
@@ -73,8 +73,10 @@ __all__ = [
     "peer_contestants",
     "pieces_path",
     "plan_contestant",
+    "plan_method",
     "reads_at_most",
     "samples",
+    "shared_prefill",
     "silent",
     "surroundings",
     "task_names",

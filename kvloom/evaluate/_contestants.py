@@ -119,6 +119,24 @@ def plan_contestant(
     return Contestant(name, method, target_bits, lambda: LoomCache(used, model), plan=used)
 
 
+def shared_prefill(plans: Iterable[Plan], wanted: Prefill | None) -> Prefill | None:
+    """What prompts attend to where plans are compared: themselves exactly as soon as one plan evicts.
+
+    A policy chooses among tokens that were read exactly, and all plans should read prompts alike.
+
+    Args:
+        plans: all that are compared.
+        wanted: in place of the plans' own; None keeps theirs.
+    """
+    evicts = any(entry.evict for plan in plans for entry in plan.layers)
+    return "exact" if wanted == "quantized" and evicts else wanted
+
+
+def plan_method(plan: Plan) -> str:
+    """The method that records name for a plan: the solver that made it, or `uniform`."""
+    return (plan.provenance and plan.provenance.solver) or "uniform"
+
+
 def check_names(contestants: Iterable[Contestant]) -> None:
     """Refuse contestants that records could not tell apart.
 

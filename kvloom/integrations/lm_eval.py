@@ -240,9 +240,7 @@ def harness(
     Raises:
         DataError: lm-eval knows no such task.
     """
-    manager = TaskManager(include_path=include and str(include))
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise DataError(f"lm-eval has no task {unknown[0]!r}: `lm-eval ls tasks` lists them, and --include adds more.")
+    manager = check_tasks(tasks, include)
     where = surroundings(model, name)
     asked = {"limit": limit, "shots": shots, "chat": chat}
     records: list[Record] = []
@@ -262,6 +260,22 @@ def harness(
             if out:
                 write_records(out, records)
     return records
+
+
+def check_tasks(tasks: Sequence[str], include: Path | None = None) -> TaskManager:
+    """The manager of lm-eval that knows these tasks.
+
+    Args:
+        tasks: lm-eval's names of tasks and groups.
+        include: a folder of more tasks.
+
+    Raises:
+        DataError: lm-eval knows no such task.
+    """
+    manager = TaskManager(include_path=include and str(include))
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise DataError(f"lm-eval has no task {unknown[0]!r}: `lm-eval ls tasks` lists them, and --include adds more.")
+    return manager
 
 
 def _records(found: Any, contestant: Contestant, about: Record, where: Record) -> list[Record]:

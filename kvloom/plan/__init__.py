@@ -17,10 +17,12 @@ from kvloom.plan._spec import (
     parse_layers,
 )
 from kvloom.plan._tensors import PlanTensors, rotation_name
+from kvloom.plan._validate import explain
 from kvloom.plan.formats import (
     Exported,
     convert,
     export_plan,
+    find_plan,
     import_plan,
     preset,
     presets,
@@ -46,7 +48,9 @@ __all__ = [
     "calibrated_formats",
     "convert",
     "evict_to_bytes",
+    "explain",
     "export_plan",
+    "find_plan",
     "format_layers",
     "full_pages",
     "has_matrices",

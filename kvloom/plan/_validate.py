@@ -20,10 +20,10 @@ def validated(kind: type[M], data: Any, where: str) -> M:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise PlanError(_message(error, where)) from None
+        raise PlanError(explain(error, where)) from None
 
 
-def _message(error: ValidationError, where: str) -> str:
+def explain(error: ValidationError, where: str) -> str:
     """First problem of a validation error as one sentence that names the field."""
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"]) or "the whole"

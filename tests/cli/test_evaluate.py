@@ -12,30 +12,13 @@ from kvloom import Plan, _extras
 from kvloom.plan import Evict
 from kvloom.report import load_records
 from tests.evaluate.tasks.data import longbench_row, write_gsm8k, write_rows
+from tests.evaluate.tiny_folder import save_tiny
 
 
 @pytest.fixture(scope="module")
 def folder(fetched, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from kvloom.assets import model_dir
-
-    tokenizer = AutoTokenizer.from_pretrained(str(model_dir()))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        initializer_range=0.2,
-    )
     made = tmp_path_factory.mktemp("made")
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(made / "tiny")
-    tokenizer.save_pretrained(made / "tiny")
+    model = save_tiny(made / "tiny")
     for bits in (4, 2):
         Plan.uniform(model, bits, bits).save(made / f"k{bits}.json")
     write_gsm8k(made)

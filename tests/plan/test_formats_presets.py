@@ -17,6 +17,7 @@ from kvloom.plan import (
     Window,
     convert,
     export_plan,
+    find_plan,
     import_plan,
     preset,
     presets,
@@ -108,6 +109,15 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(PlanError, match="preset 'kivi' is unknown; choose one of kivi/K2V2, kivi/K4V4") as caught:
         preset("kivi", MODEL)
     assert all(name in str(caught.value) for name in presets())
+
+
+def test_a_plan_is_found_by_its_file_or_as_a_preset(tmp_path: Path) -> None:
+    plan = preset("kivi/K4V4", MODEL)
+    plan.save(tmp_path / "mine.json")
+    assert find_plan(str(tmp_path / "mine.json"), MODEL) == ("mine", plan)
+    assert find_plan("kivi/K4V4", MODEL) == ("kivi/K4V4", plan)
+    with pytest.raises(PlanError, match=r"cannot read the plan gone\.json"):
+        find_plan("gone.json", MODEL)
 
 
 def test_kivis_preset() -> None:

@@ -6,6 +6,7 @@ from kvloom.bench.generation._fit import RESERVE, Capacity, Fit, fit, verify
 from kvloom.bench.generation._generate import bench_generate
 from kvloom.bench.generation._lineup import KINDS
 from kvloom.bench.generation._loads import PRESETS, Load, Preset, make_loads, make_preset
+from kvloom.bench.generation._memory import is_out_of_memory
 from kvloom.bench.generation._steps import StepTimes
 from kvloom.bench.generation._table import fit_table, generate_tables
 
@@ -22,6 +23,7 @@ __all__ = [
     "fit",
     "fit_table",
     "generate_tables",
+    "is_out_of_memory",
     "make_loads",
     "make_preset",
     "verify",

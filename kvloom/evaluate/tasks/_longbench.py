@@ -21,6 +21,12 @@ from kvloom.evaluate.tasks._settings import Settings
 MARGIN = 596
 """By default prompts are cut to so many tokens less than the model reads (published: 3,500 of 4,096)."""
 
+ROUGE_NOTE = (
+    "ROUGE-L by the package rouge-score; LongBench's own script takes the package rouge, which splits at spaces only "
+    "and joins the subsequences of sentences, so its published values are not comparable."
+)
+"""What the records of summaries say of their metric."""
+
 
 class LongBench(AnswerTask):
     """One set; a prompt that is too long loses its middle, before it is put in the chat template.
@@ -61,8 +67,9 @@ class LongBench(AnswerTask):
         return {self._set.metric: max(scores, default=0.0)}
 
     def facts(self) -> Record:
-        """See `AnswerTask.facts`; the length is what prompts were cut to."""
-        return {"length": self._longest, "data": self._rows.facts}
+        """See `AnswerTask.facts`; the length is what prompts were cut to, and ROUGE says how it differs."""
+        note = {"metric_note": ROUGE_NOTE} if self._set.metric == "rouge_l" else {}
+        return {"length": self._longest, "data": self._rows.facts, **note}
 
 
 def cut(tokenizer: Any, text: str, longest: int) -> str:

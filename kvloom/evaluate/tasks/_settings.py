@@ -24,6 +24,8 @@ class Settings:
         texts: what windows and haystacks are cut from, as `kvloom.assets.texts` reads them.
         data: folder of local data sets, laid out as `kvloom.assets.rows` says; None for those of the hub.
         seed: of everything drawn.
+        after_prompt: windows of fidelity and drift are scored after a prompt, as wherever a contestant evicts: so that
+            others can be compared with one that is scored elsewhere.
     """
 
     limit: int | None = None
@@ -35,6 +37,7 @@ class Settings:
     texts: tuple[str, ...] = EVALUATION
     data: Path | None = None
     seed: int = 0
+    after_prompt: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "shots"):

@@ -17,7 +17,7 @@ class Windows(Task):
 
     Args:
         name: what scores them.
-        settings: windows, window, chunk, texts and seed.
+        settings: windows, window, chunk, texts, seed and after_prompt.
     """
 
     def __init__(self, name: Literal["fidelity", "drift"], settings: Settings) -> None:
@@ -34,15 +34,15 @@ class Windows(Task):
             bench.model,
             windows,
             bench.contestants,
-            protocol=self._protocol(any(contestant.evicts for contestant in bench.contestants)),
+            protocol=self._protocol(it.after_prompt or any(contestant.evicts for contestant in bench.contestants)),
             texts=[text.name for text in self._texts],
             name=bench.name,
             out=bench.out,
             progress=bench.progress,
         )
 
-    def _protocol(self, evicts: bool) -> Protocol:
-        if not evicts:
+    def _protocol(self, after_prompt: bool) -> Protocol:
+        if not after_prompt:
             return Protocol(chunk=self._settings.chunk)
         block = Protocol.block
         return Protocol(chunk=1, unscored=max(1, self._settings.window - block - 1), prompt=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from kvloom.errors import PlanError
@@ -57,6 +58,22 @@ def preset(name: str, model: Any) -> Plan:
     if found.only_for:
         found.only_for.check(fingerprint)
     return import_plan(found.document(fingerprint), found.form, fingerprint, substitute=found.substitute)
+
+
+def find_plan(word: str, model: Any) -> tuple[str, Plan]:
+    """A plan by its file, named by the file's stem, or by the name of a preset that ``model`` is given.
+
+    Args:
+        word: A ``.json`` file or one of `presets`.
+        model: A transformers model or config, or a `Fingerprint`.
+
+    Raises:
+        PlanError: The file cannot be read, or there is no such preset.
+        ModelError: The preset is for another model.
+    """
+    if word.endswith(".json") or Path(word).is_file():
+        return Path(word).stem, Plan.load(word)
+    return word, preset(word, model)
 
 
 def presets() -> tuple[str, ...]:

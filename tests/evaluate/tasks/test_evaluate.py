@@ -139,6 +139,17 @@ def test_fidelity_and_drift_are_reached_by_the_same_door(data):
     assert records[0]["kld"]["value"] < records[1]["kld"]["value"]
 
 
+def test_windows_are_scored_after_a_prompt_where_asked(data):
+    model = tiny_model()
+    texts = (str(data / "hay.txt"),)
+    chosen = choose(["fidelity"], Settings(windows=1, window=300, texts=texts, after_prompt=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Letters, "bos_token_id", None, raising=False)
+        patch.setattr(Letters, "__call__", _as_tokenizers_are_called)
+        (record,) = evaluate(model, Letters(), chosen.tasks, contestants(model)[:1])
+    assert (record["prompt"], record["chunk"]) == (171, 1)
+
+
 def _as_tokenizers_are_called(self, text, add_special_tokens=True, verbose=True):
     return type("Encoding", (), {"input_ids": [ord(letter) % 97 for letter in text]})
 

@@ -132,3 +132,8 @@ def test_the_group_is_what_is_there(tmp_path):
     assert len(chosen.notes) == 15
     with pytest.raises(DataError, match="There is no"):
         choose(["longbench"], Settings(data=tmp_path / "absent"))
+
+
+def test_records_of_summaries_say_whose_rouge_it_is(tmp_path):
+    assert "rouge-score" in task(tmp_path, "qmsum", longbench_row()).facts()["metric_note"]
+    assert "metric_note" not in task(tmp_path, "lcc", longbench_row()).facts()
