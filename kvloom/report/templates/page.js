@@ -42,7 +42,7 @@ for (const point of all(".point")) {
   point.dataset.tip = title.textContent;
   title.remove();
 }
-for (const cell of all(".heat td[title], .needle td[title]")) {
+for (const cell of all(".heat td[title], .needle td[title], .plain [title]")) {
   cell.dataset.tip = cell.title;
   cell.removeAttribute("title");
 }
@@ -103,5 +103,50 @@ for (const button of all(".sort")) {
     body.append(...[...body.rows].sort((a, b) => order(key(a), key(b))));
     for (const row of body.rows) row.classList.remove("first");
   });
+}
+
+// Explorers: a budget picks one of the plans in the page; the pointer may drag it in the chart, too.
+for (const explorer of all(".explorer")) {
+  const { formats, layers, places, plans } = JSON.parse(explorer.querySelector("script").textContent);
+  const slider = explorer.querySelector("input");
+  const [facts, fits, cells, charts] = ["[data-fact]", "[data-fit]", ".heat td", ".chart"].map((part) => all(part, explorer));
+  const dots = charts.map((chart) => {
+    const dot = document.createElementNS(chart.namespaceURI, "circle");
+    dot.setAttribute("class", "dot");
+    dot.setAttribute("r", "7");
+    return chart.appendChild(dot);
+  });
+  const write = (elements, texts) => elements.forEach((element, n) => { element.textContent = texts[n]; });
+  const show = () => {
+    const at = slider.valueAsNumber;
+    const plan = plans[at];
+    slider.setAttribute("aria-valuetext", plan.said);
+    write(facts, plan.facts);
+    write(fits, plan.fits);
+    cells.forEach((cell, n) => {
+      const [text, css, title] = formats[plan.cells[n]];
+      cell.textContent = text;
+      cell.className = css;
+      cell.dataset.tip = `Layer ${layers[n % layers.length]}: ${title}`;
+    });
+    dots.forEach((dot, n) => {
+      dot.setAttribute("cx", places[n][2 * at]);
+      dot.setAttribute("cy", places[n][2 * at + 1]);
+    });
+  };
+  charts.forEach((chart, n) => {
+    const pick = (event) => {
+      const box = chart.getBoundingClientRect();
+      const x = (event.clientX - box.left) * chart.viewBox.baseVal.width / box.width;
+      const gaps = plans.map((_, at) => Math.abs(places[n][2 * at] - x));
+      slider.valueAsNumber = gaps.indexOf(Math.min(...gaps));
+      show();
+    };
+    chart.addEventListener("pointerdown", (event) => { chart.setPointerCapture(event.pointerId); pick(event); });
+    chart.addEventListener("pointermove", (event) => { if (event.buttons) pick(event); });
+  });
+  slider.addEventListener("input", show);
+  slider.disabled = false;
+  show();
 }
 })();
