@@ -8,7 +8,20 @@ import typer
 from typer.core import TyperGroup
 
 from kvloom import __version__, errors
-from kvloom.cli import _assets, _bench, _calibrate, _doctor, _evaluate, _fit, _plan, _profile, _run, _search, _signals
+from kvloom.cli import (
+    _assets,
+    _bench,
+    _calibrate,
+    _doctor,
+    _evaluate,
+    _fit,
+    _plan,
+    _profile,
+    _report,
+    _run,
+    _search,
+    _signals,
+)
 
 _SHOWN = (
     errors.CacheError,
@@ -75,7 +88,8 @@ for command in (
     _run.generate,
     _evaluate.evaluate,
     _evaluate.lm_eval,
-    _evaluate.report,
+    _report.report,
+    _report.explore,
     _evaluate.demo,
 ):
     app.command(name="eval" if command is _evaluate.evaluate else None)(command)
