@@ -118,10 +118,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class Level:
-    """A rule in pixels."""
+    """A rule in pixels, and where its label starts."""
 
     at: float
     label: str
+    x: float
+    y: float
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def draw(plot: Plot, frame: Frame) -> Chart:
     longest = max(len(tick.label) for tick in y_ticks) if y_ticks else 0
     frame = replace(frame, left=max(frame.left, _LABEL_GAP + _LETTER * longest))
     x_scale = _scale(x_axis, x_domain, frame.left, frame.width - frame.right)
+    drawn = tuple(_drawn(one, x_scale, y_scale) for one in plot.series)
     return Chart(
         frame=frame,
         label=plot.label,
@@ -181,8 +184,10 @@ def draw(plot: Plot, frame: Frame) -> Chart:
         y_axis=y_axis,
         x_ticks=_ticks(x_axis, x_domain, x_scale, (frame.width - frame.left) // 70),
         y_ticks=y_ticks,
-        levels=tuple(Level(y_scale(it.y), it.label) for it in plot.rules if y_domain[0] <= it.y <= y_domain[1]),
-        drawn=tuple(_drawn(one, x_scale, y_scale) for one in plot.series),
+        levels=tuple(
+            _level(y_scale(it.y), it.label, frame, drawn) for it in plot.rules if y_domain[0] <= it.y <= y_domain[1]
+        ),
+        drawn=drawn,
         place=lambda x, y: (x_scale(x), y_scale(y)),
     )
 
@@ -222,6 +227,22 @@ def _drawn(series: Series, x_scale: _Scale, y_scale: _Scale) -> Drawn:
     marks = tuple(Mark(x_scale(point.x), y_scale(point.y), point.tip, _bar(point, y_scale)) for point in series.points)
     path = "L".join(f"{x_scale(point.x)},{y_scale(point.y)}" for point in series.line)
     return Drawn(series, marks, f"M{path}" if len(series.line) > 1 else "")
+
+
+def _level(at: float, label: str, frame: Frame, drawn: Sequence[Drawn]) -> Level:
+    """A rule whose label lies where the fewest points do: over or under it, left or right."""
+    width = _LETTER * len(label)
+    places = [(x, y) for y in (at - 5, at + 14) for x in (frame.left + 4.0, frame.width - frame.right - width)]
+    spans = [(mark.x, *(mark.bar or (mark.y, mark.y)), mark.y) for one in drawn for mark in one.marks]
+
+    def covered(place: tuple[float, float]) -> int:
+        x, y = place
+        return sum(
+            x - 8 < across < x + width + 8 and min(ends) < y + 6 and max(ends) > y - 16 for across, *ends in spans
+        )
+
+    x, y = min(places, key=covered)
+    return Level(at, label, x, y)
 
 
 def _bar(point: Datum, y_scale: _Scale) -> tuple[float, float] | None:

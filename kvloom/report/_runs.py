@@ -20,6 +20,10 @@ METHODS = {
     "uniform+sinks": "uniform, exact sinks",
     "quanto": "QuantizedCache, quanto",
     "hqq": "QuantizedCache, hqq",
+    "greedy": "greedy plan",
+    "kvq": "KVQ rule",
+    "kvtuner": "KVTuner search",
+    "kvtuner-warm": "KVTuner search, warm",
 }
 RUN_FIELDS = ("model", "device", "dtype", "context")
 

@@ -49,6 +49,10 @@ _STYLES = {
     "uniform+sinks": Style("sinks", "cross"),
     "quanto": Style("quanto", "up"),
     "hqq": Style("hqq", "down"),
+    "greedy": Style("key", "circle"),
+    "kvq": Style("value", "diamond"),
+    "kvtuner": Style("value", "up"),
+    "kvtuner-warm": Style("value", "down"),
 }
 
 _NAMED = tuple(

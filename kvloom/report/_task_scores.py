@@ -185,18 +185,28 @@ def _verdict(gap: Interval) -> str:
 
 def _mean_row(lines: Sequence[_Line], length: float | None, caches: dict[Cache, Record]) -> tuple[Entry, ...]:
     label = Entry("mean", below=f"{format_count(length)} tokens" if length else f"of {len(lines)} tasks", css="sum")
-    return label, *(_mean_cell(lines, cache) for cache in caches)
+    means = {cache: mean([_score(it) for it in _held(lines, cache)]) for cache in caches}
+    packed = [means[cache].value or 0.0 for cache, it in caches.items() if it.get("method") != "dense"]
+    top = max(packed) if len(set(packed)) > 1 else None
+    return label, *(
+        _mean_cell(lines, cache, means[cache], best=means[cache].value == top and it.get("method") != "dense")
+        for cache, it in caches.items()
+    )
 
 
-def _mean_cell(lines: Sequence[_Line], cache: Cache) -> Entry:
-    held = [line.records.get(cache) for line in lines]
-    records = [it for it in held if it is not None and _is_share(it)]
-    if len(records) < len(lines):
+def _held(lines: Sequence[_Line], cache: Cache) -> list[Record]:
+    """A cache's records of all lines; none if one is missing, or has another unit."""
+    held = [it for line in lines if (it := line.records.get(cache)) is not None and _is_share(it)]
+    return held if len(held) == len(lines) else []
+
+
+def _mean_cell(lines: Sequence[_Line], cache: Cache, score: Interval, *, best: bool) -> Entry:
+    if score.value is None:
         return Entry("", css="sum")
-    score = mean([_score(it) for it in records])
-    gap = mean([line.against_dense(it) for line, it in zip(lines, records, strict=True)])
+    gap = mean([line.against_dense(it) for line, it in zip(lines, _held(lines, cache), strict=True)])
     below = "" if gap.value is None else _signed(gap, share=True)
-    return Entry(format_share(score.value), _bounds(score), below, f"sum {_verdict(gap)}".strip())
+    css = " ".join(filter(None, ["sum", "top" if best else "", _verdict(gap)]))
+    return Entry(format_share(score.value), _bounds(score), below, css)
 
 
 def _signed(gap: Interval, share: bool) -> str:
@@ -255,7 +265,7 @@ def _all_series(lines: Sequence[_Line], caches: dict[Cache, Record]) -> tuple[Se
 
 
 def _datum(lines: Sequence[_Line], cache: Cache) -> Datum | None:
-    records = [it for line in lines if (it := line.records.get(cache)) is not None and _is_share(it)]
+    records = _held(lines, cache)
     bits = [value for it in records if (value := number(it.get("true_bits"))) is not None]
     if len(bits) < len(lines):
         return None

@@ -53,6 +53,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
     def __enter__(self) -> Browser:
         return self
@@ -88,6 +89,15 @@ class Browser:
         self.call("Page.navigate", url=page.as_uri())
         self.wait("document.readyState === 'complete'")
 
+    def unfold(self) -> None:
+        """Lay out the parts that are out of sight, too."""
+        self.js("document.querySelectorAll('section').forEach((it) => { it.style.contentVisibility = 'visible' })")
+
+    def seconds(self) -> float:
+        """Processor time that the page has taken so far, however busy the machine is."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return float(next(it["value"] for it in metrics if it["name"] == "TaskDuration"))
+
     def js(self, expression: str) -> Any:
         """The value of an expression."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -108,6 +118,7 @@ class Browser:
 
     def picture(self, out: Path, selector: str = "body") -> None:
         """A PNG of an element, whatever its height."""
+        self.unfold()
         box = self.js(f"(() => {{ const b = document.querySelector({selector!r}).getBoundingClientRect();"
                       "return [b.left + scrollX, b.top + scrollY, b.width, b.height] })()")  # fmt: skip
         clip = dict(zip(("x", "y", "width", "height"), box, strict=True), scale=1)

@@ -43,6 +43,7 @@ def test_charts_are_drawn_without_a_word_on_the_console(browser: Browser, page: 
     browser.open(page, width, scheme=scheme)
     assert browser.messages == []
     assert browser.requests == [page.as_uri()]
+    browser.unfold()
     assert browser.js("document.documentElement.scrollWidth") == width, "the page is wider than the window"
     seen = browser.js(
         "[...document.querySelectorAll('.chart')].filter((it) => it.checkVisibility()).map((it) => {"
@@ -58,6 +59,7 @@ def test_charts_are_drawn_without_a_word_on_the_console(browser: Browser, page: 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_labels_of_an_axis_do_not_overlap(browser: Browser, page: Path, width: int) -> None:
     browser.open(page, width)
+    browser.unfold()
     overlaps = browser.js(
         "[...document.querySelectorAll('.chart')].filter((it) => it.checkVisibility()).flatMap((chart) => {"
         "const boxes = [...chart.querySelectorAll('.tick')].map((it) => it.getBoundingClientRect());"
@@ -116,10 +118,7 @@ def test_arrow_keys_move_between_points(browser: Browser, page: Path) -> None:
 def test_200_runs_open_within_a_second(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "many.html"
     path.write_text(render_html(many_runs(), "Many"), encoding="utf-8")
-    times = []
-    for _ in range(3):
-        browser.open(path)
-        times.append(browser.js("performance.getEntriesByType('navigation')[0].domComplete"))
-    assert min(times) < 1000, times
+    browser.open(path)
+    assert browser.seconds() < 1
     assert browser.js("document.querySelectorAll('.results tbody tr').length") > 200
     assert browser.messages == []

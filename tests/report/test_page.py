@@ -267,6 +267,17 @@ def test_only_rules_among_the_points_are_drawn() -> None:
     assert chart.place(1.0, 2.0)[1] == chart.levels[0].at
 
 
+@pytest.mark.parametrize("crowd", [[], [1.0], [1.0, 9.0]])
+def test_labels_of_rules_keep_clear_of_points(crowd: list[float]) -> None:
+    points = [Datum(0.5, 9.0, ""), Datum(9.5, 0.0, ""), *(Datum(x, 5.1, "") for x in crowd)]
+    chart = draw(plot_of(points, Axis("y"), Rule(5.0, "a level")), NARROW)
+    (level,) = chart.levels
+    for mark in chart.drawn[0].marks:
+        assert not (level.x < mark.x < level.x + 50 and level.y - 12 < mark.y < level.y)
+    assert (level.y < level.at) is (len(crowd) < 2)
+    assert (level.x < NARROW.width / 2) is (len(crowd) != 1)
+
+
 def test_the_margin_has_room_for_the_longest_label() -> None:
     long = Axis("y", write=lambda value: f"{value:012.1f}")
     narrow, wide = (draw(plot_of([Datum(1.0, 1.0, ""), Datum(2.0, 2.0, "")], y), NARROW) for y in (Axis("y"), long))

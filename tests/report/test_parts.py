@@ -36,6 +36,7 @@ def test_tasks_are_set_against_the_uncompressed_cache() -> None:
     ]
     _, dense, short, long = ruler.table.rows[0]
     assert (dense.css, short.css, long.css) == ("", "worse", "top")
+    assert [cell.css for cell in ruler.table.rows[2]] == ["sum", "sum", "sum worse", "sum top"]
     assert dense.below == ""
     assert short.below.startswith("−50.0 [−")
     assert long.below.startswith("−5.0 [−")

@@ -24,11 +24,22 @@ themeButton.addEventListener("click", () => {
   store(next);
 });
 
-// Tooltips: chart points and heat map cells; native titles stay where scripts do not run.
+// Tooltips of chart points and cells take the place of native titles, which stay where scripts do not run.
 const tip = document.getElementById("tip");
 const hideTip = () => { tip.hidden = true; };
+const said = (element) => {
+  const title = element.querySelector("title");
+  if (title) {
+    element.dataset.tip = title.textContent;
+    title.remove();
+  } else if (element.title) {
+    element.dataset.tip = element.title;
+    element.removeAttribute("title");
+  }
+  return element.dataset.tip;
+};
 const showTip = (element) => {
-  tip.textContent = element.dataset.tip;
+  tip.textContent = said(element);
   tip.hidden = false;
   const box = (element.querySelector(".hit") || element).getBoundingClientRect();
   const own = tip.getBoundingClientRect();
@@ -37,18 +48,10 @@ const showTip = (element) => {
   tip.style.left = `${Math.max(8, Math.min(left, document.documentElement.clientWidth - own.width - 8))}px`;
   tip.style.top = `${above < 8 ? box.bottom + 6 : above}px`;
 };
-for (const point of all(".point")) {
-  const title = point.querySelector("title");
-  point.dataset.tip = title.textContent;
-  title.remove();
-}
-for (const cell of all(".heat td[title], .needle td[title], .plain [title]")) {
-  cell.dataset.tip = cell.title;
-  cell.removeAttribute("title");
-}
+const tipped = ".point, .heat td[title], .needle td[title], .plain [title], [data-tip]";
 for (const [enter, leave] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
   document.addEventListener(enter, (event) => {
-    const target = event.target.closest("[data-tip]");
+    const target = event.target.closest(tipped);
     if (target) showTip(target);
   });
   document.addEventListener(leave, hideTip);
@@ -127,7 +130,7 @@ for (const explorer of all(".explorer")) {
       const [text, css, title] = formats[plan.cells[n]];
       cell.textContent = text;
       cell.className = css;
-      cell.dataset.tip = `Layer ${layers[n % layers.length]}: ${title}`;
+      cell.title = `Layer ${layers[n % layers.length]}: ${title}`;
     });
     dots.forEach((dot, n) => {
       dot.setAttribute("cx", places[n][2 * at]);
