@@ -9,6 +9,7 @@ from kvloom.allocate._constraints import Constraints, parse_pairs, parse_protect
 from kvloom.allocate._exact import Exact
 from kvloom.allocate._front import ExactFront
 from kvloom.allocate._front_files import save_front
+from kvloom.allocate._front_record import front_record
 from kvloom.allocate._greedy import Greedy
 from kvloom.allocate._kvmix import KVmix
 from kvloom.allocate._kvq import KVQ
@@ -30,6 +31,7 @@ __all__ = [
     "StudySettings",
     "allocate",
     "allocators",
+    "front_record",
     "get",
     "parse_bytes",
     "parse_pairs",

@@ -17,6 +17,7 @@ from kvloom.cli import (
     _fit,
     _plan,
     _profile,
+    _report,
     _run,
     _search,
     _signals,
@@ -80,7 +81,8 @@ for command in (
     _evaluate.evaluate,
     _evaluate.lm_eval,
     _sweep.sweep,
-    _evaluate.report,
+    _report.report,
+    _report.explore,
     _evaluate.demo,
 ):
     app.command(name="eval" if command is _evaluate.evaluate else None)(command)

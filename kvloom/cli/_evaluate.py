@@ -1,4 +1,4 @@
-"""`kvloom eval`, `kvloom lm-eval`, `kvloom report`, `kvloom demo`."""
+"""`kvloom eval`, `kvloom lm-eval`, `kvloom demo`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ Prefill = Annotated[
     Literal["quantized", "exact", "plan"],
     typer.Option(help="What prompts attend to: what the cache holds, their exact selves, or as the plan says."),
 ]
-Page = Annotated[Path, typer.Option("--output", "-o", help="The page to write.")]
 
 
 def evaluate(
@@ -130,20 +129,6 @@ def _contestants(plans: list[tuple[str, Plan]], model: Any, prefill: str) -> lis
         )
     packed = [plan_contestant(it, model, name=name, method=plan_method(it), prefill=mode) for name, it in plans]
     return [dense_contestant(model), *packed]
-
-
-def report(
-    runs: Annotated[Path, typer.Argument(help="A .jsonl file of results, or a folder of them.")],
-    output: Page = Path("report.html"),
-    title: Annotated[str, typer.Option()] = "kvloom report",
-) -> None:
-    """Print results as a table and write them as one self-contained page."""
-    from kvloom.report import load_records, render_html, render_text
-
-    records = load_records(runs)
-    typer.echo(render_text(records))
-    output.write_text(render_html(records, title), encoding="utf-8")
-    typer.echo(f"\nwrote {output}")
 
 
 def demo(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvloom.allocate import ExactFront, front_record
 from kvloom.assets import CALIBRATION, EVALUATION, MODEL_NAME, load_model, texts, token_windows
 from kvloom.demo._lineup import Entry, lineup
 from kvloom.evaluate import (
@@ -19,6 +20,7 @@ from kvloom.evaluate import (
     decode_speed,
     dense_contestant,
     fidelity,
+    memory,
     model_name,
     peer_contestants,
     samples,
@@ -37,6 +39,10 @@ PROMPT = (
     "brought home an old clock that had stopped, put it on the kitchen table, and said that I could"
     " do with it what I liked. The first thing I noticed was"
 )
+
+
+FRONT_TOKENS = 8192
+"""Context at which the bytes of the explorer's plans are told."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ def run_demo(
         *_fidelity(loaded, tokenizer, entries, peers, sizes, runs, progress),
         *_decode(loaded, tokenizer, entries, peers, sizes, runs, progress),
         *_samples(loaded, tokenizer, entries, sizes, runs, progress),
+        *_memory(loaded, entries, profile, runs, progress),
     ]
     notes = _notes(profile, records, peers)
     page = out / "report.html"
@@ -216,6 +223,26 @@ def _samples(
         out=runs / "samples.jsonl",
         progress=progress,
     )
+
+
+def _memory(
+    model: PreTrainedModel, entries: Sequence[Entry], profile: Profile, runs: Path, progress: Progress
+) -> list[Record]:
+    """Bytes of the exact plans at any length, and the exact plan of any budget."""
+    progress("solving for every budget", 0, 1)
+    held = memory(
+        model,
+        _plans(model, [entry for entry in entries if entry.method == "exact"], "exact"),
+        out=runs / "memory.jsonl",
+    )
+    front = front_record(
+        ExactFront(profile, FRONT_TOKENS, dtype="bfloat16"),
+        model_name(model),
+        weights=held[0]["weight_bytes"],
+        reads_at_most=held[0]["reads_at_most"],
+    )
+    write_records(runs / "front.jsonl", [front])
+    return [*held, front]
 
 
 def _plans(model: PreTrainedModel, entries: Sequence[Entry], prefill: Prefill) -> list[Contestant]:

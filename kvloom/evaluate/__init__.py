@@ -19,6 +19,7 @@ from kvloom.evaluate._evaluate import evaluate
 from kvloom.evaluate._fidelity import Protocol, fidelity
 from kvloom.evaluate._live import live_bytes
 from kvloom.evaluate._mean_score import mean_score
+from kvloom.evaluate._memory import memory, weights_of
 from kvloom.evaluate._meter import kld_meter
 from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_prompt
 from kvloom.evaluate._paired import paired_difference, paired_speed
@@ -63,6 +64,7 @@ __all__ = [
     "kld_meter",
     "live_bytes",
     "mean_score",
+    "memory",
     "model_name",
     "needle",
     "needle_cases",
@@ -80,6 +82,7 @@ __all__ = [
     "silent",
     "surroundings",
     "task_names",
+    "weights_of",
     "write_records",
     "write_results",
 ]

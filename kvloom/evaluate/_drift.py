@@ -93,6 +93,7 @@ def _record(
         "steps": len(by_step),
         "windows": count,
         "chunk": protocol.chunk,
+        "block": protocol.block,
         "kld": float(by_step.mean()),
         "slope": block_slope(kld, steps / _PER, block_of).interval().as_dict(),
         "blocks": [float(part.mean()) for part in torch.split(by_step, protocol.block)],

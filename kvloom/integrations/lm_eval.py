@@ -5,7 +5,7 @@ Importing this module makes the model known to lm-eval as `kvloom`; releases aft
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +235,8 @@ def harness(
 
     Returns:
         A `task` record for each task and contestant, with every metric's mean and interval: `wilson` or `bootstrap`
-        where lm-eval gives a score from 0 to 1 for each case, else `normal`, from its standard error.
+        where lm-eval gives a score from 0 to 1 for each case, else `normal`, from its standard error. `cases` has the
+        scores of every case.
 
     Raises:
         DataError: lm-eval knows no such task.
@@ -300,8 +301,20 @@ def _record(task: str, scores: Record, found: Any, contestant: Contestant, about
         "metric": next(iter(scores)),
         "score": next(iter(scores.values())),
         "scores": scores,
+        "cases": _cases(scores, found["samples"].get(task, ())),
         **where,
     }
+
+
+def _cases(metrics: Iterable[str], samples: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """What every case scored, by the names and filters that `_scores` gives metrics."""
+    found: dict[str, dict[str, float]] = {}
+    for shown in metrics:
+        metric, _, kind = shown.partition(",")
+        for case in samples:
+            if case.get("filter", "none") == (kind or "none") and isinstance(case.get(metric), int | float):
+                found.setdefault(str(case["doc_id"]), {})[shown] = float(case[metric])
+    return [{"name": name, "scores": scores} for name, scores in found.items()]
 
 
 def _scores(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvloom.plan._bytes import calibrated_formats, full_pages, has_matrices, head_layouts, itemsize, shared_nbytes
+from kvloom.plan._context import GPUS, longest_context
 from kvloom.plan._equal_bytes import evict_to_bytes
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan, Prefill, Provenance, plan_schema
@@ -33,6 +34,7 @@ from kvloom.plan.formats import (
 )
 
 __all__ = [
+    "GPUS",
     "Evict",
     "Exported",
     "Fingerprint",
@@ -57,6 +59,7 @@ __all__ = [
     "head_layouts",
     "import_plan",
     "itemsize",
+    "longest_context",
     "parse_layers",
     "plan_schema",
     "preset",

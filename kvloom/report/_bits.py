@@ -98,5 +98,9 @@ def _thread(side: str, by_layer: dict[int, Record], layers: list[int]) -> Thread
 def _cell(side: str, layer: int, bits: float | None, entry: Record) -> BitsCell:
     spec = entry.get(side)
     told = spec if isinstance(spec, str) else f"{format_budget(bits)} bits"
-    css = f"b{bits:g}" if bits in SHADES else "bx"
-    return BitsCell(format_budget(bits), css, f"Layer {layer} {side}s: {told}")
+    return shade(bits, f"Layer {layer} {side}s: {told}")
+
+
+def shade(bits: float | None, title: str) -> BitsCell:
+    """The cell of so many bits."""
+    return BitsCell(format_budget(bits), f"b{bits:g}" if bits in SHADES else "bx", title)

@@ -98,3 +98,25 @@ def join_words(words: list[str], limit: int = 4) -> str:
     if len(words) > limit:
         words = [*words[: limit - 1], f"{len(words) - limit + 1} more"]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def format_context(value: float | None) -> str:
+    """Write a context length, which counts in 1,024s: 512, 8K, 128K, 2.5M."""
+    if value is None:
+        return DASH
+    if value < 1024:
+        return f"{value:.0f}"
+    if value < 1024**2:
+        return f"{value / 1024:,.1f}".removesuffix(".0") + "K"
+    return f"{value / 1024**2:,.1f}".removesuffix(".0") + "M"
+
+
+def format_seconds(value: float | None) -> str:
+    """Write a time: 2.4 µs, 93.3 ms, 3.85 s."""
+    if value is None:
+        return DASH
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size or unit == "µs":
+            break
+    scaled = value / size
+    return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvloom.report._chart import FRAMES, Axis, Chart, Datum, Series, draw
+from kvloom.report._chart import Axis, Datum, Plot, Series
 from kvloom.report._compare import front, has_place
 from kvloom.report._format import (
     format_bits,
@@ -26,11 +26,9 @@ Y_AXIS = Axis("Mean KLD, nats per token", log=True)
 
 @dataclass(frozen=True)
 class Pareto:
-    """One plot in each frame size, its legend, and the rows it cannot show."""
+    """The plot of a run, and the rows it cannot show."""
 
-    title: str
-    charts: tuple[Chart, ...]
-    legend: tuple[Series, ...]
+    plot: Plot
     left_out: str
 
 
@@ -48,19 +46,15 @@ def _pareto(run: Run) -> Pareto:
     label = f"Mean KLD against true bits, {run.title}"
     missing = [row.label for row in run.rows if not has_place(row)]
     return Pareto(
-        title=run.title,
-        charts=tuple(draw(series, X_AXIS, Y_AXIS, frame, label) for frame in FRAMES),
-        legend=series,
+        Plot("pareto", run.title, label, series, X_AXIS, Y_AXIS),
         left_out=join_words(missing) if missing else "",
     )
 
 
 def _series(method: str, rows: list[Row]) -> Series:
-    style = method_style(method)
     return Series(
         label=method_label(method),
-        css=style.css,
-        shape=style.shape,
+        style=method_style(method),
         points=tuple(_datum(row) for row in sorted(rows, key=lambda row: row.true_bits or 0.0)),
         line=tuple(_datum(row) for row in front(rows)),
     )

@@ -16,6 +16,9 @@ HEADINGS = (
     "Pearson of logs, equal bits",
 )
 
+GROUPS = {"spread": "spread", "equal": "equal bits"}
+"""What the report calls the groups of random plans."""
+
 
 def ranking_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """Cells under `HEADINGS`, the best signal among plans of equal bits first.
@@ -23,14 +26,14 @@ def ranking_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
     Args:
         records: results of `compare_signals`; other kinds are left out.
     """
-    compared = sorted(of_kind(records, "signal_comparison"), key=_rank, reverse=True)
+    compared = sorted(of_kind(records, "signal_comparison"), key=rank, reverse=True)
     return [(record["name"], f"{record['seconds']:.3g}", *_cells(record)) for record in compared]
 
 
 def ranking_notes(records: Sequence[Record]) -> str:
     """What must be known to read the rows."""
     record = of_kind(records, "signal_comparison")[0]
-    groups = [(what, record[group]) for group, what in _GROUPS.items() if group in record]
+    groups = [(what, record[group]) for group, what in GROUPS.items() if group in record]
     sets = "; ".join(
         f"{what}: {own['plans']} random plans of {_range(own['true_bits'], '.2f')} true bits, KLD "
         f"{_range(own['kld'], '.2g')}"
@@ -44,17 +47,15 @@ def ranking_notes(records: Sequence[Record]) -> str:
     )
 
 
-_GROUPS = {"spread": "spread", "equal": "equal bits"}
-
-
-def _rank(record: Record) -> float:
-    group = next(record[group] for group in reversed(_GROUPS) if group in record)
+def rank(record: Record) -> float:
+    """What signals are ranked by: the rank correlation among plans of equal bits, or of what plans there are."""
+    group = next(record[group] for group in reversed(GROUPS) if group in record)
     return float(group["spearman"]["value"])
 
 
 def _cells(record: Record) -> list[str]:
     cells = []
-    for group in _GROUPS:
+    for group in GROUPS:
         own = record.get(group)
         rho = own and own["spearman"]
         cells.append(f"{rho['value']:.3f} [{rho['low']:.3f}, {rho['high']:.3f}]" if rho else "")

@@ -11,10 +11,10 @@ from kvloom.errors import DataError
 
 Record = dict[str, Any]
 
-NAMED = ("fidelity", "decode", "sample", "needle", "drift", "task")
+NAMED = ("fidelity", "decode", "sample", "needle", "drift", "task", "memory", "signal_comparison")
 BENCH = ("ceilings", "backend", "dense", "attend", "encode", "append")
 GENERATE = ("generate", "generate_ceilings", "generate_note")
-KINDS = (*NAMED, "signal", "signal_comparison", "random_plan", *(f"kernel_{kind}" for kind in BENCH), *GENERATE)
+KINDS = (*NAMED, "signal", "random_plan", "front", *(f"kernel_{kind}" for kind in BENCH), *GENERATE)
 
 
 def load_records(source: str | Path) -> list[Record]:

@@ -20,6 +20,10 @@ METHODS = {
     "uniform+sinks": "uniform, exact sinks",
     "quanto": "QuantizedCache, quanto",
     "hqq": "QuantizedCache, hqq",
+    "greedy": "greedy plan",
+    "kvq": "KVQ rule",
+    "kvtuner": "KVTuner search",
+    "kvtuner-warm": "KVTuner search, warm",
 }
 RUN_FIELDS = ("model", "device", "dtype", "context")
 
@@ -104,8 +108,9 @@ def method_label(method: str) -> str:
 
 
 def config_order(record: Record) -> tuple[int, float, str]:
-    """Sort key for sample and needle records: method, then budget, then name."""
+    """Sort key for records of one cache each: method, then budget or else true bits, then name."""
     bits = number(record.get("target_bits"))
+    bits = number(record.get("true_bits")) if bits is None else bits
     return method_rank(_text(record, "method")), 99.0 if bits is None else bits, record["name"]
 
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvloom.report._chart import FRAMES, Axis, Chart, Datum, Series, draw
+from kvloom.report._chart import Axis, Datum, Plot, Series
 from kvloom.report._format import format_small
 from kvloom.report._records import Record
 from kvloom.report._runs import of_kind
+from kvloom.report._style import Style
 from kvloom.report._values import numbers
 
 LOG_FROM = 30.0  # a wider range than this is drawn on a log axis
 X_AXIS = Axis("Layer", whole=True)
-SIDES = {"key": ("Keys", "m-key", "circle"), "value": ("Values", "m-value", "square")}
+SIDES = {"key": ("Keys", Style("key", "circle")), "value": ("Values", Style("value", "square"))}
 
 
 @dataclass(frozen=True)
 class Signal:
-    """The chart of one signal record in each frame size."""
+    """The chart of one signal record."""
 
-    title: str
-    charts: tuple[Chart, ...]
-    legend: tuple[Series, ...]
+    plot: Plot
     has_spread: bool
 
 
@@ -39,9 +38,7 @@ def _signal(record: Record, series: tuple[Series, ...]) -> Signal:
     axis = Axis("Gradient norm", log=log, from_zero=not log)
     label = f"Gradient norm of keys and values by layer, {title}"
     return Signal(
-        title=title,
-        charts=tuple(draw(series, X_AXIS, axis, frame, label) for frame in FRAMES),
-        legend=series,
+        Plot("signal", title, label, series, X_AXIS, axis),
         has_spread=any(point.low is not None for one in series for point in one.points),
     )
 
@@ -56,7 +53,7 @@ def _all_series(record: Record) -> tuple[Series, ...]:
 
 
 def _series(side: str, layers: list[object], gradient: Record) -> Series:
-    label, css, shape = SIDES[side]
+    label, style = SIDES[side]
     norms = numbers(gradient.get(side))
     spreads = numbers(gradient.get(f"{side}_spread")) or [None] * len(norms)
     points = tuple(
@@ -64,7 +61,7 @@ def _series(side: str, layers: list[object], gradient: Record) -> Series:
         for layer, norm, spread in zip(layers, norms, spreads, strict=False)
         if isinstance(layer, int) and norm is not None
     )
-    return Series(label, css, shape, points, points)
+    return Series(label, style, points, points)
 
 
 def _datum(name: str, layer: int, norm: float, spread: float | None) -> Datum:

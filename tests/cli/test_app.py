@@ -11,7 +11,7 @@ from kvloom.cli import main
 from kvloom.errors import DataError, PlanError
 
 COMMANDS = ["fetch", "doctor", "profile", "plan", "convert", "show", "schema", "generate", "eval"]
-COMMANDS += ["lm-eval", "report", "demo"]
+COMMANDS += ["lm-eval", "report", "explore", "demo"]
 
 
 def test_help_lists_every_command(kvloom):

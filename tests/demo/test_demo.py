@@ -128,6 +128,7 @@ def test_the_whole_path(tiny_folder, tmp_path, monkeypatch):
     assert demo.notes[-1] == "No peers here."
     page = demo.page.read_text(encoding="utf-8")
     assert "uniform K2V2" in page
+    assert 'type="range"' in page
     plans = sorted((tmp_path / "plans").glob("*.json"))
     assert len(plans) == 17
     assert all(Plan.load(path).model.num_layers == 10 for path in plans)
@@ -141,6 +142,8 @@ def test_the_whole_path(tiny_folder, tmp_path, monkeypatch):
         "fidelity": 18,
         "decode": 18,
         "samples": 13,
+        "memory": 7,
+        "front": 1,
     }
     klds = {record["name"]: record["kld"]["value"] for record in lines["fidelity"]}
     assert klds["dense"] == 0

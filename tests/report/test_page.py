@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from kvloom.report import render_html
-from kvloom.report._chart import NARROW, Axis, Datum, Series, draw
+from kvloom.report._chart import NARROW, Axis, Datum, Plot, Rule, Series, draw
 from kvloom.report._page import SECTIONS
-from tests.report.synthetic import Record, full_records
+from kvloom.report._style import Style
+from tests.report.synthetic import Record, every_record, full_records
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = "</p><script>alert('x')</script><img src=x onerror=\"alert(1)\">"
@@ -59,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return render_html(json.loads(json.dumps(full_records())), "A run", ["A note."])
+    return render_html(json.loads(json.dumps(every_record())), "A run", ["A note."])
 
 
 def test_every_section_appears(html: str) -> None:
@@ -88,16 +89,31 @@ def test_ids_are_unique_and_links_lead_to_them(html: str) -> None:
         ("needle", {"needle"}),
         ("sample", {"samples"}),
         ("decode", set()),
+        ("task", {"tasks"}),
+        ("drift", {"drift"}),
+        ("memory", {"memory"}),
+        ("front", {"explore"}),
+        ("signal_comparison", {"ranking"}),
+        ("random_plan", set()),
+        ("kernel_ceilings", set()),
+        ("generate", {"generate"}),
     ],
 )
 def test_a_missing_kind_leaves_its_sections_out(kind: str, anchors: set[str]) -> None:
-    page = Page(render_html([record for record in full_records() if record["kind"] != kind], "A run"))
+    page = Page(render_html([record for record in every_record() if record["kind"] != kind], "A run"))
     assert {section.anchor for section in SECTIONS} - set(page.ids()) == anchors
 
 
 def test_no_records_claim_nothing() -> None:
     page = Page(render_html([], "Nothing"))
     assert "nothing is claimed here" in " ".join(page.text)
+
+
+def test_records_of_unknown_kinds_are_named() -> None:
+    records = [*full_records(), *({"kind": "of a later version"} for _ in range(3)), {"kind": "other"}]
+    text = " ".join(Page(render_html(records, "A run")).text)
+    assert "Not shown: 3 of kind of a later version, 1 of kind other." in text
+    assert "Not shown" not in " ".join(Page(render_html(every_record(), "A run")).text)
 
 
 def poisoned(entry: Any) -> Any:
@@ -110,11 +126,11 @@ def poisoned(entry: Any) -> Any:
 
 
 def test_all_text_of_records_is_escaped() -> None:
-    records = [poisoned(record) for record in full_records()]
+    records = [poisoned(record) for record in every_record()]
     records.append({**full_records()[1], "method": EVIL, "layers": [{"layer": 0, "key_bits": EVIL}]})
     html = render_html(records, EVIL, [EVIL])
     page = Page(html)
-    assert len(page.all("script")) == 1
+    assert [script.get("type") for script in page.all("script")] == ["application/json", None]
     assert page.all("img") == []
     assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
     assert sum(EVIL in text for text in page.text) > 20
@@ -154,8 +170,8 @@ def test_the_plot_has_every_configuration_at_both_sizes(html: str) -> None:
     assert "Not drawn, for want of a positive KLD or of true bits: dense." in html
 
 
-def test_heat_map_cells_say_their_layer_and_spec(html: str) -> None:
-    page = Page(html)
+def test_heat_map_cells_say_their_layer_and_spec() -> None:
+    page = Page(render_html(full_records(), "A run"))
     plans = [record for record in full_records() if record.get("layers") and record.get("method") in ("exact", "kvmix")]
     titles = [attrs["title"] for attrs in page.all("td") if (attrs.get("title") or "").startswith("Layer")]
     assert len(titles) == sum(2 * len(plan["layers"]) for plan in plans)
@@ -230,13 +246,50 @@ def test_needles_of_several_seeds_show_their_share() -> None:
     assert "1 of 3 found" in html
 
 
+def plot_of(points: list[Datum], y_axis: Axis, *rules: Rule) -> Plot:
+    series = Series("s", Style("exact", "circle"), tuple(points), ())
+    return Plot("name", "title", "label", (series,), Axis("x"), y_axis, rules)
+
+
 def chart_of(points: list[Datum], y_axis: Axis) -> list[tuple[float, float]]:
-    chart = draw([Series("s", "c", "circle", tuple(points), ())], Axis("x"), y_axis, NARROW, "chart")
+    chart = draw(plot_of(points, y_axis), NARROW)
     frame = chart.frame
     for tick in chart.y_ticks:
         assert frame.top <= tick.at <= frame.height - frame.bottom
     assert sum(bool(tick.label) for tick in chart.y_ticks) >= 1
     return [(mark.x, mark.y) for mark in chart.drawn[0].marks]
+
+
+def test_only_rules_among_the_points_are_drawn() -> None:
+    rules = [Rule(y, f"at {y}") for y in (0.1, 2.0, 99.0)]
+    chart = draw(plot_of([Datum(1.0, 1.0, ""), Datum(2.0, 3.0, "")], Axis("y"), *rules), NARROW)
+    assert [level.label for level in chart.levels] == ["at 2.0"]
+    assert chart.place(1.0, 2.0)[1] == chart.levels[0].at
+
+
+@pytest.mark.parametrize("crowd", [[], [1.0], [1.0, 9.0]])
+def test_labels_of_rules_keep_clear_of_points(crowd: list[float]) -> None:
+    points = [Datum(0.5, 9.0, ""), Datum(9.5, 0.0, ""), *(Datum(x, 5.1, "") for x in crowd)]
+    chart = draw(plot_of(points, Axis("y"), Rule(5.0, "a level")), NARROW)
+    (level,) = chart.levels
+    for mark in chart.drawn[0].marks:
+        assert not (level.x < mark.x < level.x + 50 and level.y - 12 < mark.y < level.y)
+    assert (level.y < level.at) is (len(crowd) < 2)
+    assert (level.x < NARROW.width / 2) is (len(crowd) != 1)
+
+
+def test_the_margin_has_room_for_the_longest_label() -> None:
+    long = Axis("y", write=lambda value: f"{value:012.1f}")
+    narrow, wide = (draw(plot_of([Datum(1.0, 1.0, ""), Datum(2.0, 2.0, "")], y), NARROW) for y in (Axis("y"), long))
+    assert narrow.frame == NARROW
+    assert wide.frame.left >= 12 * 7
+    assert wide.drawn[0].marks[0].x >= wide.frame.left
+
+
+def test_doubling_axes_have_powers_of_two() -> None:
+    axis = Axis("y", log=True, doubling=True, write=lambda value: f"{value:g}")
+    chart = draw(plot_of([Datum(1.0, 1000.0, ""), Datum(2.0, 5000.0, "")], axis), NARROW)
+    assert [tick.label for tick in chart.y_ticks] == ["1024", "2048", "4096"]
 
 
 def test_log_axes_place_by_ratio() -> None:

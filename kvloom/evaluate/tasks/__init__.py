@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kvloom.evaluate.tasks import _gsm8k, _longbench, _needle, _windows, ruler
+from kvloom.evaluate.tasks import _gsm8k, _longbench, _memory, _needle, _windows, ruler
 from kvloom.evaluate.tasks._answers import AnswerTask
 from kvloom.evaluate.tasks._base import Bench, Chosen, Task, choose, register, task_names
 from kvloom.evaluate.tasks._case import Case
 from kvloom.evaluate.tasks._settings import Settings
 
-del _gsm8k, _longbench, _needle, _windows, ruler  # imported to register their tasks
+del _gsm8k, _longbench, _memory, _needle, _windows, ruler  # imported to register their tasks
 
 __all__ = [
     "AnswerTask",

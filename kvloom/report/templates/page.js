@@ -24,11 +24,22 @@ themeButton.addEventListener("click", () => {
   store(next);
 });
 
-// Tooltips: chart points and heat map cells; native titles stay where scripts do not run.
+// Tooltips of chart points and cells take the place of native titles, which stay where scripts do not run.
 const tip = document.getElementById("tip");
 const hideTip = () => { tip.hidden = true; };
+const said = (element) => {
+  const title = element.querySelector("title");
+  if (title) {
+    element.dataset.tip = title.textContent;
+    title.remove();
+  } else if (element.title) {
+    element.dataset.tip = element.title;
+    element.removeAttribute("title");
+  }
+  return element.dataset.tip;
+};
 const showTip = (element) => {
-  tip.textContent = element.dataset.tip;
+  tip.textContent = said(element);
   tip.hidden = false;
   const box = (element.querySelector(".hit") || element).getBoundingClientRect();
   const own = tip.getBoundingClientRect();
@@ -37,18 +48,10 @@ const showTip = (element) => {
   tip.style.left = `${Math.max(8, Math.min(left, document.documentElement.clientWidth - own.width - 8))}px`;
   tip.style.top = `${above < 8 ? box.bottom + 6 : above}px`;
 };
-for (const point of all(".point")) {
-  const title = point.querySelector("title");
-  point.dataset.tip = title.textContent;
-  title.remove();
-}
-for (const cell of all(".heat td[title], .needle td[title]")) {
-  cell.dataset.tip = cell.title;
-  cell.removeAttribute("title");
-}
+const tipped = ".point, .heat td[title], .needle td[title], .plain [title], [data-tip]";
 for (const [enter, leave] of [["pointerover", "pointerout"], ["focusin", "focusout"]]) {
   document.addEventListener(enter, (event) => {
-    const target = event.target.closest("[data-tip]");
+    const target = event.target.closest(tipped);
     if (target) showTip(target);
   });
   document.addEventListener(leave, hideTip);
@@ -103,5 +106,50 @@ for (const button of all(".sort")) {
     body.append(...[...body.rows].sort((a, b) => order(key(a), key(b))));
     for (const row of body.rows) row.classList.remove("first");
   });
+}
+
+// Explorers: a budget picks one of the plans in the page; the pointer may drag it in the chart, too.
+for (const explorer of all(".explorer")) {
+  const { formats, layers, places, plans } = JSON.parse(explorer.querySelector("script").textContent);
+  const slider = explorer.querySelector("input");
+  const [facts, fits, cells, charts] = ["[data-fact]", "[data-fit]", ".heat td", ".chart"].map((part) => all(part, explorer));
+  const dots = charts.map((chart) => {
+    const dot = document.createElementNS(chart.namespaceURI, "circle");
+    dot.setAttribute("class", "dot");
+    dot.setAttribute("r", "7");
+    return chart.appendChild(dot);
+  });
+  const write = (elements, texts) => elements.forEach((element, n) => { element.textContent = texts[n]; });
+  const show = () => {
+    const at = slider.valueAsNumber;
+    const plan = plans[at];
+    slider.setAttribute("aria-valuetext", plan.said);
+    write(facts, plan.facts);
+    write(fits, plan.fits);
+    cells.forEach((cell, n) => {
+      const [text, css, title] = formats[plan.cells[n]];
+      cell.textContent = text;
+      cell.className = css;
+      cell.title = `Layer ${layers[n % layers.length]}: ${title}`;
+    });
+    dots.forEach((dot, n) => {
+      dot.setAttribute("cx", places[n][2 * at]);
+      dot.setAttribute("cy", places[n][2 * at + 1]);
+    });
+  };
+  charts.forEach((chart, n) => {
+    const pick = (event) => {
+      const box = chart.getBoundingClientRect();
+      const x = (event.clientX - box.left) * chart.viewBox.baseVal.width / box.width;
+      const gaps = plans.map((_, at) => Math.abs(places[n][2 * at] - x));
+      slider.valueAsNumber = gaps.indexOf(Math.min(...gaps));
+      show();
+    };
+    chart.addEventListener("pointerdown", (event) => { chart.setPointerCapture(event.pointerId); pick(event); });
+    chart.addEventListener("pointermove", (event) => { if (event.buttons) pick(event); });
+  });
+  slider.addEventListener("input", show);
+  slider.disabled = false;
+  show();
 }
 })();
