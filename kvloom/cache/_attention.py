@@ -106,9 +106,11 @@ def loom_attention(
 
 def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[str, Any]) -> torch.Tensor:
     asked = query if kv.query_turn is None else way.turned(query, kv.query_turn)
-    out = way.paged(asked, kv, **options)
     if isinstance(kv, KeptKV):
+        out = way.paged(asked, kv, **{**options, "mask": kv.mask_of(options["mask"])})
         kv.observe(query, **options)
+    else:
+        out = way.paged(asked, kv, **options)
     return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 

@@ -21,6 +21,13 @@ class KeptKV(PagedKV):
 
     observe: Callable[..., None] = field(kw_only=True)
 
+    def mask_of(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The part of a mask by place that is about tokens seen.
+
+        A layer of fixed size asks for masks of every place there is room for, and layers share masks.
+        """
+        return mask if mask is None or self.places is not None else mask[..., : self.length]
+
 
 def real_places(mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which places of a sequence the newest query may look at: bool ``[batch or 1, places]``; None for all.

@@ -498,9 +498,3 @@ def test_a_prompt_that_is_chosen_from_is_read_exactly():
     plan = evicting(plan_of(), "snapkv", 200).model_copy(update={"prefill": "quantized"})
     with pytest.raises(PlanError, match="layers 0: evict chooses among tokens read exactly"):
         new_cache(plan)
-
-
-def test_caches_of_fixed_size_do_not_evict():
-    plan = evicting(plan_of(), "snapkv", 200)
-    with pytest.raises(CacheError, match=r"cannot evict: leave out max_tokens, or evict in layers 0\."):
-        new_cache(plan, max_tokens=100)

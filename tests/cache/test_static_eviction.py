@@ -130,6 +130,24 @@ def test_a_second_turn_and_a_second_prompt():
         assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("evicting_layer", ["0", "1"])
+def test_layers_may_differ_and_a_prompt_may_end_in_one_token(evicting_layer):
+    model = tiny.enabled(tiny.build("llama"))
+    plan = tiny.eight_bit(model)
+    entry = plan.layers[0]
+    evicts = evicting(plan, "adakv", 100).layers[0]
+    layers = [(evicts if n == evicting_layer else entry).model_copy(update={"layers": n}) for n in ("0", "1")]
+    plan = Plan(model=plan.model, layers=tuple(layers))
+    for prompt, chunk in ((301, 100), (1, None)):
+        outs = []
+        for most in (None, 400):
+            cache = LoomCache(plan, model, max_tokens=most)
+            cache.expect_prompt(prompt)
+            ids = tiny.prompt(prompt, batch=2)
+            outs.append(tiny.greedy(model, ids, cache, new=40, prefill_chunk_size=chunk))
+        assert torch.equal(*outs)
+
+
 def test_storage_stays_for_prompts_that_fit():
     plan = plan_of()
     cache, tokens = new_cache(plan, max_tokens=400), stream(plan, 400)
