@@ -159,8 +159,8 @@ PEERS = tuple(
     for bits in (2, 4)
 )
 
-NEEDED = tuple(method.name for method in (*METHODS, *PEERS))
-"""Rows without which there is no table: those that need no profile."""
+NEEDED = tuple(method.name for method in (*METHODS, *PEERS) if not method.rotates)
+"""Rows without which there is no table: those that need neither a profile nor calibrated rotations."""
 
 
 def contestants(

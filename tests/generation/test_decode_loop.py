@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvloom import decode_loop
 from kvloom.cache import LoomCache, disable, enable
 from kvloom.errors import CacheError, ModelError
-from kvloom.generation import serves
+from kvloom.generation import _loop, serves
 from kvloom.plan import Evict, Window
 from tests.cache import tiny
 
@@ -55,6 +55,14 @@ def assert_same_caches(one: LoomCache, other: LoomCache) -> None:
 @pytest.mark.parametrize(("name", "tokens"), list(zip([*PLANS, *PLANS], [1, 40, 63, 64, 127, 1, 90, 63], strict=True)))
 def test_greedy(model, name, tokens):
     expected, actual, plain, looped = both(model, PLANS[name](model), tiny.prompt(tokens, batch=2), new=70)
+    assert actual.equal(expected)
+    assert_same_caches(plain, looped)
+
+
+def test_a_compiled_pass(model, plan, monkeypatch):
+    """As on a GPU, where the compiled pass is captured besides."""
+    monkeypatch.setattr(_loop, "_compiles", lambda *_: True)
+    expected, actual, plain, looped = both(model, plan, tiny.prompt(57, batch=2), new=12)
     assert actual.equal(expected)
     assert_same_caches(plain, looped)
 

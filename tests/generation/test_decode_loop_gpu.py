@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache
 
 import kvloom
 from kvloom import LoomCache, Plan, decode_loop
@@ -102,13 +101,16 @@ def test_a_graph_serves_the_next_prompt_and_the_next_turn(model, plan):
 
 
 def test_compiled_steps(model, plan):
-    """Other kernels round otherwise: the first tokens agree, and the model's opinion of all of them does."""
-    cache = LoomCache(plan, model, max_tokens=ROOM)
-    out = run(model, cache, prompt(100), 40, custom_generate=decode_loop, disable_compile=False)
-    assert graph_of(cache) is not None
-    logits = model(out, past_key_values=DynamicCache(config=model.config)).logits[:, 99:-1].float()
-    chosen = logits.gather(-1, out[:, 100:, None]).squeeze(-1)
-    assert ((logits.amax(-1) - chosen) < 0.5 * logits.std()).float().mean() > 0.9
+    """Other kernels round otherwise, so that tokens may part where two are nearly as likely."""
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    plain, looped = (LoomCache(plan, model, max_tokens=ROOM) for _ in range(2))
+    expected = run(model, plain, prompt(100), 40, **options)
+    actual = run(model, looped, prompt(100), 40, custom_generate=decode_loop, disable_compile=False, **options)
+    assert graph_of(looped) is not None
+    alike = int((actual.sequences == expected.sequences).all(0).long().cumprod(0).sum()) - 100
+    assert alike > 0
+    for ours, theirs in zip(actual.logits[:alike], expected.logits[:alike], strict=True):
+        assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 6e-2
 
 
 def test_a_model_that_waits_is_told_of_and_still_right(model, plan, monkeypatch):
