@@ -10,6 +10,7 @@ from kvloom.allocate._exact import Exact
 from kvloom.allocate._front import ExactFront
 from kvloom.allocate._front_files import save_front
 from kvloom.allocate._greedy import Greedy
+from kvloom.allocate._joint import Joint
 from kvloom.allocate._kvmix import KVmix
 from kvloom.allocate._kvq import KVQ
 from kvloom.allocate._kvtuner import KVTuner, Objective
@@ -24,6 +25,7 @@ __all__ = [
     "Exact",
     "ExactFront",
     "Greedy",
+    "Joint",
     "KVTuner",
     "KVmix",
     "Objective",
