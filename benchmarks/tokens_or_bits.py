@@ -123,10 +123,10 @@ def plans(model: Fingerprint, prompt: int) -> dict[str, Plan]:
     Raises:
         PlanError: a budget of the prompt's bytes is too small for what a policy never evicts.
     """
-    wholes = {stored: _in_window(make(model), FOUR) for stored, make in FORMATS.items()}
+    wholes = {stored: in_window(make(model), FOUR) for stored, make in FORMATS.items()}
     found = {
         name_of(kept.policy, budget, stored): evict_to_bytes(
-            _in_window(whole, kept.window),
+            in_window(whole, kept.window),
             kept.policy,
             prompt // budget,
             parameters=kept.parameters,
@@ -141,7 +141,8 @@ def plans(model: Fingerprint, prompt: int) -> dict[str, Plan]:
     return found | {stored: whole for stored, whole in wholes.items() if _fits(whole, prompt, min(BUDGETS))}
 
 
-def _in_window(plan: Plan, window: Window) -> Plan:
+def in_window(plan: Plan, window: Window) -> Plan:
+    """The plan with another window in every layer."""
     entries = tuple(entry.model_copy(update={"window": window}) for entry in plan.layers)
     return plan.model_copy(update={"layers": entries})
 

@@ -11,6 +11,7 @@ from kvloom.allocate._front import ExactFront
 from kvloom.allocate._front_files import save_front
 from kvloom.allocate._front_record import front_record
 from kvloom.allocate._greedy import Greedy
+from kvloom.allocate._joint import Joint
 from kvloom.allocate._kvmix import KVmix
 from kvloom.allocate._kvq import KVQ
 from kvloom.allocate._kvtuner import KVTuner, Objective
@@ -25,6 +26,7 @@ __all__ = [
     "Exact",
     "ExactFront",
     "Greedy",
+    "Joint",
     "KVTuner",
     "KVmix",
     "Objective",

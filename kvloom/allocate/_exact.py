@@ -13,6 +13,7 @@ from kvloom.allocate._constraints import Constraints
 from kvloom.allocate._knapsack import Solution, solve
 from kvloom.allocate._milp import solve_constrained
 from kvloom.allocate._problem import Problem
+from kvloom.allocate._tokens import LayerUnit
 from kvloom.allocate._units import Unit
 from kvloom.plan import Plan, Prefill, Window
 from kvloom.signals import Profile
@@ -54,7 +55,7 @@ class Exact(Allocator):
         problem = Problem.of(profile, budget, window, prefill, self.name, self._by_head)
         self._constraints.check(profile.model)
         problem, solution = self._solved(problem)
-        proof = _certificate(problem.units, solution, problem.capacity, time.perf_counter() - started)
+        proof = certificate(problem.units, solution, problem.capacity, time.perf_counter() - started)
         if self._constraints:
             proof["constraints"] = str(self._constraints)
         return problem.plan(solution.picks, self.name, proof)
@@ -66,7 +67,8 @@ class Exact(Allocator):
         return replace(problem, units=found.units), found.solution
 
 
-def _certificate(units: Sequence[Unit], solution: Solution, capacity: int, seconds: float) -> dict[str, Any]:
+def certificate(units: Sequence[Unit | LayerUnit], solution: Solution, capacity: int, seconds: float) -> dict[str, Any]:
+    """What proves a solution; see `Exact`."""
     return {
         "optimum": solution.loss,
         "lower_bound": solution.lower_bound,

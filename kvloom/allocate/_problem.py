@@ -10,8 +10,10 @@ from kvloom.allocate._budget import Budget
 from kvloom.allocate._knapsack import Options, cheapest
 from kvloom.allocate._units import Unit, specs_of, units_of
 from kvloom.errors import PlanError
-from kvloom.plan import Plan, Prefill, Provenance, Window
+from kvloom.plan import Fingerprint, Plan, Prefill, Provenance, Window
 from kvloom.signals import Profile
+
+SMALLEST = "the smallest plan of this profile's candidates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,7 @@ class Problem:
             PlanError: there is none, not even the cheapest candidates fit into it, or heads cannot decide by themselves
                 (see `units_of`).
         """
-        if budget is None:
-            raise PlanError(f"budget is missing: method {method!r} needs one, such as Budget.bits(3, 2048)")
+        budget = check_budget(budget, method)
         units = tuple(units_of(profile.table, budget, window, by_head))
         problem = cls(profile, budget, window, prefill, units, budget.total(profile.model))
         least = cheapest(problem.options)
@@ -90,11 +91,26 @@ class Problem:
             ),
         )
 
-    def too_small(self, least: int, reason: str = "the smallest plan of this profile's candidates") -> str:
+    def too_small(self, least: int, reason: str = SMALLEST) -> str:
         """Why a budget below `least` bytes cannot be met, and what to do."""
-        reach = self.budget.true_bits(least, self.profile.model)
-        return (
-            f"budget of {self.budget} is {self.capacity} bytes, and {reason} takes {least} bytes "
-            f"({reach:.4g} true bits): raise the budget, keep a smaller window, or profile with fewer bits among the "
-            "candidates"
-        )
+        return too_small(self.budget, self.profile.model, least, reason)
+
+
+def check_budget(budget: Budget | None, method: str) -> Budget:
+    """The budget of a method that needs one.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if budget is None:
+        raise PlanError(f"budget is missing: method {method!r} needs one, such as Budget.bits(3, 2048)")
+    return budget
+
+
+def too_small(budget: Budget, model: Fingerprint, least: int, reason: str = SMALLEST) -> str:
+    """Why a budget below `least` bytes cannot be met, and what to do."""
+    return (
+        f"budget of {budget} is {budget.total(model)} bytes, and {reason} takes {least} bytes "
+        f"({budget.true_bits(least, model):.4g} true bits): raise the budget, keep a smaller window, or profile with "
+        "fewer bits among the candidates"
+    )

@@ -30,12 +30,12 @@ def calibrate(
     import kvloom
 
     wanted = kvloom.Plan.load(plan)
-    loaded, windows, names = calibration(model, text, prompts, tokens, seed, device, dtype)
+    loaded, prompts_of, names = calibration(model, text, seed, device, dtype)
     with progress() as update:
         made = kvloom.calibrate(
             loaded,
             wanted,
-            windows,
+            prompts_of(prompts, tokens),
             rotate=rotate,
             texts=names,
             progress=lambda done, total, what: update(what, done, total),

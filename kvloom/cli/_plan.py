@@ -29,13 +29,16 @@ def plan(
     tokens: Tokens = "8K",
     batch: Annotated[int | None, typer.Option(help="Sequences that share --memory.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of tokens kept exactly; the profiled model's by default.")] = None,
-    method: Annotated[str, typer.Option(help="exact, greedy, kvq, kvtuner; kvmix takes no budget.")] = "exact",
+    method: Annotated[str, typer.Option(help="exact, greedy, joint, kvq, kvtuner; kvmix takes no budget.")] = "exact",
     prefill: Annotated[Literal["exact", "quantized"], typer.Option(help="What a prompt attends to.")] = "exact",
     equal_in: Annotated[int, typer.Option(help="Layers in a block that share their bits.")] = 1,
     pairs: Annotated[str | None, typer.Option(help="Bits a layer may have: K4V4,K4V2,...")] = None,
     max_layouts: Annotated[int | None, typer.Option(help="Different pairs of formats in the plan.")] = None,
     protect: Annotated[list[str] | None, typer.Option(help="Layers and their least bits: 0-1,29:8.")] = None,
     by_head: Annotated[bool, typer.Option("--by-head", help="Every KV head decides by itself.")] = False,
+    evict: Annotated[
+        str | None, typer.Option(help="Fewer tokens, too, where that loses less: auto, or a policy such as snapkv.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="What --max-kld is measured on.")] = None,
     windows: Windows = 8,
     window: Window = 2048,
@@ -51,7 +54,8 @@ def plan(
     budget = budget_of(bits, bytes_per_token, memory, tokens, batch, dtype)
     constraints = constraints_of(equal_in, pairs, max_layouts, protect)
     _check_goal(budget, max_kld, front, model)
-    how = _allocator(method, constraints, by_head, one_plan=max_kld is None and front is None)
+    one_plan = max_kld is None and front is None
+    how = _joint(method, evict, constraints, by_head, one_plan) or _allocator(method, constraints, by_head, one_plan)
     measured, length = Profile.load(profile), parse_tokens(tokens)
     curve = ExactFront(measured, length, 1, dtype, constraints, prefill=prefill, by_head=by_head)
     if front:
@@ -65,6 +69,19 @@ def plan(
     made.save(output)
     typer.echo(made.describe(length))
     typer.echo(f"wrote {output}")
+
+
+def _joint(method: str, evict: str | None, constraints: Constraints, by_head: bool, one_plan: bool) -> Allocator | None:
+    """The joint optimum of tokens and bits, if it is asked for; refuses what it has not."""
+    from kvloom.allocate import Exact, Joint
+
+    if method != Joint.name and evict is None:
+        return None
+    if method not in (Exact.name, Joint.name):
+        raise PlanError(f"--evict chooses tokens and bits together, which method {method!r} does not: leave one out")
+    if constraints or by_head or not one_plan:
+        raise PlanError("side constraints, --by-head, --max-kld and --front do not go with --evict: leave them out")
+    return Joint(evict or "auto")
 
 
 def _allocator(method: str, constraints: Constraints, by_head: bool, one_plan: bool) -> Allocator:

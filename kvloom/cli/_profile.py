@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, progress
+
+if TYPE_CHECKING:
+    from kvloom.plan import Evict
 
 
 def profile(
@@ -24,6 +27,11 @@ def profile(
         str | None, typer.Option(help="What predicts losses: error_gradient, or another of docs/signals.md.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Prompts in one forward pass; the numbers do not depend on it.")] = 1,
+    evict: Annotated[
+        str | None, typer.Option(help="Measure what keeping fewer tokens costs, too: auto, or a policy such as snapkv.")
+    ] = None,
+    evict_prompts: Annotated[int, typer.Option(help="Prompts that --evict measures on.")] = 8,
+    evict_tokens: Annotated[int, typer.Option(help="Tokens in each of them; 128 more follow.")] = 2048,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,
@@ -31,26 +39,62 @@ def profile(
 ) -> None:
     """Measure how much each layer's keys and values matter; a killed run goes on where it stopped."""
     from kvloom.plan import Fingerprint, Window
-    from kvloom.signals import DEFAULT_SIGNAL, compute_profile, default_specs, rotated_specs
+    from kvloom.signals import (
+        DEFAULT_SIGNAL,
+        FOLLOWING,
+        compute_eviction,
+        compute_profile,
+        default_specs,
+        rotated_specs,
+    )
 
-    loaded, windows, names = calibration(model, text, prompts, tokens, seed, device, dtype)
+    candidates = _candidates(evict)
+    loaded, prompts_of, names = calibration(model, text, seed, device, dtype)
     keys, values = default_specs(Fingerprint.of(loaded).head_dim)
     if rotated:
         keys, values = (plain + more for plain, more in zip((keys, values), rotated_specs(), strict=True))
+    window = Window(sinks=sinks, recent=recent)
     with progress() as update:
+
+        def report(done: int, total: int, what: str) -> None:
+            update(what, done, total)
+
         made = compute_profile(
             loaded,
-            windows,
+            prompts_of(prompts, tokens),
             key_specs=keys,
             value_specs=values,
             texts=names,
-            window=Window(sinks=sinks, recent=recent),
+            window=window,
             seed=seed,
             signal=signal or DEFAULT_SIGNAL,
             batch=batch,
             out=output,
-            progress=lambda done, total, what: update(what, done, total),
+            progress=report,
         )
+        if candidates:
+            longer = prompts_of(evict_prompts, evict_tokens + FOLLOWING)
+            made = made.with_eviction(
+                compute_eviction(
+                    loaded,
+                    longer,
+                    candidates=candidates,
+                    window=window,
+                    texts=names,
+                    seed=seed,
+                    out=output,
+                    progress=report,
+                )
+            )
     made.save(output)
-    layers = len(made.table.layers)
-    typer.echo(f"{layers} layers measured in {made.seconds:.0f} s\nwrote {output}")
+    layers, seconds = len(made.table.layers), made.seconds + (made.eviction.seconds if made.eviction else 0)
+    typer.echo(f"{layers} layers measured in {seconds:.0f} s\nwrote {output}")
+
+
+def _candidates(evict: str | None) -> list[Evict]:
+    """The evictions to measure; none unless asked for."""
+    from kvloom.signals import default_candidates
+
+    if evict is None:
+        return []
+    return default_candidates() if evict == "auto" else default_candidates([evict])

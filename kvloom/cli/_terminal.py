@@ -16,6 +16,8 @@ from kvloom.cli._processes import speaks
 from kvloom.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvloom import Plan
     from kvloom.bench import Table
 
@@ -143,14 +145,18 @@ def print_tables(made: list[Table]) -> None:
 
 
 def calibration(
-    model: str, text: list[str] | None, prompts: int, tokens: int, seed: int, device: str | None, dtype: str | None
-) -> tuple[Any, Any, list[str]]:
-    """A model, prompts ``[prompts, tokens]`` of calibration texts, and the texts' names."""
+    model: str, text: list[str] | None, seed: int, device: str | None, dtype: str | None
+) -> tuple[Any, Callable[[int, int], Tensor], list[str]]:
+    """A model, what makes so many prompts of so many tokens of calibration texts, and the texts' names."""
     from kvloom.assets import CALIBRATION, texts, token_windows
 
     sources = texts(text or CALIBRATION)
     loaded, tokenizer = load(model, device, dtype)
-    return loaded, token_windows(tokenizer, sources, tokens, prompts, seed), [source.name for source in sources]
+
+    def prompts_of(prompts: int, tokens: int) -> Tensor:
+        return token_windows(tokenizer, sources, tokens, prompts, seed)
+
+    return loaded, prompts_of, [source.name for source in sources]
 
 
 def meter(

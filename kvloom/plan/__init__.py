@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from kvloom.plan._bytes import calibrated_formats, full_pages, has_matrices, head_layouts, itemsize, shared_nbytes
+from kvloom.plan._bytes import (
+    calibrated_formats,
+    full_pages,
+    has_matrices,
+    head_layouts,
+    itemsize,
+    layer_nbytes,
+    room_of,
+    shared_nbytes,
+)
 from kvloom.plan._context import GPUS, longest_context
 from kvloom.plan._equal_bytes import evict_to_bytes
 from kvloom.plan._fingerprint import Fingerprint
@@ -59,12 +68,14 @@ __all__ = [
     "head_layouts",
     "import_plan",
     "itemsize",
+    "layer_nbytes",
     "longest_context",
     "parse_layers",
     "plan_schema",
     "preset",
     "presets",
     "readable_formats",
+    "room_of",
     "rotation_name",
     "shared_nbytes",
     "spend_bits",

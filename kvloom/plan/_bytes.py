@@ -45,7 +45,7 @@ def head_layouts(layer: LayerPlan, kv_heads: int, head_dim: int, size: int) -> t
     Raises:
         PlanError: A spec does not fit ``head_dim``.
     """
-    return _layouts(layer.model_dump_json(), kv_heads, head_dim, size)
+    return _layouts(layer.model_dump_json(exclude={"window", "evict"}), kv_heads, head_dim, size)
 
 
 def calibrated_formats(layouts: Iterable[PageLayout]) -> tuple[tuple[Role, Format], ...]:

@@ -16,7 +16,7 @@ from kvloom.pages import PASSTHROUGH_BITS, Role, codec_facts
 from kvloom.plan._bytes import head_layouts, itemsize, layer_nbytes, room_of
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._shard import local_entry, local_tensors
-from kvloom.plan._spec import GroupSize, HeadPlan, LayerPlan, PlanModel, TensorSpec, Window, format_layers
+from kvloom.plan._spec import Evict, GroupSize, HeadPlan, LayerPlan, PlanModel, TensorSpec, Window, format_layers
 from kvloom.plan._tensors import PlanTensors, rotation_name
 from kvloom.plan._validate import validated
 
@@ -170,15 +170,17 @@ class Plan(PlanModel):
         specs: Mapping[int, tuple[TensorSpec, TensorSpec]],
         *,
         window: Window | None = None,
+        evict: Mapping[int, Evict | None] | None = None,
         prefill: Prefill = "exact",
         provenance: Provenance | None = None,
     ) -> Plan:
         """Plan from layer -> (key, value) specs; layers with equal specs share an entry.
 
         For other specs than `uniform` offers in every layer: ``dict.fromkeys(model.packed_layers, (key, value))``.
+        Layers that ``evict`` does not name keep all tokens.
         """
         heads = {layer: [pair] * model.num_kv_heads for layer, pair in specs.items()}
-        return cls.from_head_specs(model, heads, window=window, prefill=prefill, provenance=provenance)
+        return cls.from_head_specs(model, heads, window=window, evict=evict, prefill=prefill, provenance=provenance)
 
     @classmethod
     def from_head_specs(
@@ -187,12 +189,14 @@ class Plan(PlanModel):
         specs: Mapping[int, Sequence[tuple[TensorSpec, TensorSpec]]],
         *,
         window: Window | None = None,
+        evict: Mapping[int, Evict | None] | None = None,
         prefill: Prefill = "exact",
         provenance: Provenance | None = None,
     ) -> Plan:
         """Plan from layer -> (key, value) specs of each of its KV heads; layers with equal specs share an entry.
 
         A layer's own specs are its commonest pair, among equals that of the first head; other heads say what differs.
+        Layers that ``evict`` does not name keep all tokens.
 
         Raises:
             PlanError: A layer has not one pair for each KV head of the model.
@@ -202,12 +206,16 @@ class Plan(PlanModel):
                 raise PlanError(
                     f"specs of layer {layer} are of {len(own)} KV heads: give a pair for each of {model.num_kv_heads}."
                 )
-        groups: dict[tuple[tuple[TensorSpec, TensorSpec], ...], list[int]] = {}
+        groups: list[tuple[dict[str, Any], list[int]]] = []
         for layer in sorted(specs):
-            groups.setdefault(tuple(specs[layer]), []).append(layer)
+            stored = {"evict": (evict or {}).get(layer), **_base_and_heads(specs[layer])}
+            same = next((layers for other, layers in groups if other == stored), None)
+            if same is None:
+                groups.append((stored, [layer]))
+            else:
+                same.append(layer)
         entries = [
-            {"layers": format_layers(layers), "window": window or Window(), **_base_and_heads(pairs)}
-            for pairs, layers in groups.items()
+            {"layers": format_layers(layers), "window": window or Window(), **stored} for stored, layers in groups
         ]
         return validated(
             cls,

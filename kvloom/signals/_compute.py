@@ -12,11 +12,12 @@ from torch import Tensor
 from kvloom.errors import DataError
 from kvloom.plan import Fingerprint, TensorSpec, Window
 from kvloom.signals._base import SIDES, Labels, LayerSignal, ModelSignal, Scores, Signal
+from kvloom.signals._calibration import Calibration
 from kvloom.signals._error_gradient import ErrorGradient
 from kvloom.signals._gradient_norm import WEIGHT_GRADIENT
 from kvloom.signals._measure import Meter
 from kvloom.signals._pieces import Pieces
-from kvloom.signals._profile import Calibration, GradientNorms, Profile
+from kvloom.signals._profile import GradientNorms, Profile
 from kvloom.signals._prompts import Prompts
 from kvloom.signals._registry import get
 from kvloom.signals._table import LossTable

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-_CODE = ("cache/_rope.py", "codecs", "pages", "plan", "signals")
+_CODE = ("cache/_rope.py", "codecs", "eviction", "pages", "plan", "signals")
 
 
 class Pieces:

@@ -11,30 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvloom.errors import DataError
 from kvloom.plan import Fingerprint
+from kvloom.signals._calibration import Calibration
+from kvloom.signals._eviction_table import EvictionTable
 from kvloom.signals._table import LossTable
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 _REMEDY = "make a new one with `kvloom profile MODEL -o profile.json`"
-
-
-class Calibration(BaseModel):
-    """What the model read while it was measured.
-
-    Attributes:
-        sha256: hash of the prompts' token ids, 64 hexadecimal digits.
-        texts: names of the texts, in order.
-        prompts: number of prompts.
-        tokens: tokens in each prompt.
-        seed: seed of the choice of prompts.
-    """
-
-    model_config = _STRICT
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    texts: list[str]
-    prompts: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    seed: int
 
 
 class GradientNorms(BaseModel):
@@ -66,6 +48,7 @@ class Profile(BaseModel):
         table: predicted loss of every candidate format.
         calibration: what the model read.
         seconds: time the measurement took.
+        eviction: predicted loss of keeping some tokens only; None if it was not measured.
     """
 
     model_config = _STRICT
@@ -76,17 +59,32 @@ class Profile(BaseModel):
     table: LossTable
     calibration: Calibration
     seconds: float = Field(ge=0)
+    eviction: EvictionTable | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
         if self.table.model != self.model:
             raise ValueError("table.model must equal model")
+        if self.eviction and (self.eviction.model, self.eviction.window) != (self.model, self.table.window):
+            raise ValueError("eviction.model and eviction.window must equal model and table.window")
         for name in ("key", "value", "key_spread", "value_spread") if self.gradient else ():
             if len(getattr(self.gradient, name)) != len(self.table.layers):
                 raise ValueError(
                     f"gradient.{name} must have {len(self.table.layers)} numbers, one for each packed layer"
                 )
         return self
+
+    def with_eviction(self, table: EvictionTable) -> Profile:
+        """The profile with an eviction table.
+
+        Raises:
+            DataError: the table is of another model or window.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        try:
+            return Profile(**{**fields, "eviction": table})
+        except ValidationError as error:
+            raise DataError(f"the eviction table is not of this profile: {_first(error)}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile as JSON; a crash never leaves half a file at `path`."""

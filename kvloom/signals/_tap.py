@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,17 @@ _EXACT_QUERIES = {"cpu": 64}
 _MANY_EXACT_QUERIES = 512
 """Elsewhere: a GPU works on small pieces faster than they can be launched."""
 
-_active: ContextVar[Tap | None] = ContextVar("kvloom_active_tap", default=None)
+_active: ContextVar[Attends | None] = ContextVar("kvloom_active_tap", default=None)
+
+
+class Attends(Protocol):
+    """What the tapped attention of a model goes through."""
+
+    def attend(self, layer: int | None, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Attention output of a grouped query, `[batch, kv_heads, group, tokens, head_dim]`, shaped like it."""
+
+
+A = TypeVar("A", bound=Attends)
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,7 @@ def _attention(
 
 
 @contextmanager
-def tapped(model: PreTrainedModel, tap: Tap) -> Iterator[Tap]:
+def tapped(model: PreTrainedModel, tap: A) -> Iterator[A]:
     """Sends the model's attention through the tap; the model is as before at the end.
 
     Raises:

@@ -22,12 +22,12 @@ class Same(Allocator):
 
 
 def test_methods_are_found_by_name():
-    assert allocators() == ("exact", "greedy", "kvmix", "kvq", "kvtuner")
+    assert allocators() == ("exact", "greedy", "joint", "kvmix", "kvq", "kvtuner")
     assert get("exact") is Exact
 
 
 def test_an_unknown_method_is_told_the_known_ones():
-    with pytest.raises(PlanError, match="method 'best' is unknown, choose one of exact, greedy, kvmix"):
+    with pytest.raises(PlanError, match="method 'best' is unknown, choose one of exact, greedy, joint, kvmix"):
         allocate(profile(), None, method="best")
 
 

@@ -35,6 +35,18 @@ def test_profile_then_plan(kvloom, fetched, tmp_path: Path):
     assert 3.3 < Plan.load(plan).true_bits(8192) <= 3.5
 
 
+def test_profile_with_evictions_then_plan_fewer_tokens(kvloom, fetched, tmp_path: Path):
+    profile, plan = tmp_path / "profile.json", tmp_path / "kv_plan.json"
+    words = ["--prompts", "1", "--tokens", "128", "--device", "cpu", "-o", profile]
+    words += ["--evict", "snapkv", "--evict-prompts", "1", "--evict-tokens", "320"]
+    done = kvloom("profile", MODEL, *words)
+    assert done.exit_code == 0, done.output
+    made = Profile.load(profile).eviction
+    assert (made.policies, made.prompt, made.calibration.tokens) == (("snapkv",), 320, 448)
+    assert kvloom("plan", profile, "--bits", "0.8", "--evict", "snapkv", "-o", plan).exit_code == 0
+    assert Plan.load(plan).true_bits(8192) <= 0.8
+
+
 def test_rotate_then_generate(kvloom, fetched, tmp_path: Path):
     preset, plan = tmp_path / "k2v2.json", tmp_path / "rotated.json"
     words = ["kvloom/K2V2", preset, "--model", MODEL, "--from", "preset"]

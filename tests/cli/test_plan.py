@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvloom import Fingerprint, Plan, Profile, TensorSpec
-from kvloom.signals import Calibration, GradientNorms, LossTable
+from kvloom.plan import Evict, Window
+from kvloom.signals import Calibration, EvictionTable, GradientNorms, LossTable
 
 MODEL = Fingerprint(
     architecture="LlamaForCausalLM",
@@ -41,7 +42,17 @@ def profile(tmp_path: Path) -> Path:
     norms = [1.0, 2.0, 3.0, 4.0]
     gradient = GradientNorms(key=norms, value=norms, key_spread=norms, value_spread=norms)
     calibration = Calibration(sha256="0" * 64, texts=["t"], prompts=1, tokens=8, seed=0)
-    made = Profile(model=MODEL, gradient=gradient, table=table, calibration=calibration, seconds=1)
+    evictions = EvictionTable(
+        model=MODEL,
+        window=Window(),
+        prompt=2048,
+        candidates=[Evict(policy=policy, budget=share) for policy in ("snapkv", "adakv") for share in (0.1, 0.5)],
+        loss=[[0.2 * 10.0**layer, 0.01 * 10.0**layer, 0.1 * 10.0**layer, 0.005 * 10.0**layer] for layer in range(4)],
+        spread=[[0.0] * 4] * 4,
+        calibration=calibration,
+        seconds=1,
+    )
+    made = Profile(model=MODEL, gradient=gradient, table=table, calibration=calibration, seconds=1, eviction=evictions)
     made.save(tmp_path / "profile.json")
     return tmp_path / "profile.json"
 
@@ -102,6 +113,46 @@ def test_mistakes_are_one_line(kvloom, profile: Path, target: Path, words: list[
     assert message in failed.stderr
     assert failed.stderr.count("\n") == 1
     assert not target.exists()
+
+
+def test_fewer_tokens_and_bits_together(kvloom, profile: Path, target: Path):
+    words = ["--memory", "2MiB", "--batch", "8", "--tokens", "2K", "-o", target]
+    assert kvloom("plan", profile, *words).exit_code == 2  # bits alone do not get there
+    done = kvloom("plan", profile, *words, "--evict", "auto")
+    assert done.exit_code == 0, done.output
+    plan = Plan.load(target)
+    assert plan.nbytes(8, 2048) <= 2 * 2**20
+    assert {plan.spec(i).evict.policy for i in range(4) if plan.spec(i).evict} == {"adakv"}
+    assert "adakv keeps" in done.stdout
+    kvloom("plan", profile, "--bits", "1.5", "--tokens", "2K", "-o", target, "--evict", "snapkv")
+    plan = Plan.load(target)
+    assert {plan.spec(i).evict.policy for i in range(4) if plan.spec(i).evict} == {"snapkv"}
+    assert plan.true_bits(2048) <= 1.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--evict", "h2o"], "no losses of policy 'h2o' (it has snapkv, adakv)"),
+        (["--evict", "auto", "--method", "greedy"], "method 'greedy' does not"),
+        (["--evict", "auto", "--by-head"], "--by-head"),
+        (["--method", "joint", "--equal-in", "2"], "side constraints"),
+        (["--evict", "auto", "--prefill", "quantized"], 'set prefill to "exact"'),
+    ],
+)
+def test_mistakes_of_fewer_tokens_are_one_line(kvloom, profile: Path, target: Path, words: list[str], message: str):
+    failed = kvloom("plan", profile, "--bits", "1", "--tokens", "2K", *words, "-o", target)
+    assert failed.exit_code == 2
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert not target.exists()
+
+
+def test_a_profile_without_evictions_says_how_to_measure_them(kvloom, profile: Path, target: Path):
+    Profile.load(profile).model_copy(update={"eviction": None}).save(profile)
+    failed = kvloom("plan", profile, "--bits", "1", "--evict", "auto", "-o", target)
+    assert failed.exit_code == 2
+    assert "kvloom profile MODEL --evict auto" in failed.stderr
 
 
 def test_show(kvloom, tmp_path: Path):

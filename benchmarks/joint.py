@@ -1,0 +1,258 @@
+"""The table of docs/eviction.md: plans of tokens and bits together beside every policy with uniform bits.
+
+    kvloom profile smollm2-135m --rotated --evict auto -o profile.json
+    python -m benchmarks.joint --profile profile.json               # scores all; resumable
+    python -m benchmarks.joint --profile profile.json --share 2/8   # every eighth of them from the second on
+    python -m benchmarks.joint --readme                             # the table, from the results of all shares
+
+The grid is that of `benchmarks/tokens_or_bits.py`, each of its policies with each of its formats and those of 3 bits
+too, at 5 % and 12.5 % of the bytes of a prompt's uncompressed 16-bit cache. Joint plans have at most the same bytes:
+every layer may take any of the profile's policies (`joint, auto`), or all that evict take one of them. Scores are KL
+divergence of the tokens decoded after the prompt, one by one, and needles in prompts of the same length. The best grid
+point is the one of the least divergence on the very tokens that it is compared on, which favours it.
+
+Each share writes `<out>/share-2-of-8.jsonl`, finished pieces beside it. `--readme` scores nothing: it writes the table
+between two markers, and the records it is made of to `benchmarks/joint.jsonl` (a test holds the page to them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.methods import FOLDER, comparable, insert, interval, of_share, printed, scoring_options, share_file
+from benchmarks.tokens_or_bits import (
+    DENSE,
+    DTYPE,
+    FORMATS,
+    LEAST_TOKENS,
+    PAGE,
+    POLICIES,
+    PROMPT,
+    SCORED,
+    SEEDS,
+    WINDOWS,
+    in_window,
+)
+from kvloom.allocate import Budget, Joint, allocate
+from kvloom.assets import EVALUATION, MODEL_NAME, load_model, texts, token_windows
+from kvloom.errors import DataError
+from kvloom.evaluate import (
+    Contestant,
+    Protocol,
+    Record,
+    dense_contestant,
+    fidelity,
+    needle,
+    needle_cases,
+    paired_difference,
+    plan_contestant,
+)
+from kvloom.plan import Fingerprint, Plan, evict_to_bytes, preset
+from kvloom.report import load_records, render_text
+from kvloom.signals import Profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BUDGETS = (0.05, 0.125)
+"""Shares of the uncompressed bytes."""
+
+GRID: Mapping[str, Callable[[Fingerprint], Plan]] = {
+    **FORMATS,
+    "K3V3": partial(Plan.uniform, key_bits=3, value_bits=3),
+    "kvloom/K3V3": partial(preset, "kvloom/K3V3"),
+}
+
+SCRIPT = "benchmarks/joint.py"
+RESULTS = FOLDER / "results" / "joint"
+KEPT = FOLDER / "joint.jsonl"
+BEGIN, END = f"<!-- joint: written by {SCRIPT} --readme -->", "<!-- /joint -->"
+UNMEASURED = (
+    "Not measured yet: `python -m benchmarks.joint --profile profile.json`, then `--readme`, puts the table here."
+)
+
+
+def grid_name(policy: str, budget: float, stored: str) -> str:
+    """Name of a grid point."""
+    return f"{policy}, {100 * budget:g} %, {stored}"
+
+
+def joint_name(policy: str, budget: float) -> str:
+    """Name of a joint plan."""
+    return f"joint, {100 * budget:g} %, {policy}"
+
+
+def grid(model: Fingerprint, prompt: int) -> dict[str, Plan]:
+    """Every policy with every format at every budget.
+
+    Raises:
+        PlanError: a budget is too small for what a policy never evicts.
+    """
+    return {
+        grid_name(kept.policy, budget, stored): evict_to_bytes(
+            in_window(make(model), kept.window),
+            kept.policy,
+            int(budget * prompt),
+            parameters=kept.parameters,
+            dtype=DTYPE,
+            tokens=prompt,
+        )
+        for budget in BUDGETS
+        for kept in POLICIES
+        for stored, make in GRID.items()
+    }
+
+
+def joint(profile: Profile, prompt: int) -> dict[str, Plan]:
+    """The joint plan of every budget and policy, and of all policies.
+
+    Raises:
+        PlanError: the profile has no losses of evictions.
+    """
+    model = profile.model
+    row = 2 * len(model.packed_layers) * model.num_kv_heads * model.head_dim * 2
+    policies = ("auto", *(profile.eviction.policies if profile.eviction else ()))
+    return {
+        joint_name(policy, budget): allocate(
+            profile, Budget.memory(int(budget * prompt) * row, 1, prompt, DTYPE), method=Joint(policy)
+        )
+        for budget in BUDGETS
+        for policy in policies
+    }
+
+
+def contestants(model: PreTrainedModel, profile: Profile, prompt: int) -> list[Contestant]:
+    """The uncompressed cache, joint plans and the grid."""
+    own = [
+        plan_contestant(plan, model, name=name, method=method, prefill="exact")
+        for method, plans in (("joint", joint(profile, prompt)), ("grid", grid(Fingerprint.of(model), prompt)))
+        for name, plan in plans.items()
+    ]
+    return [dense_contestant(model), *own]
+
+
+def score(asked: argparse.Namespace) -> None:
+    """Score a share, in float32 on any device."""
+    if asked.profile is None:
+        raise DataError("joint plans are made of a profile: give --profile.")
+    model, tokenizer = load_model(MODEL_NAME, device=asked.device, dtype="float32")
+    read, prompt = texts(EVALUATION), asked.window - SCORED - 1
+    own = of_share(contestants(model, Profile.load(asked.profile), prompt), asked.share)
+    shared: dict[str, Any] = {"out": share_file(asked), "progress": printed()}
+    records = fidelity(
+        model,
+        token_windows(tokenizer, read, asked.window, asked.windows, seed=0),
+        own,
+        protocol=Protocol(chunk=1, unscored=prompt, prompt=True),
+        texts=EVALUATION,
+        batch=asked.batch,
+        **shared,
+    )
+    haystack = "\n".join(text.content for text in read)
+    records += needle(model, tokenizer, haystack, own, cases=needle_cases([prompt], seeds=SEEDS), **shared)
+    print(render_text(records))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Records by name: of divergence, and of needles in the same prompts."""
+
+    scores: Mapping[str, Record]
+    needles: Mapping[str, Record]
+
+    @classmethod
+    def load(cls, results: Path) -> Results:
+        """The newest results and those that compare with them.
+
+        Raises:
+            DataError: see `comparable`; or a contestant's needles are missing.
+        """
+        needed = [joint_name("auto", budget) for budget in BUDGETS]
+        needed += [grid_name(kept.policy, budget, stored) for budget in BUDGETS for kept in POLICIES for stored in GRID]
+        scores = comparable(results, (DENSE, *needed), SCRIPT, LEAST_TOKENS)
+        same = {key: scores[DENSE][key] for key in ("model", "device", "dtype")}
+        asked = [it for it in load_records(results) if it["kind"] == "needle" and same.items() <= it.items()]
+        needles = {it["name"]: it for it in sorted(asked, key=lambda record: str(record["when"]))}
+        if missing := sorted(scores.keys() - needles.keys()):
+            raise DataError(f"{results} has no needles of {missing[0]}: run {SCRIPT} to its end.")
+        return cls(scores, needles)
+
+    def best(self, budget: float) -> Record:
+        """The grid point of the least divergence."""
+        names = [grid_name(kept.policy, budget, stored) for kept in POLICIES for stored in GRID]
+        return min((self.scores[name] for name in names), key=lambda record: float(record["kld"]["value"]))
+
+    def joint(self, budget: float) -> list[Record]:
+        """Joint plans, `auto` first."""
+        first, rest = joint_name("auto", budget), joint_name("", budget)
+        others = [record for name, record in self.scores.items() if name.startswith(rest) and name != first]
+        return [self.scores[first], *sorted(others, key=lambda record: str(record["name"]))]
+
+
+def body(found: Results) -> str:
+    """The table, and what must be known to read it."""
+    lines = [
+        "| bytes | plan | KLD [95 %] | ratio to the best grid point [95 %] | needles |",
+        "|---|---|---|---|---|",
+    ]
+    for budget in BUDGETS:
+        best = found.best(budget)
+        for record in (best, *found.joint(budget)):
+            ratio = "" if record is best else interval(paired_difference(record, best)["ratio"], ".2f")
+            hits, said = found.needles[record["name"]], record["name"].replace(f" {100 * budget:g} %,", "")
+            name = f"{'best of the grid: ' * (record is best)}{said}"
+            kld = interval(record["kld"], "#.3g")
+            lines.append(f"| {100 * budget:g} % | {name} | {kld} | {ratio} | {hits['found']}/{hits['total']} |")
+    return "\n".join([*lines, "", _legend(found)])
+
+
+def _legend(found: Results) -> str:
+    record, asked = found.scores[DENSE], found.needles[DENSE]
+    said = (
+        f"{record['model']}, {record['dtype']}, device: {record['device']}. Bytes at most, as a share of the "
+        f"uncompressed 16-bit cache of a prompt of {record['prompt']:,} tokens, all that is resident counted. KL "
+        f"divergence from the uncompressed cache, in nats a token, of {record['scored_tokens']:,} tokens decoded after "
+        f"the prompts of {record['windows']} windows of real text; ratios are on the same draws of tokens. The best "
+        f"grid point is the least of {len(POLICIES) * len(GRID)} at each budget on these very tokens. Needles in "
+        f"prompts of the same length, of which the uncompressed cache finds {asked['found']} of {asked['total']}."
+    )
+    return fill(said, 120, break_on_hyphens=False)
+
+
+def write_page(results: Path, page: Path = PAGE, kept: Path = KEPT) -> None:
+    """Write the table between the markers, and keep what it is made of.
+
+    Raises:
+        DataError: see `Results.load` and `between`.
+    """
+    found = Results.load(results)
+    insert(page, body(found), BEGIN, END)
+    records = [{**it, "layers": None} for it in found.scores.values()]
+    records += [{key: value for key, value in it.items() if key != "cases"} for it in found.needles.values()]
+    kept.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def main() -> None:
+    """Score a share, or write the page."""
+    parser = scoring_options(__doc__.split("\n")[0], RESULTS)
+    parser.add_argument("--profile", type=Path, help="made with --evict; what joint plans are made of")
+    parser.set_defaults(windows=WINDOWS, window=PROMPT + SCORED + 1)
+    asked = parser.parse_args()
+    try:
+        if asked.readme:
+            write_page(asked.out)
+        else:
+            score(asked)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
