@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quanto": ("optimum.quanto", "ninja"),
     "search": ("optuna", "scipy"),
     "tasks": ("rouge_score", "wonderwords", "pyarrow"),
+    "vllm": ("vllm",),
 }
 """Extra of pyproject.toml -> the modules it brings."""
 

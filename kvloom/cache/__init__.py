@@ -8,6 +8,7 @@ from kvloom.cache._evicting import EvictingLayer
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
+from kvloom.cache._rotation import SideRotation, side_rotation, turned
 from kvloom.cache._static import fixed_nbytes
 
 __all__ = [
@@ -18,10 +19,13 @@ __all__ = [
     "LoomCache",
     "LoomLayer",
     "Rope",
+    "SideRotation",
     "disable",
     "enable",
     "fixed_nbytes",
     "loom_attention",
     "reads_pages",
     "rope_of",
+    "side_rotation",
+    "turned",
 ]
