@@ -1,43 +1,36 @@
 """vLLM serves a plan: a packed paged cache whose layers differ, and batching, prefix sharing and preemption by vLLM.
 
-``kv_plan.json`` lies beside the model's ``config.json``::
-
-    vllm serve MODEL --quantization kvloom
-
-or anywhere else, also for a model of the hub::
-
     vllm serve MODEL --hf-overrides '{"quantization_config": {"quant_method": "kvloom", "plan": "kv_plan.json"}}'
 
 vLLM finds `register` by its entry point ``vllm.general_plugins``; nothing of vLLM is patched, and models served without
-a plan are not touched. (Weights that are quantised take the same slot of vLLM, so their checkpoints are refused.)
+a plan are not touched. Weights stay as they are; checkpoints of quantised weights need the same slot of vLLM and cannot
+be served. The plan's file is kept outside the model's folder, where vLLM takes every safetensors file for weights.
 
 **Blocks are pages.** A block of vLLM is one page of every layer: the records of `kvloom.pages`, in each layer as many
-bytes as its entry says. The cache has the memory that vLLM gives it divided by `block_nbytes` blocks.
+bytes as its entry says. The memory that vLLM gives its cache is so many times `block_nbytes`.
 
 **The exact tail lies in blocks, too.** The tokens of a page that is not full are exact, as in `kvloom.LoomCache`, and
-take more bytes than a block of packed ones. A sequence therefore owns some blocks more than its tokens need
-(`spare_blocks`): its exact tokens start in the block that will hold their page and go on in those that follow. When
-the page is full it is packed over their first bytes, and the next page's exact tokens start one block later. All bytes
-are thus counted and given out by vLLM, and a sequence finds everything it has by its block table: requests that are
-preempted or aborted leave nothing behind, those that resume start from blocks of their own, and prefixes are shared in
-whole blocks, which hold nothing but full pages.
+take more bytes than packed ones. A sequence therefore owns some blocks more than its tokens count for (`spare_blocks`):
+its exact tokens start in the block that will hold their page and go on in those that follow. A full page is packed over
+the first of them, and the exact tokens of the next one start a block later. So all bytes are counted and given out by
+vLLM, and the block table of a sequence leads to everything it has: requests that are preempted or aborted leave nothing
+behind, those that resume have blocks of their own, and prefixes are shared in blocks that hold nothing but full pages.
 
-**Sinks** lie, exact, in the first block of a sequence, and page ``p`` then in block ``p + 1``, since it is full some
-tokens after block ``p``. A shared prefix of ``n`` blocks so ends at the last page that is full within it, which is up to
-63 tokens earlier (page boundaries lie ``sinks`` tokens after those of blocks); vLLM copies the last block, and the
-request computes those tokens again. Other requests find a prefix one step after it was computed.
+**Sinks** lie, exact, in the first block of a sequence, and page ``p`` in block ``p + 1``, which has some tokens when the
+page is full. A prefix of ``n`` shared blocks so ends at the last page that is full within it, up to 63 tokens earlier
+than the blocks; vLLM copies the last block, and the request computes those tokens again. A prefix is found by other
+requests one step after it was computed.
 
 **Prefill.** The tokens that vLLM gives to one pass read each other as the plan's ``prefill`` says, and earlier ones as
-stored. With ``"exact"`` a prompt that is cut by chunked prefill, or begins with a shared prefix, therefore reads what came
-before packed, where a whole one reads it exactly; with ``"quantized"`` results do not depend on it, but for the rounding of
-the model's own sums.
+stored. With ``"exact"`` a prompt that vLLM cuts, or that begins with a shared prefix, therefore reads the earlier part
+packed, where a whole one reads it exactly; with ``"quantized"`` only the rounding of the model's own sums differs.
 
-**Refused at start-up**, in one sentence: plans that evict, keep a window of recent tokens, pack keys before RoPE, or have
-layers of different page sizes or sinks; models with other than full-attention layers, whose blocks vLLM would pad to the
-widest; tensor and context parallelism, speculative decoding, KV transfer.
+**Refused at start-up**, in one sentence: plans that evict, keep a window of recent tokens, pack keys before RoPE, or
+whose layers differ in sinks or in the tokens of a page; models with other than full-attention layers, whose blocks vLLM
+would pad to the widest; tensor and context parallelism, speculative decoding, KV transfer.
 
-Sequences are read one after the other by the kernels of `kvloom.kernels`: on a CPU that is what is tested here. Kernels
-that read a batch through vLLM's block table on a GPU are not connected yet.
+Sequences are read one after the other, by the kernels of `kvloom.kernels` for their device; tests run on a CPU. Kernels
+that read a whole batch through vLLM's block table on a GPU are not connected.
 """
 
 from __future__ import annotations
@@ -49,7 +42,7 @@ __all__ = ["block_layouts", "block_nbytes", "register", "spare_blocks"]
 
 
 def register() -> None:
-    """Make ``--quantization kvloom`` known to vLLM, which calls this in each of its processes.
+    """Make the quantisation method ``kvloom`` known to vLLM, which calls this in each of its processes.
 
     Raises:
         MissingExtraError: vLLM is not installed.

@@ -58,7 +58,7 @@ class KvloomBackend(AttentionBackend):  # type: ignore[misc]
     spare_blocks: ClassVar[int]
 
     @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int]:
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int]:  # noqa: ARG003 (vLLM's)
         """Tokens in a block."""
         return [cls.layout.page_tokens]
 

@@ -1,9 +1,8 @@
-"""The door: ``--quantization kvloom`` reads a plan, refuses what cannot be served, and gives layers their backends."""
+"""The door: vLLM's quantisation method ``kvloom`` reads a plan, refuses what cannot be served, and equips layers."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,20 +20,26 @@ from kvloom.integrations.vllm._layout import block_layouts, spare_blocks
 from kvloom.pages import Role
 from kvloom.plan import Fingerprint, Plan
 
-PLAN_FILE = "kv_plan.json"
-
 
 class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
     """A plan as vLLM's quantisation configuration: weights stay as they are, the cache is packed.
 
     Args:
-        path: The plan's file; None for ``kv_plan.json`` in the model's folder.
+        path: The plan's file.
+
+    Raises:
+        PlanError: There is none.
     """
 
     plan: Plan
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None = None) -> None:
         super().__init__()
+        if path is None:
+            raise PlanError(
+                """quantization kvloom has no plan: name its file by --hf-overrides '{"quantization_config": """
+                """{"quant_method": "kvloom", "plan": "kv_plan.json"}}'."""
+            )
         self.path = path
 
     def get_name(self) -> str:
@@ -52,12 +57,12 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """The plan's file in the model's folder."""
-        return [PLAN_FILE]
+        """None: vLLM takes every safetensors file of a model's folder for weights, so plans are kept elsewhere."""
+        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> KvloomConfig:
-        """From ``quantization_config`` of the model's config (or ``--hf-overrides``), or from the plan's file."""
+        """From ``quantization_config`` of the model's config or of ``--hf-overrides``."""
         return cls(config.get("plan"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -67,20 +72,14 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
             PlanError: The plan cannot be read, or not be served.
             ModelError: It is another model's, or the model cannot be served.
         """
-        path = Path(model_name) / PLAN_FILE if self.path is None else Path(self.path)
-        if not path.is_file():
-            raise PlanError(
-                f"there is no plan {path}: put {PLAN_FILE} into the model's folder, or name its file by --hf-overrides "
-                """'{"quantization_config": {"quant_method": "kvloom", "plan": "FILE"}}'."""
-            )
-        plan = Plan.load(path)
+        plan = Plan.load(self.path)
         model = Fingerprint.of(hf_config)
         plan.model.check(model)
         if len(model.packed_layers) < model.num_layers:
             raise ModelError(
                 f"{len(model.packed_layers)} of the {model.num_layers} layers of {model.architecture} have full "
-                "attention, and vLLM pads the blocks of such models to the widest layer, so that packing saves nothing: "
-                "use transformers with kvloom.LoomCache."
+                "attention, and vLLM pads the blocks of such models to the widest layer, so that packing saves nothing: use "
+                "transformers with kvloom.LoomCache."
             )
         block_layouts(plan, model.dtype)
         for name in plan.codecs:
@@ -130,8 +129,10 @@ def _refuse_engine(config: VllmConfig, page_tokens: int) -> None:
     }
     for option, is_asked in refused.items():
         if is_asked:
-            raise ModelError(f"{option} does not go with --quantization kvloom, whose plan decides what a block of "
-                f"{page_tokens} tokens holds: leave it out.")
+            raise ModelError(
+                f"{option} does not go with quantization kvloom, whose plan decides what a block of "
+                f"{page_tokens} tokens holds: leave it out."
+            )
 
 
 def _refuse_attention(layer: Attention, index: int) -> None:
