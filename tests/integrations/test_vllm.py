@@ -11,13 +11,15 @@ import pytest
 import torch
 import transformers
 
-from kvloom.cache import LoomCache, enable
-from kvloom.plan import Evict, Fingerprint, LayerPlan, Plan, PlanTensors, TensorSpec, Window, rotation_name
+from kvloom.assets import model_dir
+from kvloom.cache import LoomCache, disable, enable
+from kvloom.plan import Evict, Fingerprint, LayerPlan, Plan, PlanTensors, TensorSpec, Window, preset, rotation_name
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: run `make test-vllm`")
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, but for one test
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
@@ -127,6 +129,7 @@ def expected(model, plan, ids, tokens):
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
+        eos_token_id=None,
     )
     return out[0, len(ids) :].tolist()
 
@@ -147,6 +150,20 @@ def test_calibrated_rotations_are_applied(tiny):
     plan = save(tiny, {**MIXED, 0: turned}, tensors=tensors)
     ids = prompt(100, 0)
     assert served(LLM(**options(tiny[1])), [ids], 40) == [expected(tiny[0], plan, ids, 40)]
+
+
+def test_tokens_of_a_real_model_are_those_of_transformers(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    plan = preset("kvloom/K4V4", model)
+    plan.save(plan_file(tmp_path))
+    texts = ["The printing press", "Write a story about a robot who learns to paint. " * 8]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    engine = LLM(**options(tmp_path, model=str(model_dir()), kv_cache_memory_bytes=64 << 20))
+    got = served(engine, prompts, 24)
+    enable(model)
+    wanted = [expected(model, plan, ids, 24) for ids in prompts]
+    disable(model)
+    assert got == wanted
 
 
 def test_tokens_depend_on_what_is_stored(tiny):
@@ -171,7 +188,7 @@ def test_many_requests_with_shared_prefixes_get_the_tokens_they_get_alone(tiny, 
     save(tiny, MIXED, window=Window(sinks=sinks), prefill="quantized")
     prefixes = [prompt(tokens, seed) for seed, tokens in enumerate((64, 128, 150, 200))]
     prompts = [prefixes[n % 4] + prompt((45, 45, 25, 40)[n % 4] + n % 16, 100 + n) for n in range(64)]
-    new = [22 + n % 30 for n in range(64)]  # so that nearly every request fills a block
+    new = [24 + n % 10 for n in range(64)]  # so that nearly every request fills a block
     aborted = set(range(3, 64, 5))
 
     alone = LLM(**options(tiny[1], enable_prefix_caching=False, max_num_seqs=1))

@@ -16,10 +16,10 @@ the first of them, and the exact tokens of the next one start a block later. So 
 vLLM, and the block table of a sequence leads to everything it has: requests that are preempted or aborted leave nothing
 behind, those that resume have blocks of their own, and prefixes are shared in blocks that hold nothing but full pages.
 
-**Sinks** lie, exact, in the first block of a sequence, and page ``p`` in block ``p + 1``, which has some tokens when the
-page is full. A prefix of ``n`` shared blocks so ends at the last page that is full within it, up to 63 tokens earlier
-than the blocks; vLLM copies the last block, and the request computes those tokens again. A prefix is found by other
-requests one step after it was computed.
+**Sinks** lie, exact, in the first block of a sequence, and page ``p`` in block ``p + 1``, which has some tokens when
+the page is full. A prefix of ``n`` shared blocks so ends at the last page that is full within it, less than a page
+before the blocks do; vLLM copies the last block, and the request computes those tokens again. A prefix is found by
+other requests one step after it was computed.
 
 **Prefill.** The tokens that vLLM gives to one pass read each other as the plan's ``prefill`` says, and earlier ones as
 stored. With ``"exact"`` a prompt that vLLM cuts, or that begins with a shared prefix, therefore reads the earlier part

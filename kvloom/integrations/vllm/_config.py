@@ -78,7 +78,7 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
         if len(model.packed_layers) < model.num_layers:
             raise ModelError(
                 f"{len(model.packed_layers)} of the {model.num_layers} layers of {model.architecture} have full "
-                "attention, and vLLM pads the blocks of such models to the widest layer, so that packing saves nothing: use "
+                "attention, and vLLM pads the blocks of such a model to its widest layer, which saves nothing: use "
                 "transformers with kvloom.LoomCache."
             )
         block_layouts(plan, model.dtype)

@@ -79,6 +79,10 @@ class BlockLayout:
             start += len(own) * layout.nbytes
         return tuple(found)
 
+    def full_pages(self, tokens: int) -> int:
+        """Pages that ``tokens`` tokens fill."""
+        return max(0, tokens - self.sinks) // self.page_tokens
+
 
 def block_layouts(plan: Plan, dtype: object) -> dict[int, BlockLayout]:
     """Layouts by layer.

@@ -9,7 +9,7 @@ import torch
 from kvloom import kernels
 from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.pages import ExactKV, HeadPages, PagedKV
-from kvloom.plan import Prefill, Window, full_pages
+from kvloom.plan import Prefill
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sequence:
             The exact tokens after the pages that were full before: the tail that the new tokens are to read.
         """
         layout, length = self.layout, computed + key.shape[2]
-        before, after = self._pages(computed), self._pages(length)
+        before, after = layout.full_pages(computed), layout.full_pages(length)
         missing = max(0, min(length, layout.sinks) - computed)
         self._write(0, min(computed, layout.sinks), _rows(key[:, :, :missing], value[:, :, :missing]))
         new = ExactKV(key[:, :, missing:], value[:, :, missing:])
@@ -62,7 +62,7 @@ class Sequence:
             length: Tokens, this pass's own included.
             prefill: See `kvloom.Plan`.
         """
-        visible = torch.full((length - computed,), self._pages(computed))
+        visible = torch.full((length - computed,), self.layout.full_pages(computed))
         if prefill == "quantized":
             visible = (torch.arange(computed, length) - self.layout.sinks).clamp(min=0) // self.layout.page_tokens
         pages = int(visible[-1])
@@ -75,9 +75,6 @@ class Sequence:
             pages,
             visible.to(self.storage.device),
         )
-
-    def _pages(self, tokens: int) -> int:
-        return full_pages(Window(sinks=self.layout.sinks), tokens, self.layout.page_tokens)
 
     def _pack(self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> None:
         blocks = self._blocks(first, stop)
