@@ -184,6 +184,13 @@ def test_the_cache_has_the_tokens_of_the_byte_arithmetic(tiny):
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
+def test_a_prefix_may_be_shared_in_the_pass_that_computes_it(tiny, sinks):
+    plan = save(tiny, MIXED, window=Window(sinks=sinks), prefill="quantized")
+    prompts = [prompt(200, 0) + prompt(9 + n, 1 + n) for n in range(4)]
+    assert served(LLM(**options(tiny[1])), prompts, 16) == [expected(tiny[0], plan, ids, 16) for ids in prompts]
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
 def test_many_requests_with_shared_prefixes_get_the_tokens_they_get_alone(tiny, sinks):
     save(tiny, MIXED, window=Window(sinks=sinks), prefill="quantized")
     prefixes = [prompt(tokens, seed) for seed, tokens in enumerate((64, 128, 150, 200))]
