@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
+VLLM := .venv-vllm
 
 # Workers of the test run; each one computes on a single thread.
 JOBS ?= 2
 PYTEST := env OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup assets demo test lint test-oldest clean
+.PHONY: setup assets demo test lint test-oldest test-vllm clean
 
 setup: .venv/ready
 
@@ -48,5 +49,15 @@ $(OLDEST)/ready: pyproject.toml constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[test]'
 	touch $@
 
+# vLLM asks for another transformers and for one torch; a processor is enough.
+test-vllm: $(VLLM)/ready assets
+	env OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py
+
+$(VLLM)/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST)
+	rm -rf .venv $(OLDEST) $(VLLM)

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "search": ("optuna", "scipy"),
     "serve": ("httpx2",),
     "tasks": ("rouge_score", "wonderwords", "pyarrow"),
+    "vllm": ("vllm",),
 }
 """Extra of pyproject.toml -> the modules it brings."""
 

@@ -53,7 +53,8 @@ def test_extras_are_those_of_pyproject():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = declared["optional-dependencies"]
     assert set(_extras.EXTRAS) == set(optional) - {"all", "test", "dev"}
-    assert optional["all"] == [f"kvloom[{','.join(_extras.EXTRAS)}]"]
+    together = [extra for extra in _extras.EXTRAS if extra != "vllm"]  # which asks for a torch of its own
+    assert optional["all"] == [f"kvloom[{','.join(together)}]"]
     for extra, modules in _extras.EXTRAS.items():
         packages = {re.split(r"[\[<>=]", requirement)[0] for requirement in optional[extra]}
         assert packages == {re.sub(r"[._]", "-", module) for module in modules}
@@ -94,3 +95,4 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path):
     assert "kvloom/py.typed" in inside
     assert "kvloom = kvloom.cli:main" in scripts
     assert "[lm_eval.models]\nkvloom = kvloom.integrations.lm_eval:KvloomLM" in scripts
+    assert "[vllm.general_plugins]\nkvloom = kvloom.integrations.vllm:register" in scripts

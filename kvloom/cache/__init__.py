@@ -10,6 +10,7 @@ from kvloom.cache._fixed_bytes import fixed_nbytes
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
+from kvloom.cache._rotation import SideRotation, side_rotation, turned
 from kvloom.cache._shard import Shard, local_shape, shard_of
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LoomLayer",
     "Rope",
     "Shard",
+    "SideRotation",
     "disable",
     "enable",
     "fixed_nbytes",
@@ -30,4 +32,6 @@ __all__ = [
     "reads_pages",
     "rope_of",
     "shard_of",
+    "side_rotation",
+    "turned",
 ]

@@ -1,0 +1,54 @@
+"""vLLM serves a plan: a packed paged cache whose layers differ, and batching, prefix sharing and preemption by vLLM.
+
+    vllm serve MODEL --hf-overrides '{"quantization_config": {"quant_method": "kvloom", "plan": "kv_plan.json"}}'
+
+vLLM finds `register` by its entry point ``vllm.general_plugins``; nothing of vLLM is patched, and models served without
+a plan are not touched. Weights stay as they are; checkpoints of quantised weights need the same slot of vLLM and cannot
+be served. The plan's file is kept outside the model's folder, where vLLM takes every safetensors file for weights.
+
+**Blocks are pages.** A block of vLLM is one page of every layer: the records of `kvloom.pages`, in each layer as many
+bytes as its entry says. The memory that vLLM gives its cache is so many times `block_nbytes`.
+
+**The exact tail lies in blocks, too.** The tokens of a page that is not full are exact, as in `kvloom.LoomCache`, and
+take more bytes than packed ones. A sequence therefore owns some blocks more than its tokens count for (`spare_blocks`):
+its exact tokens start in the block that will hold their page and go on in those that follow. A full page is packed over
+the first of them, and the exact tokens of the next one start a block later. So all bytes are counted and given out by
+vLLM, and the block table of a sequence leads to everything it has: requests that are preempted or aborted leave nothing
+behind, those that resume have blocks of their own, and prefixes are shared in blocks that hold nothing but full pages.
+
+**Sinks** lie, exact, in the first block of a sequence, and page ``p`` in block ``p + 1``, which has some tokens when
+the page is full. A prefix of ``n`` shared blocks so ends at the last page that is full within it, less than a page
+before the blocks do; vLLM copies the last block, and the request computes those tokens again. A prefix is found by
+other requests one step after it was computed.
+
+**Prefill.** The tokens that vLLM gives to one pass read each other as the plan's ``prefill`` says, and earlier ones as
+stored. With ``"exact"`` a prompt that vLLM cuts, or that begins with a shared prefix, therefore reads the earlier part
+packed, where a whole one reads it exactly; with ``"quantized"`` only the rounding of the model's own sums differs.
+
+**Refused at start-up**, in one sentence: plans that evict, keep a window of recent tokens, pack keys before RoPE, or
+whose layers differ in sinks or in the tokens of a page; models with other than full-attention layers, whose blocks vLLM
+would pad to the widest; tensor and context parallelism, speculative decoding, KV transfer.
+
+Sequences are read one after the other, by the kernels of `kvloom.kernels` for their device; tests run on a CPU. Kernels
+that read a whole batch through vLLM's block table on a GPU are not connected.
+"""
+
+from __future__ import annotations
+
+from kvloom._extras import require
+from kvloom.integrations.vllm._layout import block_layouts, block_nbytes, spare_blocks
+
+__all__ = ["block_layouts", "block_nbytes", "register", "spare_blocks"]
+
+
+def register() -> None:
+    """Make the quantisation method ``kvloom`` known to vLLM, which calls this in each of its processes.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+    """
+    require("vllm", "kvloom.integrations.vllm")
+    from kvloom.integrations.vllm import _config, _spec
+
+    _spec.register()
+    _config.register()

@@ -1,0 +1,154 @@
+"""The door: vLLM's quantisation method ``kvloom`` reads a plan, refuses what cannot be served, and equips layers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+
+from kvloom import codecs
+from kvloom.errors import ModelError, PlanError
+from kvloom.integrations.vllm._backend import KvloomImpl, backend_of
+from kvloom.integrations.vllm._layout import block_layouts, spare_blocks
+from kvloom.pages import Role
+from kvloom.plan import Fingerprint, Plan
+
+
+class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
+    """A plan as vLLM's quantisation configuration: weights stay as they are, the cache is packed.
+
+    Args:
+        path: The plan's file.
+
+    Raises:
+        PlanError: There is none.
+    """
+
+    plan: Plan
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        if path is None:
+            raise PlanError(
+                """quantization kvloom has no plan: name its file by --hf-overrides '{"quantization_config": """
+                """{"quant_method": "kvloom", "plan": "kv_plan.json"}}'."""
+            )
+        self.path = path
+
+    def get_name(self) -> str:
+        """What ``--quantization`` calls it."""
+        return "kvloom"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Compute dtypes."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The oldest GPU, as vLLM writes it."""
+        return 70
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: vLLM takes every safetensors file of a model's folder for weights, so plans are kept elsewhere."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> KvloomConfig:
+        """From ``quantization_config`` of the model's config or of ``--hf-overrides``."""
+        return cls(config.get("plan"))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Read the plan and compare it with the model.
+
+        Raises:
+            PlanError: The plan cannot be read, or not be served.
+            ModelError: It is another model's, or the model cannot be served.
+        """
+        plan = Plan.load(self.path)
+        model = Fingerprint.of(hf_config)
+        plan.model.check(model)
+        if len(model.packed_layers) < model.num_layers:
+            raise ModelError(
+                f"{len(model.packed_layers)} of the {model.num_layers} layers of {model.architecture} have full "
+                "attention, and vLLM pads the blocks of such a model to its widest layer, which saves nothing: use "
+                "transformers with kvloom.LoomCache."
+            )
+        block_layouts(plan, model.dtype)
+        for name in plan.codecs:
+            codecs.get(name).prepare()
+        self.plan = plan
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """What makes a layer's weights: vLLM's own. Attention layers get the backend of their entry.
+
+        Raises:
+            ModelError: The engine is asked for something that packed blocks do not go with.
+        """
+        if isinstance(layer, Attention) and not isinstance(layer.impl, KvloomImpl):
+            self._serve(layer, extract_layer_index(prefix))
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _serve(self, layer: Attention, index: int) -> None:
+        layouts = block_layouts(self.plan, layer.dtype)
+        _refuse_engine(get_current_vllm_config(), layouts[index].page_tokens)
+        _refuse_attention(layer, index)
+        layer.attn_backend = backend_of(index, layouts[index], spare_blocks(layouts))
+        layer.impl = KvloomImpl(
+            layouts[index],
+            self.plan.prefill,
+            self._matrices.get(index, {}),
+            num_heads=layer.num_heads,
+            scale=layer.impl.scale,
+            softcap=layer.impl.logits_soft_cap or None,
+            sink_logits=getattr(layer.impl, "sinks", None),
+        )
+
+    @cached_property
+    def _matrices(self) -> dict[int, dict[Role, torch.Tensor]]:
+        return self.plan.rotations()
+
+
+def _refuse_engine(config: VllmConfig, page_tokens: int) -> None:
+    parallel, cache = config.parallel_config, config.cache_config
+    refused = {
+        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--speculative-config": config.speculative_config is not None,
+        "--kv-transfer-config": config.kv_transfer_config is not None,
+        "--kv-cache-dtype": cache.cache_dtype != "auto",
+        "--block-size": cache.user_specified_block_size and cache.block_size != page_tokens,
+    }
+    for option, is_asked in refused.items():
+        if is_asked:
+            raise ModelError(
+                f"{option} does not go with quantization kvloom, whose plan decides what a block of "
+                f"{page_tokens} tokens holds: leave it out."
+            )
+
+
+def _refuse_attention(layer: Attention, index: int) -> None:
+    refused = {
+        "a sliding window": layer.sliding_window is not None,
+        "ALiBi": layer.impl.alibi_slopes is not None,
+        "the cache of another layer": layer.kv_sharing_target_layer_name is not None,
+        "attention that is not causal": layer.attn_type != AttentionType.DECODER,
+    }
+    for kind, is_so in refused.items():
+        if is_so:
+            raise ModelError(
+                f"layer {index} has {kind}, which packed blocks do not go with: use transformers with kvloom.LoomCache."
+            )
+
+
+def register() -> None:
+    """Make the method known to vLLM."""
+    register_quantization_config("kvloom")(KvloomConfig)

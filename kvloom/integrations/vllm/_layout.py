@@ -1,0 +1,165 @@
+"""Which bytes of a block hold what: one layer's part of vLLM's blocks, and the plans they can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvloom.errors import PlanError
+from kvloom.pages import PageLayout
+from kvloom.plan import Plan, format_layers, head_layouts, itemsize
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """One layer's part of a block: the bytes of one page of every KV head.
+
+    Sinks lie in the first block of a sequence; page ``p`` then lies in block ``p + 1``, and without sinks in block
+    ``p``. The exact tokens of a page that is not full start in the block that will hold the page, and fill it and the
+    blocks after it, each token as ``[2, kv_heads, head_dim]``, its keys before its values. Sinks likewise.
+
+    Attributes:
+        layouts: Page layout of each KV head.
+        sinks: First tokens of a sequence, exact.
+        itemsize: Bytes of the compute dtype.
+    """
+
+    layouts: tuple[PageLayout, ...]
+    sinks: int
+    itemsize: int
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return len(self.layouts)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.layouts[0].head_dim
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens in a page, which are those of a block."""
+        return self.layouts[0].page_tokens
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the layer in a block."""
+        return sum(layout.nbytes for layout in self.layouts)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of an exact token."""
+        return 2 * self.kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def first_page(self) -> int:
+        """Number of the block, within a sequence, that holds page 0."""
+        return 1 if self.sinks else 0
+
+    @cached_property
+    def spare_blocks(self) -> int:
+        """Most blocks that a sequence needs besides those vLLM counts, one for every ``page_tokens`` tokens."""
+        return max(
+            self.first_page - (-exact * self.token_nbytes // self.nbytes) + (-(self.sinks + exact) // self.page_tokens)
+            for exact in range(self.page_tokens)
+        )
+
+    @cached_property
+    def groups(self) -> tuple[tuple[tuple[int, ...], PageLayout, int], ...]:
+        """KV heads that share a page layout, the layout, and where their records start within the block."""
+        heads: dict[PageLayout, list[int]] = {}
+        for head, layout in enumerate(self.layouts):
+            heads.setdefault(layout, []).append(head)
+        found, start = [], 0
+        for layout, own in heads.items():
+            found.append((tuple(own), layout, start))
+            start += len(own) * layout.nbytes
+        return tuple(found)
+
+    def full_pages(self, tokens: int) -> int:
+        """Pages that ``tokens`` tokens fill."""
+        return max(0, tokens - self.sinks) // self.page_tokens
+
+
+def block_layouts(plan: Plan, dtype: object) -> dict[int, BlockLayout]:
+    """Layouts by layer.
+
+    Args:
+        plan: What each layer stores.
+        dtype: Compute dtype (name or torch dtype).
+
+    Raises:
+        PlanError: Blocks cannot hold what the plan asks for; the message names the field.
+    """
+    _refuse_entries(plan)
+    model, size = plan.model, itemsize(dtype)
+    found = {
+        i: BlockLayout(
+            head_layouts(plan.spec(i), model.num_kv_heads, model.head_dim, size), plan.spec(i).window.sinks, size
+        )
+        for i in model.packed_layers
+    }
+    _refuse_layouts(found)
+    return found
+
+
+def spare_blocks(layouts: Mapping[int, BlockLayout]) -> int:
+    """Blocks that every sequence has besides those of its tokens: what the layer that packs best needs."""
+    return max(layout.spare_blocks for layout in layouts.values())
+
+
+def block_nbytes(plan: Plan, dtype: object = None) -> int:
+    """Bytes of a block of vLLM's cache, all layers together: every byte of it is one of these.
+
+    Args:
+        plan: What each layer stores.
+        dtype: Compute dtype (name or torch dtype); None takes the model's.
+
+    Raises:
+        PlanError: See `block_layouts`.
+    """
+    return sum(layout.nbytes for layout in block_layouts(plan, dtype or plan.model.dtype).values())
+
+
+def _refuse_entries(plan: Plan) -> None:
+    plan.check_codebooks()
+    for entry in plan.layers:
+        if entry.evict is not None:
+            raise PlanError(
+                f"layers {entry.layers}: evict is set, and vLLM keeps every token of a running request: leave it out."
+            )
+        if entry.window.recent or entry.window.recent_ratio:
+            raise PlanError(
+                f"layers {entry.layers}: window.recent or recent_ratio is set, and in vLLM's blocks the newest tokens "
+                "are exact just until their page is full: leave it out."
+            )
+    if plan.pre_rope_layers:
+        raise PlanError(
+            f"layers {format_layers(list(plan.pre_rope_layers))}: key.pre_rope is set, and vLLM hands over keys after "
+            "their rotary embedding: leave it out."
+        )
+
+
+def _refuse_layouts(layouts: Mapping[int, BlockLayout]) -> None:
+    tokens = sorted({layout.page_tokens for layout in layouts.values()})
+    if len(tokens) > 1:
+        raise PlanError(
+            f"group_size makes pages of {tokens} tokens, and a block of vLLM is one page of every layer: give all "
+            f"per_channel groups at most {tokens[0]} tokens, or one group of every layer {tokens[-1]}."
+        )
+    sinks = sorted({layout.sinks for layout in layouts.values()})
+    if len(sinks) > 1:
+        raise PlanError(
+            f"window.sinks differ between layers ({sinks}), and a prefix that vLLM shares ends at one token for all: "
+            "give all layers the same."
+        )
+    for i, layout in layouts.items():
+        if layout.sinks > min(layout.page_tokens, layout.nbytes // layout.token_nbytes):
+            raise PlanError(
+                f"layer {i}: {layout.sinks} window.sinks take {layout.sinks * layout.token_nbytes} exact bytes, and "
+                f"the block of {layout.nbytes} bytes that is to hold them has room for "
+                f"{layout.nbytes // layout.token_nbytes}: ask for fewer sinks, or more bits."
+            )

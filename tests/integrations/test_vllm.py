@@ -1,0 +1,291 @@
+"""A real vLLM engine serves plans: the tokens of transformers' path, the bytes of the arithmetic, nothing mixed up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from kvloom.assets import model_dir
+from kvloom.cache import LoomCache, disable, enable
+from kvloom.plan import Evict, Fingerprint, LayerPlan, Plan, PlanTensors, TensorSpec, Window, preset, rotation_name
+
+vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: run `make test-vllm`")
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, but for one test
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+
+from kvloom.integrations.vllm import block_layouts, block_nbytes, spare_blocks  # noqa: E402
+
+VOCABULARY = 512
+LENGTH = 1024
+FIELDS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": LENGTH,
+    "initializer_range": 0.1,  # wide enough for varied tokens; wider and the rounding of sums decides between them
+    "eos_token_id": None,
+}
+
+
+def spec(bits, grouping, **more):
+    return TensorSpec(bits=bits, grouping=grouping, group_size=64 if grouping == "per_channel" else "head_dim", **more)
+
+
+MIXED = {
+    0: (spec(8, "per_channel"), spec(8, "per_token")),
+    1: (spec(4, "per_channel", codec="clipped", rotation="hadamard"), spec(4, "per_token", rotation="hadamard")),
+    2: (spec(8, "per_channel"), spec(2, "per_token")),
+}
+FEW = {layer: (spec(1, "per_channel"), spec(1, "per_token")) for layer in MIXED}
+
+
+def make(family, folder, **fields):
+    torch.manual_seed(0)
+    config = getattr(transformers, family + ("TextConfig" if family == "Gemma3" else "Config"))(**{**FIELDS, **fields})
+    model = getattr(transformers, family + "ForCausalLM")(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small random Llama, enabled, and its folder."""
+    folder = tmp_path_factory.mktemp("model")
+    model = make("Llama", folder)
+    enable(model)
+    return model, folder
+
+
+def plan_of(model, specs, *, window=None, prefill="exact", tensors=None, evict=None):
+    entries = [
+        LayerPlan(layers=layer, key=key, value=value, window=window or Window(), evict=evict)
+        for layer, (key, value) in specs.items()
+    ]
+    return Plan(model=Fingerprint.of(model), layers=tuple(entries), prefill=prefill, tensors=tensors)
+
+
+def save(tiny, specs, **more):
+    """A plan, written where `options` looks for it."""
+    plan = plan_of(tiny[0], specs, **more)
+    plan.save(plan_file(tiny[1]))
+    return plan
+
+
+def plan_file(folder):
+    return folder.with_name(f"{folder.name}-plan.json")
+
+
+def options(folder, **changes):
+    return {
+        "model": str(folder),
+        "hf_overrides": {"quantization_config": {"quant_method": "kvloom", "plan": str(plan_file(folder))}},
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": LENGTH,
+        "kv_cache_memory_bytes": 8 << 20,
+        "max_num_seqs": 16,
+        **changes,
+    }
+
+
+def prompt(tokens, seed):
+    return torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def sampling(tokens):
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def served(engine, prompts, tokens):
+    """Greedy tokens of prompts that come at once."""
+    inputs = [{"prompt_token_ids": ids} for ids in prompts]
+    return [list(out.outputs[0].token_ids) for out in engine.generate(inputs, sampling(tokens), use_tqdm=False)]
+
+
+def expected(model, plan, ids, tokens):
+    """Greedy tokens of transformers with a `LoomCache`."""
+    inputs = torch.tensor([ids])
+    cache = LoomCache(plan, model)
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("prefill", ["exact", "quantized"])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_tokens_are_those_of_transformers(tiny, prefill, sinks):
+    plan = save(tiny, MIXED, window=Window(sinks=sinks), prefill=prefill)
+    prompts = [prompt(tokens, seed) for seed, tokens in enumerate((5, 63, 64, 160, 200))]
+    engine = LLM(**options(tiny[1]))
+    assert served(engine, prompts, 40) == [expected(tiny[0], plan, ids, 40) for ids in prompts]
+
+
+def test_calibrated_rotations_are_applied(tiny):
+    turn = torch.linalg.qr(torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))).Q
+    tensors = PlanTensors.of({rotation_name(0, side): turn.half() for side in ("key", "value")})
+    turned = tuple(side.model_copy(update={"rotation": "calibrated"}) for side in MIXED[0])
+    plan = save(tiny, {**MIXED, 0: turned}, tensors=tensors)
+    ids = prompt(100, 0)
+    assert served(LLM(**options(tiny[1])), [ids], 40) == [expected(tiny[0], plan, ids, 40)]
+
+
+def test_tokens_of_a_real_model_are_those_of_transformers(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    plan = preset("kvloom/K4V4", model)
+    plan.save(plan_file(tmp_path))
+    texts = ["The printing press", "Write a story about a robot who learns to paint. " * 8]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    engine = LLM(**options(tmp_path, model=str(model_dir()), kv_cache_memory_bytes=64 << 20))
+    got = served(engine, prompts, 24)
+    enable(model)
+    wanted = [expected(model, plan, ids, 24) for ids in prompts]
+    disable(model)
+    assert got == wanted
+
+
+def test_tokens_depend_on_what_is_stored(tiny):
+    """Else the other tests would compare nothing."""
+    ids = prompt(200, 0)
+    coarse = plan_of(tiny[0], FEW)
+    assert expected(tiny[0], coarse, ids, 40) != expected(tiny[0], plan_of(tiny[0], MIXED), ids, 40)
+
+
+def test_the_cache_has_the_tokens_of_the_byte_arithmetic(tiny):
+    plan = save(tiny, MIXED, window=Window(sinks=4))
+    engine = LLM(**options(tiny[1])).llm_engine
+    config = engine.vllm_config.cache_config
+    blocks = (8 << 20) // block_nbytes(plan, "float32")
+    of_longest = LENGTH // 64 + spare_blocks(block_layouts(plan, "float32"))
+    assert (config.block_size, config.num_gpu_blocks) == (64, blocks)
+    assert config.kv_cache_size_tokens == int(blocks / of_longest * LENGTH)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_prefix_may_be_shared_in_the_pass_that_computes_it(tiny, sinks):
+    plan = save(tiny, MIXED, window=Window(sinks=sinks), prefill="quantized")
+    prompts = [prompt(200, 0) + prompt(9 + n, 1 + n) for n in range(4)]
+    assert served(LLM(**options(tiny[1])), prompts, 16) == [expected(tiny[0], plan, ids, 16) for ids in prompts]
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_many_requests_with_shared_prefixes_get_the_tokens_they_get_alone(tiny, sinks):
+    save(tiny, MIXED, window=Window(sinks=sinks), prefill="quantized")
+    prefixes = [prompt(tokens, seed) for seed, tokens in enumerate((64, 128, 150, 200))]
+    prompts = [prefixes[n % 4] + prompt((45, 45, 25, 40)[n % 4] + n % 16, 100 + n) for n in range(64)]
+    new = [24 + n % 10 for n in range(64)]  # so that nearly every request fills a block
+    aborted = set(range(3, 64, 5))
+
+    alone = LLM(**options(tiny[1], enable_prefix_caching=False, max_num_seqs=1))
+    wanted = {n: served(alone, [prompts[n]], new[n])[0] for n in range(64) if n not in aborted}
+
+    small = {"num_gpu_blocks_override": 70, "max_num_batched_tokens": 160, "disable_log_stats": False}
+    crowded = LLM(**options(tiny[1], **small))
+    got = crowd(crowded.llm_engine, prompts, new, aborted)
+    assert got == wanted
+    counts = {metric.name: getattr(metric, "value", None) for metric in crowded.get_metrics()}
+    assert counts["vllm:num_preemptions"] > 0
+    assert counts["vllm:prefix_cache_hits"] > 0
+
+
+def crowd(engine, prompts, new, aborted):
+    """Tokens by request of all prompts at once; some are aborted while they run."""
+    for n, ids in enumerate(prompts):
+        engine.add_request(str(n), {"prompt_token_ids": ids}, sampling(new[n]))
+    got, seen = {}, set()
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            n, tokens = int(out.request_id), list(out.outputs[0].token_ids)
+            if n in aborted and n not in seen and len(tokens) > 5:
+                seen.add(n)
+                engine.abort_request([out.request_id])
+            elif out.finished and n not in aborted:
+                got[n] = tokens
+    assert seen == aborted
+    return got
+
+
+def test_an_engine_of_several_processes_serves_the_same(tiny, tmp_path):
+    plan = save(tiny, MIXED, window=Window(sinks=4))
+    ids = prompt(100, 7)
+    file = tmp_path / "serve.py"
+    file.write_text(f"""
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    engine = LLM(**{options(tiny[1])!r})
+    sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    print(engine.generate([{{"prompt_token_ids": {ids}}}], sampling)[0].outputs[0].token_ids)
+""")
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected(tiny[0], plan, ids, 20)
+
+
+# -- refused at start-up ----------------------------------------------------------------------------------------------
+
+
+def refused(message, folder, **changes):
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(**options(folder, **changes)).create_engine_config()
+
+
+def test_a_missing_plan_is_refused(tiny):
+    plan_file(tiny[1]).unlink(missing_ok=True)
+    refused("cannot read the plan .*-plan.json: No such file", tiny[1])
+    refused("quantization kvloom has no plan: name its file", tiny[1], hf_overrides={}, quantization="kvloom")
+
+
+def test_plans_that_blocks_cannot_hold_are_refused(tiny):
+    save(tiny, MIXED, window=Window(recent=64))
+    refused("layers 0: window.recent or recent_ratio is set", tiny[1])
+    save(tiny, MIXED, evict=Evict(policy="snapkv", budget=64))
+    refused("layers 0: evict is set", tiny[1])
+
+
+def test_the_plan_of_another_model_is_refused(tiny, tmp_path):
+    other = make("Llama", tmp_path, num_hidden_layers=4)
+    plan_of(other, {**MIXED, 3: MIXED[0]}).save(plan_file(tiny[1]))
+    refused("the plan is for num_layers = 4 and this model has 3", tiny[1])
+
+
+def test_a_model_of_two_attention_types_is_refused(tmp_path):
+    model = make("Gemma3", tmp_path, layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+    plan_of(model, {2: MIXED[2]}).save(plan_file(tmp_path))
+    refused("1 of the 3 layers of .* have full attention, and vLLM pads", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"block_size": 32}, "--block-size"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+    ],
+)
+def test_what_packed_blocks_do_not_go_with_is_refused(tiny, changes, option):
+    save(tiny, MIXED)
+    with pytest.raises(ValueError, match=f"{option} does not go with quantization kvloom"):
+        LLM(**options(tiny[1], **changes))

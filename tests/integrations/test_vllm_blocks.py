@@ -1,0 +1,224 @@
+"""Sequences in vLLM's blocks, without vLLM: what attention reads is what a `LoomCache` shows it, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from kvloom.cache import LoomCache
+from kvloom.errors import PlanError
+from kvloom.integrations.vllm import block_layouts, block_nbytes, spare_blocks
+from kvloom.integrations.vllm._sequence import Sequence
+from kvloom.plan import Evict, Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
+
+KV_HEADS = 2
+K4 = TensorSpec(bits=4, grouping="per_channel", group_size=64)
+V2 = TensorSpec(bits=2, grouping="per_token", group_size="head_dim")
+
+
+def config_of(head_dim=16, layers=1):
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=2 * head_dim,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=KV_HEADS,
+        head_dim=head_dim,
+    )
+    config._attn_implementation = "kvloom"
+    return config
+
+
+def plan_of(key=K4, value=V2, *, head_dim=16, window=None, heads=None, prefill="exact", evict=None):
+    entry = LayerPlan(layers=0, key=key, value=value, window=window or Window(), heads=heads or {}, evict=evict)
+    return Plan(model=Fingerprint.of(config_of(head_dim)), layers=(entry,), prefill=prefill)
+
+
+@st.composite
+def specs(draw, head_dim):
+    bits = draw(st.sampled_from([1, 2, 3, 4, 8, 16]))
+    grouping = draw(st.sampled_from(["per_channel", "per_token"]))
+    return TensorSpec(
+        bits=bits,
+        grouping=grouping,
+        group_size=draw(st.sampled_from([16, 64, 128] if grouping == "per_channel" else ["head_dim", 16])),
+        symmetric=draw(st.booleans()),
+        outliers=draw(st.sampled_from([0.0, 0.0, 0.05])) if bits < 16 else 0.0,
+    )
+
+
+@st.composite
+def plans(draw):
+    head_dim = draw(st.sampled_from([16, 48]))
+    key, value, other = (draw(specs(head_dim)) for _ in range(3))
+    heads = {1: HeadPlan(key=other)} if draw(st.booleans()) else {}
+    prefill = draw(st.sampled_from(["exact", "quantized"]))
+    plan = plan_of(key, value, head_dim=head_dim, heads=heads, prefill=prefill)
+    layout = block_layouts(plan, "float32")[0]
+    most = min(layout.page_tokens, layout.nbytes // layout.token_nbytes)
+    window = Window(sinks=draw(st.sampled_from(sorted({0, min(1, most), most // 2, most}))))
+    return plan_of(key, value, head_dim=head_dim, heads=heads, prefill=prefill, window=window)
+
+
+class Pool:
+    """Blocks of all sequences, given out as vLLM does: those of the tokens and the spare ones, in any order."""
+
+    def __init__(self, plan, blocks, seed=0):
+        self.plan = plan
+        self.layout = block_layouts(plan, "float32")[0]
+        self.storage = torch.randint(256, (blocks, self.layout.nbytes), dtype=torch.uint8)
+        self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def tokens_of(self, key, value, computed, table):
+        """Append tokens of a sequence whose blocks ``table`` names, and grows; what they attend to."""
+        length = computed + key.shape[2]
+        while len(table) < -(-length // self.layout.page_tokens) + self.layout.spare_blocks:
+            table.append(self.free.pop())
+        sequence = Sequence(self.layout, self.storage, torch.tensor(table), torch.float32)
+        tail = sequence.append(key, value, computed)
+        return sequence.cache(tail, computed, length, self.plan.prefill)
+
+
+def states(plan, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, KV_HEADS, tokens, plan.model.head_dim)
+    return tuple(torch.randn(shape, generator=generator) for _ in range(2))
+
+
+def chunks_of(key, value, cuts):
+    return zip(key.split(cuts, dim=2), value.split(cuts, dim=2), strict=True)
+
+
+@st.composite
+def cuts(draw, tokens):
+    """Lengths that add up to ``tokens``."""
+    places = sorted(draw(st.sets(st.integers(1, tokens - 1), max_size=8))) if tokens > 1 else []
+    return [b - a for a, b in zip([0, *places], [*places, tokens], strict=True)]
+
+
+def assert_same(ours, theirs):
+    assert (ours.length, ours.num_pages, ours.page_tokens) == (theirs.length, theirs.num_pages, theirs.page_tokens)
+    assert ours.visible.equal(theirs.visible)
+    for part in ("sinks", "tail"):
+        assert getattr(ours, part).key.equal(getattr(theirs, part).key), part
+        assert getattr(ours, part).value.equal(getattr(theirs, part).value), part
+    for mine, other in zip(ours.pages, theirs.pages, strict=True):
+        assert (mine.heads, mine.layout) == (other.heads, other.layout)
+        assert mine.data.equal(other.data)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_every_pass_reads_what_a_cache_of_its_own_shows_it(data):
+    plan = data.draw(plans())
+    runs, pool = [], Pool(plan, 200)
+    for seed in range(3):
+        tokens = data.draw(st.integers(1, 300))
+        chunks = list(chunks_of(*states(plan, tokens, seed), data.draw(cuts(tokens))))
+        runs.append({"chunks": chunks, "cache": LoomCache(plan, config_of(plan.model.head_dim)), "table": []})
+    while waiting := [run for run in runs if run["chunks"]]:
+        run = data.draw(st.sampled_from(waiting))
+        key, value = run["chunks"].pop(0)
+        computed = run["cache"].get_seq_length()
+        expected, _ = run["cache"].update(key, value, 0)
+        assert_same(pool.tokens_of(key, value, computed, run["table"]), expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_shared_prefix_goes_on_at_the_last_page_that_ends_within_it(data):
+    plan = data.draw(plans().filter(lambda plan: plan.prefill == "quantized"))
+    pool = Pool(plan, 100)
+    size = pool.layout.page_tokens
+    blocks, more = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 100))
+    tokens = blocks * size + more
+    key, value = states(plan, tokens)
+    table: list[int] = []
+    pool.tokens_of(key, value, 0, table)
+    sinks = pool.layout.sinks
+    start = (blocks * size - sinks) // size * size + sinks
+    shared = table[: -(-start // size)]
+    if start % size:  # vLLM copies a block that is shared in part
+        copied = pool.free.pop()
+        pool.storage[copied] = pool.storage[shared[-1]]
+        shared = [*shared[:-1], copied]
+    before = pool.storage[table].clone()
+    cache = LoomCache(plan, config_of(plan.model.head_dim))
+    cache.update(key[:, :, :start], value[:, :, :start], 0)
+    expected, _ = cache.update(key[:, :, start:], value[:, :, start:], 0)
+    assert_same(pool.tokens_of(key[:, :, start:], value[:, :, start:], start, shared), expected)
+    assert pool.storage[table].equal(before)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(plans())
+def test_spare_blocks_suffice_and_none_is_too_many(plan):
+    layout = block_layouts(plan, "float32")[0]
+    last_bytes = []
+    for tokens in range(1, 4 * layout.page_tokens):
+        sinks = min(tokens, layout.sinks)
+        pages, exact = divmod(tokens - sinks, layout.page_tokens)
+        needed = (sinks > 0) + pages + -(-exact * layout.token_nbytes // layout.nbytes)
+        last_bytes.append(needed - -(-tokens // layout.page_tokens))
+    assert layout.spare_blocks == max(*last_bytes, 0)
+    assert spare_blocks({0: layout}) == layout.spare_blocks
+
+
+def test_a_block_has_the_bytes_of_one_page_of_every_head():
+    plan = plan_of(heads={1: HeadPlan(value=TensorSpec(bits=8, grouping="per_token"))}, head_dim=64)
+    of_keys = 64 * 64 // 2 + 2 * 2 * 64
+    of_values = [64 * 64 // 4 + 2 * 2 * 64, 64 * 64 + 2 * 2 * 64]
+    assert block_nbytes(plan) == 2 * of_keys + sum(of_values)
+
+
+def test_exact_layers_need_no_spare_blocks():
+    exact = TensorSpec(bits=16, grouping="per_token")
+    assert spare_blocks(block_layouts(plan_of(exact, exact), "float32")) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": Window(recent=32)}, r"^layers 0: window.recent or recent_ratio is set, .*: leave it out\.$"),
+        ({"window": Window(recent_ratio=0.1)}, r"^layers 0: window.recent or recent_ratio is set"),
+        (
+            {"window": Window(sinks=65)},
+            r"^layer 0: 65 window.sinks take 16640 exact bytes, .* for 8: ask for fewer",
+        ),
+        ({"evict": Evict(policy="snapkv", budget=64)}, r"^layers 0: evict is set, .*: leave it out\.$"),
+        ({"key": TensorSpec(bits=4, grouping="per_channel", pre_rope=True)}, r"^layers 0: key.pre_rope is set, "),
+        (
+            {"key": TensorSpec(bits=2, grouping="per_channel", codec="nuq", symmetric=False)},
+            r"^layers 0: key.codebook is missing",
+        ),
+    ],
+)
+def test_plans_that_blocks_cannot_hold_are_refused(changes, message):
+    with pytest.raises(PlanError, match=message):
+        block_layouts(plan_of(**changes), "float32")
+
+
+@pytest.mark.parametrize(
+    ("other", "window", "message"),
+    [
+        (
+            TensorSpec(bits=4, grouping="per_channel", group_size=128),
+            Window(),
+            r"^group_size makes pages of \[64, 128\]",
+        ),
+        (K4, Window(sinks=4), r"^window.sinks differ between layers \(\[0, 4\]\)"),
+    ],
+)
+def test_layers_that_no_block_fits_together_are_refused(other, window, message):
+    plan = Plan(
+        model=Fingerprint.of(config_of(layers=2)),
+        layers=(
+            LayerPlan(layers=0, key=K4, value=V2),
+            LayerPlan(layers=1, key=other, value=V2, window=window),
+        ),
+    )
+    with pytest.raises(PlanError, match=message):
+        block_layouts(plan, "float32")
