@@ -17,45 +17,38 @@ between two markers, and the records it is made of to `benchmarks/joint.jsonl` (
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from benchmarks.methods import FOLDER, comparable, insert, interval, of_share, printed, scoring_options, share_file
+from benchmarks.methods import FOLDER, insert, interval, scoring_options
 from benchmarks.tokens_or_bits import (
     DENSE,
     DTYPE,
     FORMATS,
-    LEAST_TOKENS,
     PAGE,
     POLICIES,
     PROMPT,
     SCORED,
-    SEEDS,
     WINDOWS,
     in_window,
+    measured,
+    score,
 )
 from kvloom.allocate import Budget, Joint, allocate
-from kvloom.assets import EVALUATION, MODEL_NAME, load_model, texts, token_windows
 from kvloom.errors import DataError
 from kvloom.evaluate import (
     Contestant,
-    Protocol,
     Record,
     dense_contestant,
-    fidelity,
-    needle,
-    needle_cases,
     paired_difference,
     plan_contestant,
 )
 from kvloom.plan import Fingerprint, Plan, evict_to_bytes, preset
-from kvloom.report import load_records, render_text
 from kvloom.signals import Profile
 
 if TYPE_CHECKING:
@@ -128,7 +121,7 @@ def joint(profile: Profile, prompt: int) -> dict[str, Plan]:
     }
 
 
-def contestants(model: PreTrainedModel, profile: Profile, prompt: int) -> list[Contestant]:
+def contestants(profile: Profile, model: PreTrainedModel, prompt: int) -> list[Contestant]:
     """The uncompressed cache, joint plans and the grid."""
     own = [
         plan_contestant(plan, model, name=name, method=method, prefill="exact")
@@ -136,28 +129,6 @@ def contestants(model: PreTrainedModel, profile: Profile, prompt: int) -> list[C
         for name, plan in plans.items()
     ]
     return [dense_contestant(model), *own]
-
-
-def score(asked: argparse.Namespace) -> None:
-    """Score a share, in float32 on any device."""
-    if asked.profile is None:
-        raise DataError("joint plans are made of a profile: give --profile.")
-    model, tokenizer = load_model(MODEL_NAME, device=asked.device, dtype="float32")
-    read, prompt = texts(EVALUATION), asked.window - SCORED - 1
-    own = of_share(contestants(model, Profile.load(asked.profile), prompt), asked.share)
-    shared: dict[str, Any] = {"out": share_file(asked), "progress": printed()}
-    records = fidelity(
-        model,
-        token_windows(tokenizer, read, asked.window, asked.windows, seed=0),
-        own,
-        protocol=Protocol(chunk=1, unscored=prompt, prompt=True),
-        texts=EVALUATION,
-        batch=asked.batch,
-        **shared,
-    )
-    haystack = "\n".join(text.content for text in read)
-    records += needle(model, tokenizer, haystack, own, cases=needle_cases([prompt], seeds=SEEDS), **shared)
-    print(render_text(records))
 
 
 @dataclass(frozen=True)
@@ -176,10 +147,7 @@ class Results:
         """
         needed = [joint_name("auto", budget) for budget in BUDGETS]
         needed += [grid_name(kept.policy, budget, stored) for budget in BUDGETS for kept in POLICIES for stored in GRID]
-        scores = comparable(results, (DENSE, *needed), SCRIPT, LEAST_TOKENS)
-        same = {key: scores[DENSE][key] for key in ("model", "device", "dtype")}
-        asked = [it for it in load_records(results) if it["kind"] == "needle" and same.items() <= it.items()]
-        needles = {it["name"]: it for it in sorted(asked, key=lambda record: str(record["when"]))}
+        scores, needles = measured(results, needed, SCRIPT)
         if missing := sorted(scores.keys() - needles.keys()):
             raise DataError(f"{results} has no needles of {missing[0]}: run {SCRIPT} to its end.")
         return cls(scores, needles)
@@ -248,8 +216,10 @@ def main() -> None:
     try:
         if asked.readme:
             write_page(asked.out)
+        elif asked.profile is None:
+            raise DataError("joint plans are made of a profile: give --profile.")
         else:
-            score(asked)
+            score(asked, partial(contestants, Profile.load(asked.profile)))
     except DataError as error:
         raise SystemExit(str(error)) from None
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,12 +162,17 @@ def contestants(model: PreTrainedModel, prompt: int) -> list[Contestant]:
     return [dense_contestant(model), *own]
 
 
-def score(asked: argparse.Namespace) -> None:
-    """Score a share, in float32 on any device."""
+def score(asked: argparse.Namespace, lineup: Callable[[PreTrainedModel, int], Sequence[Contestant]]) -> None:
+    """Score a share, in float32 on any device: divergence after prompts, and needles in them.
+
+    Args:
+        asked: options of `scoring_options`.
+        lineup: contestants for a model and the tokens of its prompts.
+    """
     model, tokenizer = load_model(MODEL_NAME, device=asked.device, dtype="float32")
     read = texts(EVALUATION)
     prompt = asked.window - SCORED - 1
-    own = of_share(contestants(model, prompt), asked.share)
+    own = of_share(lineup(model, prompt), asked.share)
     shared: dict[str, Any] = {"out": share_file(asked), "progress": printed()}
     records = fidelity(
         model,
@@ -181,6 +186,23 @@ def score(asked: argparse.Namespace) -> None:
     haystack = "\n".join(text.content for text in read)
     records += needle(model, tokenizer, haystack, own, cases=needle_cases([prompt], seeds=SEEDS), **shared)
     print(render_text(records))
+
+
+def measured(results: Path, needed: Sequence[str], script: str) -> tuple[dict[str, Record], dict[str, Record]]:
+    """The newest results that compare with each other, by name: of divergence, and of needles in the same prompts.
+
+    Args:
+        results: what shares have written.
+        needed: names besides the uncompressed cache without which there is no table.
+        script: who writes them.
+
+    Raises:
+        DataError: see `comparable`.
+    """
+    scores = comparable(results, (DENSE, *needed), script, LEAST_TOKENS)
+    same = {key: scores[DENSE][key] for key in ("model", "device", "dtype")}
+    asked = [it for it in load_records(results) if it["kind"] == "needle" and same.items() <= it.items()]
+    return scores, {it["name"]: it for it in sorted(asked, key=lambda record: str(record["when"]))}
 
 
 @dataclass(frozen=True)
@@ -197,11 +219,7 @@ class Results:
         Raises:
             DataError: see `comparable`; or a cell of the tables has no results.
         """
-        scores = comparable(results, (DENSE,), SCRIPT, LEAST_TOKENS)
-        same = {key: scores[DENSE][key] for key in ("model", "device", "dtype")}
-        asked = [it for it in load_records(results) if it["kind"] == "needle" and same.items() <= it.items()]
-        asked.sort(key=lambda record: record["when"])
-        found = cls(scores, {record["name"]: record for record in asked})
+        found = cls(*measured(results, (), SCRIPT))
         names = {found.name(kept.policy, budget, stored) for kept, budget, stored in _cells()}
         if missing := sorted(names - (found.scores.keys() & found.needles.keys())):
             raise DataError(f"{results} has no results of {missing[0]}: run {SCRIPT} to its end.")
@@ -324,7 +342,7 @@ def main() -> None:
         if asked.readme:
             write_page(asked.out)
         else:
-            score(asked)
+            score(asked, contestants)
     except DataError as error:
         raise SystemExit(str(error)) from None
 

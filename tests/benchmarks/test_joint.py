@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import joint, methods
+from benchmarks import joint, methods, tokens_or_bits
 from benchmarks.joint import BEGIN, BUDGETS, DENSE, END, GRID, Results, grid_name, joint_name
 from benchmarks.tokens_or_bits import POLICIES, PROMPT
 from kvloom import Profile, TensorSpec
@@ -131,13 +131,13 @@ def test_shares_score_every_contestant_once_by_both_scores(monkeypatch, tmp_path
     model = tiny_model()
     assert Fingerprint.of(model) == profile.model
     hay = Letters().text("A sentence of hay. ") * 50
-    monkeypatch.setattr(joint, "load_model", lambda *_, **__: (model, Letters()))
-    monkeypatch.setattr(joint, "texts", lambda _: [Text("hay", hay)])
-    monkeypatch.setattr(joint, "token_windows", lambda _t, _x, window, count, seed: random_windows(count, window))
+    monkeypatch.setattr(tokens_or_bits, "load_model", lambda *_, **__: (model, Letters()))
+    monkeypatch.setattr(tokens_or_bits, "texts", lambda _: [Text("hay", hay)])
+    monkeypatch.setattr(tokens_or_bits, "token_windows", lambda _t, _x, long, many, seed: random_windows(many, long))
     monkeypatch.setattr(joint, "POLICIES", POLICIES[2:3])
     monkeypatch.setattr(joint, "BUDGETS", (0.2,))
     monkeypatch.setattr(joint, "GRID", {"K4V4": GRID["K4V4"]})
-    monkeypatch.setattr(joint, "SEEDS", range(1))
+    monkeypatch.setattr(tokens_or_bits, "SEEDS", range(1))
     profile.save(tmp_path / "profile.json")
     names = []
     for n in (1, 2):
