@@ -27,7 +27,7 @@ DOORS: dict[str, set[str] | str] = {
     "eviction": {"pages"},
     "kernels": {"pages", "codecs"},
     "cache": RUNTIME,
-    "generation": {"cache"},
+    "generation": RUNTIME | {"cache"},
     "signals": RUNTIME | {"cache"},
     "allocate": {"plan", "signals"},
     "evaluate": {"plan", "cache", "signals", "assets"},

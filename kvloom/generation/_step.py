@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from kvloom.cache import FixedLayer, LoomCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvloom.pages import StaticKV
+
 # Products of one row become reductions fused with what follows, which read weights faster than cuBLAS does.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
 # Calls before the graph is captured: the first compiles, the second is watched for waits.
 _PLAIN_CALLS = 2
 
-_compiled: WeakKeyDictionary[PreTrainedModel, Callable[..., Any]] = WeakKeyDictionary()
 _steps: WeakKeyDictionary[LoomCache, Step] = WeakKeyDictionary()
 
 
@@ -60,7 +61,8 @@ class Step:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._waits = device.type != "cuda"
         self._calls = 0
-        self._key = _key(model, cache, batch, compiled)
+        self._of = model, compiled
+        self._stores = [ref(store) for store in _stores(cache)]
         self.start(pads)
 
     def start(self, pads: Tensor) -> None:
@@ -69,8 +71,9 @@ class Step:
         self._mask[:, 0, 0, : pads.shape[1]] = ~pads
 
     def fits(self, model: PreTrainedModel, cache: LoomCache, batch: int, compiled: bool) -> bool:
-        """Whether this is the step of these."""
-        return self._key == _key(model, cache, batch, compiled)
+        """Whether this is the step of these: a graph writes to the tensors that layers had when it was captured."""
+        same = self._of == (model, compiled) and self.token.shape[0] == batch
+        return same and all(known() is now for known, now in zip(self._stores, _stores(cache), strict=True))
 
     def __call__(self, cache: LoomCache) -> None:
         """Read `token` at `position`, append it to the cache, and set `scores`."""
@@ -106,16 +109,16 @@ def step_of(model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tens
     return made
 
 
-def _key(model: PreTrainedModel, cache: LoomCache, batch: int, compiled: bool) -> tuple[object, ...]:
-    """What a graph depends on; layers allocate everything at once, so that their levels' places tell of the rest."""
-    levels = tuple(layer.store.state.data_ptr() for layer in cache.layers if isinstance(layer, FixedLayer))
-    return id(model), batch, compiled, levels
+def _stores(cache: LoomCache) -> list[StaticKV]:
+    return [layer.store for layer in cache.layers if isinstance(layer, FixedLayer)]
 
 
-def _compiled_call(model: PreTrainedModel) -> Callable[..., Any]:
-    if model not in _compiled:
-        _compiled[model] = torch.compile(model.__call__, dynamic=False, options=_OPTIONS)
-    return _compiled[model]
+def _compiled_call(model: Any) -> Callable[..., Any]:
+    """The model's compiled pass, which it holds itself: both are freed together."""
+    if not hasattr(model, "_kvloom_compiled_call"):
+        model._kvloom_compiled_call = torch.compile(model.__call__, dynamic=False, options=_OPTIONS)
+    compiled: Callable[..., Any] = model._kvloom_compiled_call
+    return compiled
 
 
 @contextmanager

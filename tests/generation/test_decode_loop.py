@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvloom import decode_loop
 from kvloom.cache import LoomCache, disable, enable
 from kvloom.errors import CacheError, ModelError
-from kvloom.generation import _loop, serves
+from kvloom.generation import _loop, _step, serves
 from kvloom.plan import Evict, Window
 from tests.cache import tiny
 
@@ -122,11 +122,15 @@ def test_left_padding(model, plan):
     assert not actual.equal(both(model, plan, prompt)[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"eos_token_id": 5}])
-def test_caches_that_evict(model, options):
+def evicting(model):
     evict = Evict(policy="snapkv", budget=100)
     plan = tiny.mixed(model, window=Window(sinks=4, recent=20))
-    plan = plan.model_copy(update={"layers": tuple(it.model_copy(update={"evict": evict}) for it in plan.layers)})
+    return plan.model_copy(update={"layers": tuple(it.model_copy(update={"evict": evict}) for it in plan.layers)})
+
+
+@pytest.mark.parametrize("options", [{}, {"eos_token_id": 5}])
+def test_caches_that_evict(model, options):
+    plan = evicting(model)
     expected, actual, plain, looped = both(model, plan, tiny.prompt(300, batch=2), new=60, **options)
     assert actual.equal(expected)
     assert_same_caches(plain, looped)
@@ -165,6 +169,19 @@ def test_scores_and_logits(model, plan):
     for name in ("scores", "logits"):
         assert len(actual[name]) == 24
         torch.testing.assert_close(torch.stack(actual[name]), torch.stack(expected[name]))
+
+
+def test_a_step_serves_the_tensors_that_it_was_made_for(model, plan):
+    """Layers that evict allocate anew for what leaves more tokens to come; others never do."""
+    steps = {}
+    for name, made in (("packed", plan), ("evicting", evicting(model))):
+        cache = LoomCache(made, model, max_tokens=ROOM)
+        for tokens in (300, 150, 150):
+            cache.reset()
+            tiny.greedy(model, tiny.prompt(tokens), cache, new=3, custom_generate=decode_loop)
+            steps.setdefault(name, []).append(_step._steps[cache])
+    assert steps["packed"][0] is steps["packed"][1] is steps["packed"][2]
+    assert steps["evicting"][0] is not steps["evicting"][1] is steps["evicting"][2]
 
 
 class Heard(BaseStreamer):
