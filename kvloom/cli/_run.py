@@ -23,7 +23,7 @@ def generate(
     ] = False,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the step first: a minute or more, then a fifth less time a token."),
+        typer.Option("--compile", help="Compile the step first: a minute or more, then a quarter less time a token."),
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     device: Device = None,

@@ -41,7 +41,7 @@ def decode_loop(
     ``model.generate(**inputs, past_key_values=LoomCache(plan, model, max_tokens=...), custom_generate=decode_loop)``
     gives the tokens that ``generate`` gives by itself, greedily or by sampling, with its processors and stopping
     criteria. The host works on a step while the device is at the next one. torch compiles the pass of one token first;
-    with ``disable_compile=True`` it is captured as it is, in seconds, which leaves steps a quarter slower.
+    with ``disable_compile=True`` it is captured as it is, in seconds, which leaves steps a third slower.
 
     Args:
         model: A causal language model, with `kvloom.enable`.
