@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -35,6 +34,7 @@ from benchmarks.tokens_or_bits import (
     PROMPT,
     SCORED,
     WINDOWS,
+    AfterPrompts,
     in_window,
     measured,
     score,
@@ -131,12 +131,8 @@ def contestants(profile: Profile, model: PreTrainedModel, prompt: int) -> list[C
     return [dense_contestant(model), *own]
 
 
-@dataclass(frozen=True)
-class Results:
-    """Records by name: of divergence, and of needles in the same prompts."""
-
-    scores: Mapping[str, Record]
-    needles: Mapping[str, Record]
+class Results(AfterPrompts):
+    """What the table shows."""
 
     @classmethod
     def load(cls, results: Path) -> Results:

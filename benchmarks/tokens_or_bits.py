@@ -206,11 +206,15 @@ def measured(results: Path, needed: Sequence[str], script: str) -> tuple[dict[st
 
 
 @dataclass(frozen=True)
-class Results:
+class AfterPrompts:
     """Records by name: of divergence, and of needles in the same prompts."""
 
     scores: Mapping[str, Record]
     needles: Mapping[str, Record]
+
+
+class Results(AfterPrompts):
+    """What the tables and the picture show."""
 
     @classmethod
     def load(cls, results: Path) -> Results:

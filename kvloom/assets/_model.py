@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,14 +67,9 @@ def load_config(name_or_path: str | Path = MODEL_NAME) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    source = _source(name_or_path)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The configuration of {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a "
-            f"local folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
-        ) from error
+    source = str(_source(name_or_path))
+    with _readable(f"configuration of {source!r}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source)
     return config
 
 
@@ -88,14 +85,9 @@ def load_tokenizer(name_or_path: str | Path = MODEL_NAME) -> PreTrainedTokenizer
     """
     from transformers import AutoTokenizer
 
-    source = _source(name_or_path)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"The tokenizer of {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a local "
-            f"folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
-        ) from error
+    source = str(_source(name_or_path))
+    with _readable(f"tokenizer of {source!r}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     return tokenizer
 
 
@@ -131,15 +123,22 @@ def _load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = sharding() if device is None else {}
-    try:
+    with _readable(f"model {str(source)!r}"):
         tokenizer = AutoTokenizer.from_pretrained(str(source))
         model: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, **options)
+    return (model if device is None else model.to(device)).eval(), tokenizer
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Say in one sentence what could not be read, and what can be named."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"The model {str(source)!r} cannot be loaded ({_first_sentence(error)}): name a local "
-            f"folder of a causal language model, a hub id within reach, or {MODEL_NAME!r}."
+            f"The {what} cannot be loaded ({_first_sentence(error)}): name a local folder of a causal language model, "
+            f"a hub id within reach, or {MODEL_NAME!r}."
         ) from error
-    return (model if device is None else model.to(device)).eval(), tokenizer
 
 
 def _first_sentence(error: Exception) -> str:

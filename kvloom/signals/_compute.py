@@ -12,7 +12,6 @@ from torch import Tensor
 from kvloom.errors import DataError
 from kvloom.plan import Fingerprint, TensorSpec, Window
 from kvloom.signals._base import SIDES, Labels, LayerSignal, ModelSignal, Scores, Signal
-from kvloom.signals._calibration import Calibration
 from kvloom.signals._error_gradient import ErrorGradient
 from kvloom.signals._gradient_norm import WEIGHT_GRADIENT
 from kvloom.signals._measure import Meter
@@ -132,13 +131,7 @@ def compute_profile(
         model=fingerprint,
         gradient=None if norms is None else _gradient_norms(norms["key"], norms["value"]),
         table=_loss_table(signal, fingerprint, window, keys, values, scores[signal]),
-        calibration=Calibration(
-            sha256=prompts.sha256,
-            texts=list(texts),
-            prompts=len(prompts),
-            tokens=prompts.tokens.shape[1],
-            seed=seed,
-        ),
+        calibration=prompts.calibration(texts, seed),
         seconds=pieces.seconds,
     )
 

@@ -22,7 +22,6 @@ from kvloom.eviction import Policy, Room, make
 from kvloom.pages import page_tokens_of
 from kvloom.plan import Evict, Fingerprint, Window
 from kvloom.signals._after_prompt import AfterPrompt
-from kvloom.signals._calibration import Calibration
 from kvloom.signals._compute import FOUR_SINKS, Progress, silent
 from kvloom.signals._eviction_table import EvictionTable
 from kvloom.signals._kept import kept_of, scores_of
@@ -126,13 +125,7 @@ def compute_eviction(
         candidates=asked,
         loss=losses.mean(dim=0).tolist(),
         spread=losses.std(dim=0, correction=0).tolist(),
-        calibration=Calibration(
-            sha256=prompts.sha256,
-            texts=list(texts),
-            prompts=len(prompts),
-            tokens=prompts.tokens.shape[1],
-            seed=seed,
-        ),
+        calibration=prompts.calibration(texts, seed),
         seconds=pieces.seconds,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kvloom.errors import DataError
 from kvloom.signals._base import Labels
+from kvloom.signals._calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Prompts:
         """Hashes of the token ids, and of what is scored and drawn: what a measurement of these prompts depends on."""
         drawn = hashlib.sha256(self.scored.numpy().tobytes() + self.uniform.numpy().tobytes())
         return {"prompts": self.sha256, "drawn": drawn.hexdigest()}
+
+    def calibration(self, texts: Sequence[str], seed: int) -> Calibration:
+        """The record of these prompts; see `Calibration`."""
+        count, tokens = self.tokens.shape
+        return Calibration(sha256=self.sha256, texts=list(texts), prompts=count, tokens=tokens, seed=seed)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
