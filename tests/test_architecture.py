@@ -30,7 +30,7 @@ DOORS: dict[str, set[str] | str] = {
     "generation": RUNTIME | {"cache"},
     "signals": RUNTIME | {"cache"},
     "allocate": {"plan", "signals"},
-    "evaluate": {"plan", "cache", "signals", "assets"},
+    "evaluate": {"plan", "cache", "generation", "signals", "assets"},
     "bench": RUNTIME | {"cache", "evaluate", "generation"},
     "report": {"evaluate"},
     "testing": RUNTIME | {"cache", "signals"},

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from kvloom._ledger import Record
 from kvloom.cache import LoomCache
 from kvloom.errors import DataError
+from kvloom.evaluate._steps import FEWEST_STEPS, fixed_cache
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -37,6 +38,8 @@ class Contestant:
             not packed; None counts the tensors.
         offset: the first chunk of a scored window is longer by so many tokens. Under `prefill="exact"` a plan with
             sinks needs as many, or its pages end inside chunks and more tokens are read exactly than its bits say.
+        make_fixed: gives a new empty cache of fixed size for so many tokens of each sequence, that holds and shows what
+            `make_cache`'s does; or None where there is none whose steps are quicker.
     """
 
     name: str
@@ -50,6 +53,17 @@ class Contestant:
     within_pass: Literal["chunk-exact", "quantized"] = "chunk-exact"
     stated_bits: Callable[[Cache], float] | None = None
     offset: int = 0
+    make_fixed: Callable[[int], Cache | None] = lambda _: None
+
+    def cache_for(self, tokens: int, steps: int) -> Cache:
+        """A new empty cache.
+
+        Args:
+            tokens: of each sequence, that there must be room for.
+            steps: how many of them come one by one.
+        """
+        fixed = self.make_fixed(tokens) if steps >= FEWEST_STEPS else None
+        return self.make_cache() if fixed is None else fixed
 
     @property
     def prefill(self) -> str:
@@ -116,7 +130,14 @@ def plan_contestant(
             token-by-token decoding whatever the chunk.
     """
     used = plan if prefill is None else plan.model_copy(update={"prefill": prefill})
-    return Contestant(name, method, target_bits, lambda: LoomCache(used, model), plan=used)
+    return Contestant(
+        name,
+        method,
+        target_bits,
+        lambda: LoomCache(used, model),
+        plan=used,
+        make_fixed=lambda tokens: fixed_cache(used, model, tokens),
+    )
 
 
 def shared_prefill(plans: Iterable[Plan], wanted: Prefill | None) -> Prefill | None:

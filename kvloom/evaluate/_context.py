@@ -23,9 +23,9 @@ Progress = Callable[[str, int, int], None]
 """`(what, done, total)`, called before each piece of work and once at the end."""
 
 _CODE = (
-    *("cache", "codecs", "eviction", "kernels", "pages", "plan"),
+    *("cache", "codecs", "eviction", "generation", "kernels", "pages", "plan"),
     *("evaluate/_continuation.py", "evaluate/_live.py", "evaluate/_peers.py", "evaluate/_reply.py"),
-    *("evaluate/_scores.py", "evaluate/_through.py"),
+    *("evaluate/_scores.py", "evaluate/_steps.py", "evaluate/_through.py"),
 )
 """The code that a score goes through."""
 

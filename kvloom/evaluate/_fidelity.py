@@ -13,7 +13,7 @@ while tokens are decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -38,9 +38,10 @@ from kvloom.evaluate._context import (
     surroundings,
     tokens_hash,
 )
-from kvloom.evaluate._live import live_bytes, true_bits
+from kvloom.evaluate._live import grown_bytes, true_bits
 from kvloom.evaluate._records import open_pieces, write_results
 from kvloom.evaluate._scores import TokenScores, score_tokens
+from kvloom.evaluate._steps import logits_of, stepwise_logits
 from kvloom.evaluate._through import attention, check_multiple, chunked_logits, last_logits
 from kvloom.plan import Fingerprint
 
@@ -214,16 +215,11 @@ def dense_logits(model: PreTrainedModel, rows: Tensor, protocol: Protocol) -> Te
     """
     cache = DynamicCache(config=model.config)
     with attention(model, packed=False):
-        rest = _after_prompt(model, cache, rows, protocol)
-        pieces = chunked_logits(model, cache, rest, rest.shape[1] if protocol.prompt else protocol.chunk)
+        if protocol.prompt:
+            last_logits(model, cache, rows[:, : protocol.prompt_tokens])
+            return check_logits(logits_of(model, cache, rows[:, protocol.prompt_tokens :]), "the dense cache")
+        pieces = chunked_logits(model, cache, rows, protocol.chunk)
         return torch.cat([check_logits(logits, "the dense cache") for logits in pieces], dim=1)
-
-
-def _after_prompt(model: PreTrainedModel, cache: Cache, rows: Tensor, protocol: Protocol) -> Tensor:
-    """Let a cache read the prompt of windows `[batch, tokens]`, if they have one; what remains of them."""
-    if protocol.prompt:
-        last_logits(model, cache, rows[:, : protocol.prompt_tokens])
-    return rows[:, protocol.prompt_tokens :]
 
 
 @torch.no_grad()
@@ -236,38 +232,39 @@ def score_rows(
 ) -> list[Record]:
     """A piece for each of the windows `[batch, tokens]`."""
     started = perf_counter()
-    cache, (batch, tokens), shape = contestant.make_cache(), rows.shape, local_shape(model)
-    parts: list[list[TokenScores]] = [[] for _ in rows]
+    (batch, tokens), shape = rows.shape, local_shape(model)
     read = start = protocol.prompt_tokens
+    cache = contestant.cache_for(tokens, tokens - start if protocol.chunk == 1 else 0)
+    parts: list[list[TokenScores]] = [[] for _ in rows]
+    kept: Record | None = None
     with attention(model, packed=contestant.plan is not None):
-        rest = _after_prompt(model, cache, rows, protocol)
-        kept = _held(contestant, cache, shape, batch) if protocol.prompt else None
-        passes: Iterable[Tensor] = chunked_logits(model, cache, rest, protocol.chunk, contestant.offset)
         if protocol.prompt:
-            passes = [torch.cat(list(passes), dim=1)]
+            scores = last_logits(model, cache, rows[:, :start])
+            kept = _held(contestant, cache, shape, batch)
+            passes = stepwise_logits(model, cache, rows[:, start:], scores)
+        else:
+            passes = chunked_logits(model, cache, rows, protocol.chunk, contestant.offset)
         for logits in passes:
             check_logits(logits, contestant.name)
             first, stop = max(start, protocol.unscored), min(start + logits.shape[1], tokens - 1)
             if first < stop:
                 own, dense = logits[:, first - start : stop - start], reference[:, first - read : stop - read]
-                for row, scores in enumerate(parts):
-                    scores.append(score_tokens(dense[row], own[row], rows[row, first + 1 : stop + 1]))
+                for row, part in enumerate(parts):
+                    part.append(score_tokens(dense[row], own[row], rows[row, first + 1 : stop + 1]))
             start += logits.shape[1]
     about = {
         "name": contestant.name,
         **(kept or _held(contestant, cache, shape, batch)),
         "seconds": round((perf_counter() - started) / batch, 3),
     }
-    joined = [TokenScores.join(scores) for scores in parts]
-    return [
-        {**about, "scores": {name: pack_floats(value) for name, value in vars(scores).items()}} for scores in joined
-    ]
+    joined = [TokenScores.join(part) for part in parts]
+    return [{**about, "scores": {name: pack_floats(value) for name, value in vars(each).items()}} for each in joined]
 
 
 def _held(contestant: Contestant, cache: Cache, shape: Fingerprint, batch: int) -> Record:
     """Bytes of a sequence and true bits of a cache of `batch` sequences."""
     return {
-        "live_bytes": live_bytes(contestant, cache, shape) // batch,
+        "live_bytes": grown_bytes(contestant, cache, shape) // batch,
         "true_bits": true_bits(contestant, cache, shape, batch),
     }
 

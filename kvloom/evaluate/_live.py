@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvloom._ledger import Record
+from kvloom.cache import LoomCache
 from kvloom.evaluate._contestants import Contestant
 from kvloom.plan import Fingerprint
 
@@ -24,10 +25,11 @@ def held(contestant: Contestant, cache: Cache, model: Fingerprint, prompt: int |
     Tokens after the first `prompt` ones came one by one, which matters where tokens are evicted.
     """
     tokens = int(cache.get_seq_length())
+    decoded = 0 if prompt is None else tokens - prompt
     return {
         "context": tokens,
-        "live_bytes": live_bytes(contestant, cache, model),
-        "true_bits": true_bits(contestant, cache, model, decoded=0 if prompt is None else tokens - prompt),
+        "live_bytes": grown_bytes(contestant, cache, model, decoded=decoded),
+        "true_bits": true_bits(contestant, cache, model, decoded=decoded),
     }
 
 
@@ -45,6 +47,21 @@ def live_bytes(contestant: Contestant, cache: Cache, model: Fingerprint) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
+def grown_bytes(contestant: Contestant, cache: Cache, model: Fingerprint, *, decoded: int = 0) -> int:
+    """`live_bytes`, of a cache of fixed size those that a growing one would have: its plan's arithmetic says them.
+
+    Args:
+        contestant: whose cache.
+        cache: the cache.
+        model: shape of what this process holds.
+        decoded: tokens that came one by one after a prompt.
+    """
+    if not isinstance(cache, LoomCache) or cache.max_tokens is None:
+        return live_bytes(contestant, cache, model)
+    layer = next(iter(cache.packed_layers.values()))
+    return cache.plan.nbytes(layer.batch_size, int(cache.get_seq_length()), layer.dtype, decoded=decoded)
+
+
 def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint, batch: int = 1, *, decoded: int = 0) -> float:
     """8 x bytes / cached elements of `batch` sequences if the run's compute dtype were a 16-bit one.
 
@@ -52,7 +69,7 @@ def true_bits(contestant: Contestant, cache: Cache, model: Fingerprint, batch: i
     floating-point tensor (scales, zero points, exact tokens) at 2 bytes an element, whatever it is
     kept in here, and all others as they are. Where tensors do not tell, `stated_bits` does.
     """
-    tokens = cache.get_seq_length()
+    tokens = int(cache.get_seq_length())
     if contestant.plan is not None:
         return contestant.plan.true_bits(tokens, dtype=torch.bfloat16, decoded=decoded)
     if contestant.stated_bits is not None:

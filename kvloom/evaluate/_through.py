@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from kvloom.cache import INVARIANT, disable, enable, reads_pages
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant
+from kvloom.evaluate._steps import Steps, logits_of, stepwise_logits
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -40,18 +41,13 @@ def attention(model: PreTrainedModel, *, packed: bool) -> Iterator[None]:
 
 
 def last_logits(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
-    """Logits `[vocabulary]` of the last token of one forward pass of tokens `[1, new]` through the cache.
+    """Logits `[batch, vocabulary]` of the last tokens of one forward pass of tokens `[batch, new]` through the cache.
 
     Models that can are asked for no other token's: those of a long prompt take more memory than its cache.
     """
     many = tokens.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
     few = {"logits_to_keep": 1} if many else {}
-    return _logits(model, cache, tokens, **few)[0, -1].clone()
-
-
-def _logits(model: PreTrainedModel, cache: Cache, tokens: Tensor, **options: int) -> Tensor:
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True, **options).logits
-    return logits
+    return logits_of(model, cache, tokens, **few)[:, -1].clone()
 
 
 def chunked_logits(
@@ -60,12 +56,18 @@ def chunked_logits(
     """Feed tokens `[batch, tokens]` in chunks, the first one longer by `offset`.
 
     Yields:
-        Logits `[batch, chunk, vocabulary]` of each chunk, the last one maybe shorter.
+        Logits `[batch, chunk, vocabulary]` of each chunk, the last one maybe shorter; of chunks of one token several
+        together, see `stepwise_logits`.
     """
-    yield _logits(model, cache, tokens[:, : chunk + offset])
-    if tokens.shape[1] > chunk + offset:
-        for piece in torch.split(tokens[:, chunk + offset :], chunk, dim=1):
-            yield _logits(model, cache, piece)
+    logits = logits_of(model, cache, tokens[:, : chunk + offset])
+    yield logits
+    if tokens.shape[1] <= chunk + offset:
+        return
+    rest = tokens[:, chunk + offset :]
+    if chunk == 1:
+        yield from stepwise_logits(model, cache, rest, logits[:, -1])
+    else:
+        yield from (logits_of(model, cache, piece) for piece in torch.split(rest, chunk, dim=1))
 
 
 class Prompt:
@@ -88,10 +90,14 @@ class Prompt:
         """The dense cache that holds the prompt, and the logits `[vocabulary]` for the token after it."""
         cache = DynamicCache(config=self._model.config)
         with attention(self._model, packed=False):
-            return cache, last_logits(self._model, cache, self.tokens)
+            return cache, last_logits(self._model, cache, self.tokens)[0]
 
-    def fill(self, contestant: Contestant) -> tuple[Cache, Tensor]:
+    def fill(self, contestant: Contestant, steps: int = 0) -> tuple[Cache, Tensor]:
         """A new cache of the contestant that holds the prompt.
+
+        Args:
+            contestant: whose cache.
+            steps: tokens that are to follow one by one, at most; see `Contestant.cache_for`.
 
         Returns:
             The cache, and the logits `[vocabulary]` for the token after the prompt.
@@ -100,10 +106,10 @@ class Prompt:
             DataError: the contestant cannot be filled with that many tokens.
         """
         check_multiple(contestant, "prompt", self.tokens.shape[1])
-        cache = contestant.make_cache()
+        cache = contestant.cache_for(self.tokens.shape[1] + steps, steps)
         with attention(self._model, packed=contestant.plan is not None):
             if contestant.prefill == "quantized" or not self._shareable or contestant.evicts:
-                return cache, last_logits(self._model, cache, self.tokens)
+                return cache, last_logits(self._model, cache, self.tokens)[0]
             dense, logits = self._dense
             for index, layer in enumerate(dense.layers):
                 cache.update(layer.keys.clone(), layer.values.clone(), index)
@@ -148,10 +154,14 @@ def greedy(
         stop: token ids that end the text; not part of it.
         ended: whether the tokens so far are all that is wanted.
         at_least: so many tokens come before any of `stop`.
+
+    Raises:
+        CacheError: what was packed is out of range.
     """
-    cache, logits = prompt.fill(contestant)
+    cache, logits = prompt.fill(contestant, tokens - 1)
     chosen: list[int] = []
     with attention(model, packed=contestant.plan is not None):
+        steps = Steps(model, cache, logits[None])
         while len(chosen) < tokens:
             if len(chosen) < at_least:
                 logits[list(stop)] = float("-inf")
@@ -162,7 +172,8 @@ def greedy(
             if ended(chosen):
                 break
             if len(chosen) < tokens:
-                logits = last_logits(model, cache, prompt.tokens.new_tensor([[token]]))
+                (logits,) = steps(prompt.tokens.new_tensor([token]))
+    steps.check()
     return Written(chosen, cache)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def decode_loop(
     return told.output(ids[:, :length].clone(), cache)
 
 
-def serves(cache: object) -> bool:
+def serves(cache: object) -> TypeGuard[LoomCache]:
     """Whether `decode_loop` can decode with a cache: a `LoomCache` of fixed size without layers of other kinds."""
     return (
         isinstance(cache, LoomCache)

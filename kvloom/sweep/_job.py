@@ -18,7 +18,10 @@ from kvloom.sweep._config import AnyTask, Entry, LmEvalEntry, ModelEntry
 DENSE = "dense"
 """The uncompressed cache's name."""
 
-_CODE = ("assets", "cache", "codecs", "evaluate", "eviction", "integrations", "kernels", "pages", "plan", "sweep")
+_CODE = (
+    *("assets", "cache", "codecs", "evaluate", "eviction", "generation", "integrations", "kernels", "pages", "plan"),
+    "sweep",
+)
 
 
 class Job(Entry):
