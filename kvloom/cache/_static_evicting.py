@@ -82,7 +82,8 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         if not self.is_stored:
             return
         store = self.store
-        tokens, pages = store.levels()[0].tolist()
+        tokens = int(store.levels()[0, 0])
+        pages = int(store.filled[tokens])  # one more than the newest token reads, if it has filled it
         self.length = tokens + int(self.shift)
         self.kept = tuple(_taken(group, pages) for group in store.pages)
         held = store.paged(slice(None), tokens, pages)

@@ -59,6 +59,19 @@ def test_it_holds_and_shows_what_the_growing_cache_does(data):
     static.check()
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "adakv"])
+def test_a_page_that_has_just_been_filled_is_a_page(policy):
+    plan = plan_of(policy, 150)
+    for last in range(64):
+        growing, static = new_cache(plan), new_cache(plan, max_tokens=600)
+        for cache in (growing, static):
+            feed(cache, stream(plan, 400), [200] + [1] * last)
+        assert_same(static, growing)
+        for cache in (growing, static):
+            feed(cache, stream(plan, 400), [90], 200 + last)
+        assert_same(static, growing)
+
+
 @EXAMPLES
 @given(st.data())
 def test_bytes_are_known_before(data):
