@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from kvloom import codecs
+from kvloom import codecs, kernels
 from kvloom.cache import _file
 from kvloom.cache._attention import reads_pages
 from kvloom.cache._evicting import EvictingLayer
@@ -192,6 +192,22 @@ class LoomCache(DynamicCache):
         if isinstance(layer, FixedLayer) and not _is_capturing():
             layer.check(room_for=room_for)
 
+    @property
+    def is_graph_safe(self) -> bool:
+        """Whether every step through a cache of fixed size launches the same, and never waits for the device."""
+        return all(isinstance(layer, FixedLayer) and layer.is_graph_safe for layer in self.layers)
+
+    def waits_at(self, tokens: int) -> bool:
+        """Whether the step that follows ``tokens`` tokens launches other things than the last one, or waits.
+
+        Where no kernel packs pages by itself, that is every step that does; `kvloom.kernels.between_pages` covers the
+        others.
+        """
+        if self.is_graph_safe:
+            return False
+        layers = [layer for layer in self.layers if isinstance(layer, FixedLayer) and layer.is_graph_safe_between_pages]
+        return len(layers) < len(self.layers) or any(layer.changes_more(tokens) for layer in layers)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` tokens; see `LoomLayer.crop`."""
         super().crop(tokens_to_remove)
@@ -206,7 +222,9 @@ class LoomCache(DynamicCache):
         """Whether a pass of one token through a layer of fixed size raises nothing."""
         layer = self.layers[layer_idx]
         is_prompt = isinstance(layer, FixedLayer) and not layer.takes_steps
-        return torch.compiler.is_compiling() or (bool(layer.is_compileable) and not is_prompt)
+        if torch.compiler.is_compiling():
+            return True
+        return (bool(layer.is_compileable) or kernels.is_between_pages()) and not is_prompt
 
     def _warn_dense(self) -> None:
         if not self._has_warned:

@@ -41,7 +41,9 @@ class FixedLayer(LoomLayer):
     ) -> None:
         self.max_tokens = max_tokens
         super().__init__(*args, **options)
-        self.is_graph_safe = expected is not None and self._is_graph_safe(*expected)
+        self.is_graph_safe = self.is_graph_safe_between_pages = False
+        if expected is not None:
+            self._ask_backend(*expected)
         if self.nonfinite == "clamp":
             raise CacheError('a cache of fixed size cannot clamp: leave nonfinite="error", or leave out max_tokens.')
 
@@ -55,14 +57,16 @@ class FixedLayer(LoomLayer):
         """Whether a pass of one token would be appended to the store now."""
         return self.is_enabled()
 
-    def _is_graph_safe(self, device: torch.device, dtype: torch.dtype) -> bool:
+    def _ask_backend(self, device: torch.device, dtype: torch.dtype) -> None:
         layouts = head_layouts(self.entry, self.model.num_kv_heads, self.model.head_dim, itemsize(dtype))
-        return kernels.backend(device).is_graph_safe(layouts, dtype)
+        backend = kernels.backend(device)
+        self.is_graph_safe = backend.is_graph_safe(layouts, dtype)
+        self.is_graph_safe_between_pages = backend.is_graph_safe_between_pages(layouts, dtype)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """See `LoomLayer.lazy_initialization`."""
         super().lazy_initialization(key_states, value_states)
-        self.is_graph_safe = self._is_graph_safe(self.device, self.dtype)
+        self._ask_backend(self.device, self.dtype)
 
     # -- storage ------------------------------------------------------------------------------------------------------
 
@@ -137,6 +141,10 @@ class FixedLayer(LoomLayer):
 
     def _tokens(self) -> int:
         return int(self._level()) if self.is_initialized else 0
+
+    def changes_more(self, tokens: int) -> bool:
+        """Whether the step that follows so many tokens does more than write to the ring: fill a page or a sink."""
+        return True
 
     def undoes_step(self, tokens: int) -> bool:
         """Whether `crop` takes a token back exactly that has followed so many."""

@@ -39,7 +39,7 @@ class StaticLoomLayer(FixedLayer):
         self._use(store)
 
     def _records(self, batch: int, group: HeadPages) -> torch.Tensor:
-        return self._bytes(batch, len(group.heads), self.num_slots, group.layout.nbytes)
+        return self._zeros(batch, len(group.heads), self.num_slots, group.layout.nbytes, dtype=torch.uint8)
 
     def nbytes(self) -> int:
         """Live bytes: the storage of every tensor held, however full."""
@@ -86,6 +86,10 @@ class StaticLoomLayer(FixedLayer):
 
     def _packed(self, tokens: int) -> int:
         return full_pages(self.entry.window, tokens, self.page_tokens)
+
+    def changes_more(self, tokens: int) -> bool:
+        """See `FixedLayer.changes_more`."""
+        return not self.entry.window.sinks <= tokens < self.max_tokens or not self.undoes_step(tokens)
 
     def undoes_step(self, tokens: int) -> bool:
         """See `FixedLayer.undoes_step`: if no page is packed."""

@@ -70,6 +70,10 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         if not self.is_in_prompt:
             self._put_down()
 
+    def changes_more(self, tokens: int) -> bool:
+        """See `FixedLayer.changes_more`."""
+        return not self.takes_steps or tokens not in self.ring_steps
+
     def _level(self) -> torch.Tensor:
         if self.is_stored:
             return self.store.state[:1] + self.shift
@@ -155,7 +159,11 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         """Write everything, places of tokens to come too; ``more`` pages of each head are still to come."""
         store, sinks = self.store, self.store.sinks.tokens
         shift = self.length - tokens
-        store.filled.copy_(new_pages(self.room, torch.arange(store.length + 1), kept).clamp_max(more))
+        filled = new_pages(self.room, torch.arange(store.length + 1), kept).clamp_max(more)
+        store.filled.copy_(filled)
+        only_ring = filled.diff() == 0
+        only_ring[:sinks] = False
+        self.ring_steps = frozenset((only_ring.nonzero().flatten() + self.length - tokens).tolist())
         assert store.places is not None
         slot = torch.arange(tokens, store.length, device=self.device) + shift
         exact = torch.cat([places(self.sink_slots), places(self.tail_slots)], dim=-1)

@@ -41,7 +41,7 @@ def fixed_cache(plan: Plan, model: PreTrainedModel, tokens: int) -> LoomCache | 
 
 def _is_replayed(cache: LoomCache, model: PreTrainedModel) -> bool:
     layers = [layer for layer in cache.layers if isinstance(layer, FixedLayer)]
-    return model.device.type == "cuda" and all(layer.is_graph_safe for layer in layers)
+    return model.device.type == "cuda" and all(layer.is_graph_safe_between_pages for layer in layers)
 
 
 def logits_of(model: PreTrainedModel, cache: Cache, tokens: Tensor, **options: int) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 
+from kvloom import kernels
 from kvloom.cache import FixedLayer, LoomCache
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _steps: WeakKeyDictionary[LoomCache, Step] = WeakKeyDictionary()
 
 class Step:
     """One decode step; the first two calls run the model, later ones replay a CUDA graph of it where there can be one.
+
+    Steps that `LoomCache.waits_at` names are no part of the graph: the model runs.
 
     Args:
         model: A causal language model.
@@ -63,10 +66,11 @@ class Step:
         self._calls = 0
         self._of = model, compiled
         self._stores = [ref(store) for store in _stores(cache)]
-        self.start(pads)
+        self.start(cache, pads)
 
-    def start(self, pads: Tensor) -> None:
+    def start(self, cache: LoomCache, pads: Tensor) -> None:
         """Begin behind another prompt; see the class."""
+        self._tokens = int(cache.get_seq_length())
         self._mask.fill_(True)
         self._mask[:, 0, 0, : pads.shape[1]] = ~pads
 
@@ -77,13 +81,22 @@ class Step:
 
     def __call__(self, cache: LoomCache) -> None:
         """Read `token` at `position`, append it to the cache, and set `scores`."""
-        if self._graph is None and not self._waits and self._calls >= _PLAIN_CALLS:
+        if self._waits or cache.waits_at(self._tokens):
+            self._run(cache)
+        else:
+            with nullcontext() if cache.is_graph_safe else kernels.between_pages():
+                self._replay(cache)
+        self._tokens += 1
+
+    def _replay(self, cache: LoomCache) -> None:
+        """The steps that are alike."""
+        if self._graph is None and self._calls >= _PLAIN_CALLS:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._run(cache)
         if self._graph is not None:
             self._graph.replay()
-        elif self._waits or self._calls < _PLAIN_CALLS - 1:
+        elif self._calls < _PLAIN_CALLS - 1:
             self._run(cache)
         else:
             with _watched() as waits:
@@ -103,7 +116,7 @@ def step_of(model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tens
     """The step of this cache, from an earlier generation if its tensors are still the same ones."""
     known = _steps.get(cache)
     if known is not None and known.fits(model, cache, pads.shape[0], compiled):
-        known.start(pads)
+        known.start(cache, pads)
         return known
     made = _steps[cache] = Step(model, cache, pads, scores, compiled)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvloom.codecs import OUT_OF_RANGE
 from kvloom.kernels._base import Backend
+from kvloom.kernels._between_pages import between_pages, is_between_pages
 from kvloom.kernels._invariant import INVARIANT, invariant_attention
 from kvloom.kernels._ops import append, attend_static
 from kvloom.kernels._registry import backend, backends
@@ -17,6 +18,8 @@ __all__ = [
     "attend_static",
     "backend",
     "backends",
+    "between_pages",
     "dense_attention",
     "invariant_attention",
+    "is_between_pages",
 ]

@@ -109,6 +109,10 @@ class Backend(ABC):
         """Whether `append` and `attend_static` of such a cache launch the same at every step and never wait."""
         return False
 
+    def is_graph_safe_between_pages(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
+        """Whether they do so at least at steps within `kvloom.kernels.between_pages`."""
+        return self.is_graph_safe(layouts, dtype)
+
     def prepare(self, kv: StaticKV) -> None:  # noqa: B027 (most backends need nothing)
         """Make what steps with ``kv`` keep on the device: what a step made first would lie in its graph's memory."""
 

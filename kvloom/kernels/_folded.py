@@ -11,8 +11,10 @@ import torch
 
 from kvloom.pages import SideLayout, side_matrix, unpack_params, unpack_raw
 
-# Pages are unpacked this many elements at a time: 4 MB of floats, about a core's L2 and half its L3 share.
-BLOCK_ELEMENTS = 1 << 20
+# Pages are unpacked this many elements at a time: on a CPU 4 MB of floats, about a core's L2 and half its L3 share;
+# elsewhere enough to fill a GPU.
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+_MANY_ELEMENTS = 1 << 26
 
 
 def packed_scores(x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
@@ -83,7 +85,8 @@ def _codes_product(moving: torch.Tensor, pages: torch.Tensor, side: SideLayout) 
         ``[lead, n, row groups, m, rows / groups]`` in ``moving``'s dtype.
     """
     lead, n = pages.shape[:2]
-    step = max(1, BLOCK_ELEMENTS // (lead * side.page_tokens * side.head_dim))
+    most = _BLOCK_ELEMENTS.get(pages.device.type, _MANY_ELEMENTS)
+    step = max(1, most // (lead * side.page_tokens * side.head_dim))
     blocks = [_block_product(moving[:, i : i + step], pages[:, i : i + step], side) for i in range(0, n, step)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def append_by_sequence(backend: Backend, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
     """See `Backend.append`. Fill levels grow last: what `Backend.encode` refuses is not counted as appended."""
-    key, value = _turned(backend, key, kv, "key"), _turned(backend, value, kv, "value")
+    key, value = turned_token(backend, key, kv, "key"), turned_token(backend, value, kv, "value")
     for rows, tokens, _ in _runs(kv):
         if tokens >= kv.length:
             kv.flags[1] = 1
@@ -49,11 +49,13 @@ def _runs(kv: StaticKV) -> Iterator[tuple[slice, int, int]]:
         start = stop
 
 
-def _turned(backend: Backend, x: torch.Tensor, kv: StaticKV, role: Role) -> torch.Tensor:
-    """The token as it is cached, as far as its layouts say."""
+def turned_token(backend: Backend, x: torch.Tensor, kv: StaticKV, role: Role) -> torch.Tensor:
+    """The token ``[batch, kv_heads, 1, head_dim]`` as it is cached, as far as its layouts say."""
     heads = [
         head for group in kv.pages if getattr(group.layout, role).fmt.rotation == "hadamard" for head in group.heads
     ]
+    if len(heads) == x.shape[1]:
+        return backend.rotate(x)
     return x.index_copy(1, torch.tensor(heads, device=x.device), backend.rotate(x[:, heads])) if heads else x
 
 

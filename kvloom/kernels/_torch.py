@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvloom import codecs
 from kvloom.codecs import Encoded, Outliers, wide
-from kvloom.kernels._base import Backend, rows_of_a_head
+from kvloom.kernels._base import AttendOptions, Backend, rows_of_a_head
+from kvloom.kernels._between_pages import append_token, is_between_pages, mask_of_room
 from kvloom.kernels._folded import packed_scores, packed_values
 from kvloom.kernels._kept import padded
 from kvloom.pages import (
@@ -17,6 +19,7 @@ from kvloom.pages import (
     PageLayout,
     Role,
     SideLayout,
+    StaticKV,
     pack_outliers,
     pack_side,
     unpack_outliers,
@@ -71,6 +74,31 @@ class TorchBackend(Backend):
             return dense_attention(query, *self.all_states(kv), mask=columns, **options)
         return self._folded_attention(query, *_exact_states(kv), kv, columns, **options)
 
+    def is_graph_safe_between_pages(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
+        """See `Backend.is_graph_safe_between_pages`."""
+        return all(layout.is_readable and layout == layouts[0] for layout in layouts)
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+        """See `Backend.append`."""
+        if is_between_pages():
+            append_token(self, key, value, kv)
+        else:
+            super().append(key, value, kv)
+
+    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
+        """See `Backend.attend_static`."""
+        if not is_between_pages():
+            return super().attend_static(query, kv, **options)
+        mask = mask_of_room(kv, options.get("mask"), query.shape[1])
+        others: _Options = {
+            "scaling": options["scaling"],
+            "softcap": options.get("softcap"),
+            "sink_logits": options.get("sink_logits"),
+        }
+        if not kv.pages[0].data.numel():
+            return dense_attention(query, *_exact_states(kv), mask=mask, **others)
+        return self._folded_attention(query, *_exact_states(kv), kv, mask, **others)
+
     def packed_scores(self, x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
         """See `kvloom.kernels._folded.packed_scores`."""
         return packed_scores(x, pages, side, dtype)
@@ -84,7 +112,7 @@ class TorchBackend(Backend):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv: PagedKV,
+        kv: PagedKV | StaticKV,
         mask: torch.Tensor | None,
         *,
         scaling: float,
@@ -100,15 +128,20 @@ class TorchBackend(Backend):
         out = out + self._by_head(weights[..., key.shape[2] :], kv, "value")
         return _ungrouped(out, query.shape[1]).to(query.dtype)
 
-    def _by_head(self, x: torch.Tensor, kv: PagedKV, role: Role) -> torch.Tensor:
-        """Products of ``x [batch, kv_heads, rows, ...]`` with one side of the pages, group of heads by group."""
+    def _by_head(self, x: torch.Tensor, kv: PagedKV | StaticKV, role: Role) -> torch.Tensor:
+        """Products of ``x [batch, kv_heads, rows, ...]`` with one side of the pages, group of heads by group.
+
+        Records that the heads share are multiplied with the rows of all of them.
+        """
         product = self.packed_scores if role == "key" else self.packed_values
         parts: list[torch.Tensor] = []
         for group in kv.pages:
             own = x if len(kv.pages) == 1 else x[:, list(group.heads)]
             side = group.layout.key if role == "key" else group.layout.value
-            out = product(own.flatten(0, 1), group.data.flatten(0, 1), side, kv.dtype)
-            parts.append(out.unflatten(0, own.shape[:2]))
+            shared = group.data.shape[1] < own.shape[1]
+            rows = own.flatten(1, 2) if shared else own.flatten(0, 1)
+            out = product(rows, group.data.flatten(0, 1), side, kv.dtype)
+            parts.append(out.unflatten(1, own.shape[1:3]) if shared else out.unflatten(0, own.shape[:2]))
         if len(parts) == 1:
             return parts[0]
         order = [head for group in kv.pages for head in group.heads]
@@ -211,7 +244,7 @@ def _softmax(
     return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]
 
 
-def _exact_states(kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
+def _exact_states(kv: PagedKV | StaticKV) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the sinks and the tail."""
     if not kv.sinks.tokens:
         return kv.tail.key, kv.tail.value

@@ -11,6 +11,7 @@ from kvloom import decode_loop
 from kvloom.cache import LoomCache, disable, enable
 from kvloom.errors import CacheError, ModelError
 from kvloom.generation import _loop, _step, serves
+from kvloom.kernels import is_between_pages
 from kvloom.plan import Evict, Window
 from tests.cache import tiny
 
@@ -65,6 +66,33 @@ def test_a_compiled_pass(model, plan, monkeypatch):
     expected, actual, plain, looped = both(model, plan, tiny.prompt(57, batch=2), new=12)
     assert actual.equal(expected)
     assert_same_caches(plain, looped)
+
+
+@pytest.mark.parametrize("policy", [None, "snapkv"])
+def test_steps_between_pages_and_those_that_fill_one(model, policy, monkeypatch):
+    """As on a GPU whose kernels do not pack, where the first kind is captured."""
+    plan = tiny.eight_bit(model, window=Window(sinks=4))
+    if policy:
+        evict = Evict(policy=policy, budget=60)
+        entries = tuple(entry.model_copy(update={"evict": evict}) for entry in plan.layers)
+        plan = plan.model_copy(update={"layers": entries})
+    ran, run, made = [], _step.Step._run, _step.Step.__init__
+
+    def counted(step, cache):
+        ran.append(is_between_pages())
+        run(step, cache)
+
+    def on_gpu(step, *args):
+        made(step, *args)
+        step._waits = False
+
+    monkeypatch.setattr(_step.Step, "_run", counted)
+    monkeypatch.setattr(_step.Step, "__init__", on_gpu)
+    monkeypatch.setattr(_step, "_PLAIN_CALLS", 1 << 30)
+    expected, actual, plain, looped = both(model, plan, tiny.prompt(57, batch=2), new=150)
+    assert actual.equal(expected)
+    assert_same_caches(plain, looped)
+    assert (ran.count(True), len(ran)) == (146, 149)
 
 
 def test_sampling(model, plan):

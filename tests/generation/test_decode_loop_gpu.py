@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ import transformers
 import kvloom
 from kvloom import LoomCache, Plan, decode_loop
 from kvloom.generation import _step
-from kvloom.plan import Window
+from kvloom.plan import Evict, Window
 
 pytestmark = pytest.mark.gpu
 ROOM = 640
@@ -68,6 +70,20 @@ def test_replayed_steps_are_generates(model, plan, tokens):
     assert graph_of(caches[1]) is not None
     assert actual.equal(expected)
     assert_same_caches(*caches)
+
+
+@pytest.mark.parametrize("policy", [None, "snapkv"])
+def test_float32_has_no_kernels_and_is_replayed_between_pages(model, plan, policy):
+    single = copy.deepcopy(model).float()
+    kvloom.enable(single)
+    if policy:
+        evict = Evict(policy=policy, budget=100)
+        entries = tuple(entry.model_copy(update={"evict": evict}) for entry in plan.layers)
+        plan = plan.model_copy(update={"layers": entries})
+    expected, actual, caches = both(single, plan, prompt(200))
+    assert graph_of(caches[1]) is not None
+    assert actual.equal(expected)
+    assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length())
 
 
 def test_left_padding(model, plan):
