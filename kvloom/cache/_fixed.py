@@ -83,6 +83,11 @@ class FixedLayer(LoomLayer):
         key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return ExactKV(key, value)
 
+    def _wipe(self) -> None:
+        """Leave no number behind: between pages what is not held is read with weight 0, which NaN would survive."""
+        for tensor in (*(group.data for group in self.store.pages), *self._exact_tensors()):
+            tensor.zero_()
+
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 

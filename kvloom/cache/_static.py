@@ -136,6 +136,7 @@ class StaticLoomLayer(FixedLayer):
     def reset(self) -> None:
         """Forget every token; the storage stays, so that compiled graphs hold."""
         if self.is_initialized:
+            self._wipe()
             self.store.state.zero_()
 
     # -- storage on disk ----------------------------------------------------------------------------------------------

@@ -219,6 +219,8 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
             self.length = self.prompt_end = 0
             self.is_unread = self.is_stored = False
             self.queries = None
+            if self.has_store:
+                self._wipe()
 
     # -- storage ------------------------------------------------------------------------------------------------------
 

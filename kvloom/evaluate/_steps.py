@@ -1,8 +1,8 @@
 """Decoding: one token of every sequence after another, replayed as a CUDA graph where a cache's size is fixed.
 
-On a GPU a plan's cache has a fixed size if every step through it launches the same: not with keys before RoPE, policies
-that watch steps (H2O, ceilings while decoding), layers that are not packed, batch-invariant attention, or a dtype or
-format that the kernels do not serve. It holds and shows what the growing cache does, in other storage.
+On a GPU a plan's cache has a fixed size if its steps can be replayed: not with keys before RoPE, policies that watch steps
+(H2O, ceilings while decoding), layers that are not packed, batch-invariant attention, or heads of several formats where
+no kernel serves them (fp32). It holds and shows what the growing cache does, in other storage.
 
 A graph is captured at the third step, so that few steps are taken sooner through a growing cache.
 """

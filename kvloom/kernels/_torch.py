@@ -76,7 +76,8 @@ class TorchBackend(Backend):
 
     def is_graph_safe_between_pages(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
         """See `Backend.is_graph_safe_between_pages`."""
-        return all(layout.is_readable and layout == layouts[0] for layout in layouts)
+        is_one = all(layout.is_readable and layout == layouts[0] for layout in layouts)
+        return is_one or self.is_graph_safe(layouts, dtype)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
         """See `Backend.append`."""

@@ -88,6 +88,23 @@ def test_a_short_prompt_fills_sinks_first_and_a_full_cache_is_noticed():
     assert [static.waits_at(n) for n in (2, 3, 4, 19, 20)] == [True, True, False, False, True]
 
 
+@pytest.mark.parametrize("policy", [None, "snapkv"])
+def test_nothing_of_an_earlier_prompt_is_left(policy):
+    """Numbers of slots that hold nothing have weight 0, which NaN would survive."""
+    exact = TensorSpec(bits=16, grouping="per_token", group_size=16)
+    plan = Plan.from_specs(Fingerprint.of(config_of(16)), {0: (exact, exact)}, window=Window(sinks=4))
+    plan = evicting(plan, policy, 250) if policy else plan
+    static, bad = new_cache(plan, max_tokens=400), stream(plan, 150)
+    bad.value[:, :, 130:] = torch.nan
+    feed(static, bad, [150])
+    static.reset()
+    tokens = stream(plan, 220)
+    feed(static, tokens, [200])
+    outputs, alike = steps(static, tokens, 20, 200)
+    assert alike == 20
+    assert all(bool(out.isfinite().all()) for out in outputs)
+
+
 def test_heads_of_several_layouts_always_wait():
     spec = TensorSpec(bits=8, grouping="per_channel")
     plan = Plan.from_head_specs(Fingerprint.of(config_of(16)), {0: ((KEY, VALUE), (spec, VALUE))})
