@@ -1,8 +1,9 @@
 """Decoding: one token of every sequence after another, replayed as a CUDA graph where a cache's size is fixed.
 
-On a GPU a plan's cache has a fixed size if its steps can be replayed: not with keys before RoPE, policies that watch steps
-(H2O, ceilings while decoding), layers that are not packed, batch-invariant attention, or heads of several formats where
-no kernel serves them (fp32). It holds and shows what the growing cache does, in other storage.
+On a GPU a plan's cache has a fixed size if its steps can be replayed: not with keys before RoPE, policies that watch
+steps (H2O, ceilings while decoding), layers that are not packed, batch-invariant attention, or, in a dtype without
+kernels (fp32), heads of several formats and formats that attention decodes first. It holds and shows what the growing
+cache does, in other storage.
 
 A graph is captured at the third step, so that few steps are taken sooner through a growing cache.
 """
@@ -33,15 +34,18 @@ _BLOCK = 32
 
 def fixed_cache(plan: Plan, model: PreTrainedModel, tokens: int) -> LoomCache | None:
     """A new empty cache of fixed size for `tokens` tokens of each sequence; None where steps would not be replayed."""
-    if plan.needs_growing or model.config._attn_implementation == INVARIANT:
+    if not _has_graphs(model) or plan.needs_growing or model.config._attn_implementation == INVARIANT:
         return None
     cache = LoomCache(plan, model, max_tokens=tokens)
-    return cache if serves(cache) and _is_replayed(cache, model) else None
+    return cache if all(_is_replayed(layer) for layer in cache.layers) else None
 
 
-def _is_replayed(cache: LoomCache, model: PreTrainedModel) -> bool:
-    layers = [layer for layer in cache.layers if isinstance(layer, FixedLayer)]
-    return model.device.type == "cuda" and all(layer.is_graph_safe_between_pages for layer in layers)
+def _has_graphs(model: PreTrainedModel) -> bool:
+    return model.device.type == "cuda"
+
+
+def _is_replayed(layer: object) -> bool:
+    return isinstance(layer, FixedLayer) and layer.is_graph_safe_between_pages
 
 
 def logits_of(model: PreTrainedModel, cache: Cache, tokens: Tensor, **options: int) -> Tensor:

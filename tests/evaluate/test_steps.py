@@ -54,7 +54,7 @@ def calls(monkeypatch):
         run(step, cache)
 
     monkeypatch.setattr(steps_module, "step_of", step_of)
-    monkeypatch.setattr(steps_module, "_is_replayed", lambda *_: True)
+    monkeypatch.setattr(steps_module, "_has_graphs", lambda _: True)
     monkeypatch.setattr(step_module, "_PLAIN_CALLS", 1 << 30)
     monkeypatch.setattr(Step, "_run", counted)
     return ran
@@ -118,6 +118,8 @@ def test_which_caches_have_a_fixed_size(model, calls):
     )
     before_rope = Plan.from_specs(Fingerprint.of(model), dict.fromkeys((0, 1), (key, value)))
     assert plan_contestant(before_rope, model, name="p", method="uniform").cache_for(200, 100).max_tokens is None
+    apart = plan_contestant(tiny.mixed(model), model, name="p", method="uniform")
+    assert apart.cache_for(200, 100).max_tokens is None
     sliding = tiny.build("gemma3")
     others = plan_contestant(tiny.eight_bit(sliding), sliding, name="p", method="uniform")
     assert others.cache_for(200, 100).max_tokens is None
