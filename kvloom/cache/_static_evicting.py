@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from kvloom import kernels
 from kvloom.cache._evicting import EvictingLayer
 from kvloom.cache._fixed import FixedLayer, ring_tokens, state_numbers
 from kvloom.cache._fixed_bytes import new_pages
+from kvloom.cache._index import joined, numbers, of_heads
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._slots import slot_dtype
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError
-from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, places, stored
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, stored_run
+from kvloom.plan import Window
 
 
 class StaticEvictingLayer(FixedLayer, EvictingLayer):
@@ -70,6 +73,9 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         if not self.is_in_prompt:
             self._put_down()
 
+    def _tokens(self) -> int:
+        return super()._tokens() if self.is_stored else self.length
+
     def _level(self) -> torch.Tensor:
         if self.is_stored:
             return self.store.state[:1] + self.shift
@@ -98,19 +104,18 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
 
     def _put_down(self) -> None:
         """Store what the growing layer holds now, and forget it."""
-        tokens = self.sinks.tokens + self.tail.tokens
-        slots, per_head = tokens + self.max_tokens - self.length, self._heads()
-        kept = sum(len(group.data) for group in self.kept) * self.page_tokens // per_head
-        more = int(new_pages(self.room, torch.tensor(slots), kept))
+        slots = self.sinks.tokens + self.tail.tokens + self.max_tokens - self.length
+        kept = self._held(0) - self.sinks.tokens
+        more = new_pages(self.entry.window, slots, kept, self.page_tokens)
         if not self.has_store or not self._fits(slots, kept, more):
             self._allocate(slots, kept, more)
-        self._write(tokens, kept, more)
+        self._write(slots, kept, more)
         self._forget()
         self.is_stored = True
 
     def _needs(self, group: KeptPages, more: int) -> int:
         """Records of a sequence for the pages of a group's heads, ``more`` of each still to come."""
-        return int(group.counts.sum(-1).max()) + len(group.heads) * more
+        return max(map(sum, group.counts.tolist())) + len(group.heads) * more
 
     def _fits(self, slots: int, kept: int, more: int) -> bool:
         store, ring = self.store, ring_tokens(self.entry.window, slots + kept, self.page_tokens)
@@ -150,36 +155,40 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
             )
         )
 
-    def _write(self, tokens: int, kept: int, more: int) -> None:
+    def _write(self, slots: int, kept: int, more: int) -> None:
         """Write everything, places of tokens to come too; ``more`` pages of each head are still to come."""
-        store, sinks = self.store, self.store.sinks.tokens
-        shift = self.length - tokens
-        store.filled.copy_(new_pages(self.room, torch.arange(store.length + 1), kept).clamp_max(more))
+        store, window, page, tokens = (
+            self.store,
+            self.entry.window,
+            self.page_tokens,
+            self.sinks.tokens + self.tail.tokens,
+        )
+        store.filled.copy_(_pages_filled(window, store.length, kept, page, more, self.device))
         assert store.places is not None
-        slot = torch.arange(tokens, store.length, device=self.device) + shift
-        exact = torch.cat([places(self.sink_slots), places(self.tail_slots)], dim=-1)
-        exact = torch.cat([exact, slot.expand(*exact.shape[:2], -1)], dim=-1)
-        store.places.copy_(stored(exact, store.places.dtype))
-        coming = store.places[:, :, sinks : sinks + more * self.page_tokens].unflatten(-1, (more, self.page_tokens))
+        if self.tail_slots.dtype != store.places.dtype:
+            self._widen_slots(store.places.dtype)
+        coming = stored_run(self.length, self.max_tokens, store.places.dtype, self.device)
+        exact = joined([self.sink_slots, self.tail_slots], dim=-1)
+        of_slots = torch.cat([exact, coming.expand(*exact.shape[:2], -1)], dim=-1)
+        store.places[..., :slots] = of_slots
+        of_pages = of_slots[..., window.sinks : window.sinks + more * page].unflatten(-1, (more, page))
         for group, into in zip(self.kept, store.pages, strict=True):
-            _give(group, into, more, coming[:, list(group.heads)])
-        for part, of_exact, at in (
-            (store.sinks, self.sinks, slice(self.sinks.tokens)),
-            (store.tail, self.tail, store.ring_slots(0, self.tail.tokens)),
-        ):
-            part.key[:, :, at], part.value[:, :, at] = of_exact.key, of_exact.value
-        self.shift.fill_(shift)
-        store.levels()[:, 0], store.levels()[:, 1] = tokens, 0
+            _give(group, into, of_heads(of_pages, group.heads))
+        for part, of_exact in ((store.sinks, self.sinks), (store.tail, self.tail)):
+            for to, x in ((part.key, of_exact.key), (part.value, of_exact.value)):
+                to[:, :, : x.shape[2]] = x
+        self.shift.fill_(self.length - tokens)
+        levels = store.levels()
+        levels[:, 0].fill_(tokens)
+        levels[:, 1].zero_()
 
     def _forget(self) -> None:
         """Hold no token outside the storage."""
-        none = slice(0)
-        self.kept = tuple(kept.only(torch.zeros((*kept.counts.shape, 0), device=self.device) > 0) for kept in self.kept)
-        self.sinks, self.tail = (
-            ExactKV(x.key[:, :, none].clone(), x.value[:, :, none].clone()) for x in (self.sinks, self.tail)
-        )
-        self.sink_slots, self.tail_slots = (x[:, :, none].clone() for x in (self.sink_slots, self.tail_slots))
-        self.tail_mass = self.tail_mass[:, :, none].clone()
+        none = self.tail.key.new_empty((*self.tail.key.shape[:2], 0, self.tail.key.shape[3]))
+        self.sinks = self.tail = ExactKV(none, none)
+        self.sink_slots = self.tail_slots = none.new_empty(none.shape[:3], dtype=slot_dtype(0))
+        self.tail_mass = none.new_empty(none.shape[:3], dtype=torch.float64)
+        self.kept = tuple(kept.emptied() for kept in self.kept)
         self.num_pages = 0
 
     # -- going back ---------------------------------------------------------------------------------------------------
@@ -250,38 +259,53 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         self._put_down()
 
 
-def _row_and_record(counts: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence and record of the first ``counts [batch, heads]`` records from ``first`` on, head by head."""
-    most = torch.arange(int(counts.max()) if counts.numel() else 0)
-    row, head, page = (most < counts[..., None]).nonzero().unbind(1)
-    return row, first[row, head] + page
+@lru_cache(maxsize=64)
+def _pages_filled(
+    window: Window, slots: int, kept: int, page_tokens: int, most: int, device: torch.device
+) -> torch.Tensor:
+    """`new_pages` by number of tokens, at most ``most``: int32 ``[slots + 1]``; one tensor for many layers."""
+    counts = [min(most, new_pages(window, tokens, kept, page_tokens)) for tokens in range(slots + 1)]
+    return numbers(counts, device, torch.int32)
 
 
 def _taken(group: HeadPages, pages: int) -> KeptPages:
     """Records of a group's heads, ``pages`` of each filled since the prompt's end, as records of their own."""
     assert group.kept is not None
-    first, counts = group.kept.extents.long().cpu().unbind(-1)
-    row, record = (x.to(group.data.device) for x in _row_and_record(counts + pages, first))
-    data, slots = group.data[row, 0, record], group.kept.places[row, 0, record]
-    return KeptPages(group.heads, group.layout, data, slots, None, (counts + pages).int())
+    extents = group.kept.extents.cpu()
+    room = group.data.shape[2]
+    record = [
+        row * room + first + n
+        for row, heads in enumerate(extents.tolist())
+        for first, count in heads
+        for n in range(count + pages)
+    ]
+    at = numbers(record, group.data.device)
+    data, slots = group.data.flatten(0, 2)[at], group.kept.places.flatten(0, 2)[at]
+    return KeptPages(group.heads, group.layout, data, slots, None, extents[..., 1] + pages)
 
 
-def _give(group: KeptPages, into: HeadPages, more: int, coming: torch.Tensor) -> None:
-    """Write kept records and where they lie, room for ``more`` after those of each head, and the places of those.
+def _give(group: KeptPages, into: HeadPages, coming: torch.Tensor) -> None:
+    """Write kept records and where they lie, room for those to come after those of each head, and the places of all.
 
     Args:
         group: The records.
         into: Where to.
-        more: Pages to come.
-        coming: Their places as stored, ``[batch, heads, more, page_tokens]``.
+        coming: Places of pages to come as stored, ``[batch, heads, pages, page_tokens]``.
     """
     assert into.kept is not None
-    counts = group.counts.long()
-    first = (counts + more).cumsum(-1) - counts - more
-    into.kept.extents.copy_(torch.stack([first, counts], dim=-1))
-    device = into.data.device
-    row, record = (x.to(device) for x in _row_and_record(counts, first))
-    into.data[row, 0, record] = group.data
-    into.kept.places[row, 0, record] = stored(places(group.slots), into.kept.places.dtype)
-    row, record = (x.to(device) for x in _row_and_record(torch.full_like(counts, more), first + counts))
-    into.kept.places[row, 0, record] = coming.flatten(0, 2)
+    more, room = coming.shape[2], into.data.shape[2]
+    extents: list[int] = []
+    own: list[int] = []
+    free: list[int] = []
+    for row, counts in enumerate(group.counts.tolist()):
+        first = row * room
+        for count in counts:
+            extents += (first - row * room, count)
+            own += range(first, first + count)
+            free += range(first + count, first + count + more)
+            first += count + more
+    in_store = torch.tensor(extents, dtype=torch.int32).view(into.kept.extents.shape)
+    into.kept.extents.copy_(in_store, non_blocking=True)
+    at = numbers(own + free, into.data.device)
+    into.data.flatten(0, 2).index_copy_(0, at[: len(own)], group.data)
+    into.kept.places.flatten(0, 2).index_copy_(0, at, torch.cat([group.slots, coming.flatten(0, 2)]))

@@ -122,11 +122,8 @@ def test_the_choice_is_the_best_that_whole_pages_allow(data) -> None:
 
     ours = [
         (
-            int(chosen.pages[0, h].sum()) + (int(chosen.counts[0, h]) - base) // page,
-            float(
-                of_pages[0, h][chosen.pages[0, h]].sum()
-                + of_tail[0, h][chosen.order[0, h, : chosen.counts[0, h]]].sum()
-            ),
+            int(chosen.pages[0, h].sum()) + (int(chosen.tail[0, h].sum()) - base) // page,
+            float(of_pages[0, h][chosen.pages[0, h]].sum() + of_tail[0, h][chosen.tail[0, h]].sum()),
         )
         for h in range(heads)
     ]
