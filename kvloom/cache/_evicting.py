@@ -246,32 +246,32 @@ class EvictingLayer(LoomLayer):
         missing = min(self.entry.window.sinks - self.sinks.tokens, self.tail.tokens)
         if missing <= 0:
             return
-        into, rest = self._first_of_tail(missing, real)
-        self.sinks = ExactKV(
-            *(torch.cat([getattr(self.sinks, x), taken(getattr(self.tail, x), into)], dim=-2) for x in SIDES)
-        )
-        self.sink_slots = torch.cat([self.sink_slots, taken(self.tail_slots, into)], dim=-1)
-        self._set_tail(rest)
+        (key, value, slots, *_), rest = self._split_tail(missing, real)
+        self.sinks = ExactKV(torch.cat([self.sinks.key, key], dim=-2), torch.cat([self.sinks.value, value], dim=-2))
+        self.sink_slots = torch.cat([self.sink_slots, slots], dim=-1)
+        self._set_tail(*rest)
 
-    def _first_of_tail(self, count: int, real: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of the ``count`` first real tokens of the tail, and of the others; see `taken`."""
-        shape, sizes = self.tail_slots.shape, (count, self.tail.tokens - count)
+    def _split_tail(self, count: int, real: torch.Tensor | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The ``count`` first real tokens of the tail, and copies of the others; both as `_tail_tensors`."""
+        tensors, sizes = self._tail_tensors(), (count, self.tail.tokens - count)
         if real is None:
-            first, others = torch.arange(shape.numel(), device=self.device).view(shape).split(sizes, dim=-1)
-            return first, others
-        mask = best(_is_real(places(self.tail_slots), real).float(), count)
+            return [x[:, :, :count] for x in tensors], [x[:, :, count:].clone() for x in tensors]
+        is_first = best(_is_real(places(self.tail_slots), real).float(), count)
         first, others = (
-            named(which, self._heads() * size).view(*shape[:2], size)
-            for which, size in zip((mask, ~mask), sizes, strict=True)
+            named(mask, self._heads() * size).view(*mask.shape[:2], size)
+            for mask, size in zip((is_first, ~is_first), sizes, strict=True)
         )
-        return first, others
+        return [taken(x, first) for x in tensors], [taken(x, others) for x in tensors]
 
-    def _set_tail(self, at: torch.Tensor) -> None:
-        """Keep of the tail what ``at [batch, kv_heads, tokens]`` numbers; see `taken`."""
-        self.tail = ExactKV(taken(self.tail.key, at), taken(self.tail.value, at))
-        self.tail_slots = taken(self.tail_slots, at)
-        if self.policy.sums_attention:
-            self.tail_mass = taken(self.tail_mass, at)
+    def _tail_tensors(self) -> list[torch.Tensor]:
+        """Keys, values, places and (if anybody asks) mass of the tail, ``[batch, kv_heads, tokens, ...]`` each."""
+        mass = [self.tail_mass] if self.policy.sums_attention else []
+        return [self.tail.key, self.tail.value, self.tail_slots, *mass]
+
+    def _set_tail(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, *mass: torch.Tensor) -> None:
+        """Have another tail; see `_tail_tensors`."""
+        self.tail, self.tail_slots = ExactKV(key, value), slots
+        (self.tail_mass,) = mass or (self.tail_mass,)
 
     def _end_prompt(self, real: torch.Tensor | None, reading: Reading) -> None:
         limit = self.room.limit(self.length)
@@ -372,7 +372,8 @@ class EvictingLayer(LoomLayer):
             self.kept = tuple(kept.joined(self._encoded_pages(kept, parts[::2], pages)) for kept in self.kept)
             self._count_pages()
         if left < self.tail.tokens:
-            self._set_tail(torch.cat(parts[1::2]).view(*self.tail_slots.shape[:2], left))
+            stays = torch.cat(parts[1::2]).view(*self.tail_slots.shape[:2], left)
+            self._set_tail(*(taken(x, stays) for x in self._tail_tensors()))
 
     def _encoded_pages(self, kept: KeptPages, parts: Sequence[torch.Tensor], pages: list[int]) -> KeptPages:
         """The pages of a layout that the tail's tokens ``parts`` fill, ``pages`` of each head of each sequence."""
@@ -383,7 +384,7 @@ class EvictingLayer(LoomLayer):
             in_row = at.view(1, 1, -1)
             key, value = taken(self.tail.key, in_row), taken(self.tail.value, in_row)
             of_keys = places(slots).flatten() if kept.layout.key.fmt.pre_rope else 0
-            data = self._encoded(key, value, kept.layout, of_keys)[0, 0]
+            data = self._encoded(key, value, kept.layout, of_keys).flatten(0, 2)
         mass = None if kept.mass is None else taken(self.tail_mass, at).sum(-1)
         counts = torch.tensor([pages[n] for n in own], dtype=torch.int32).view(kept.counts.shape)
         return KeptPages(kept.heads, kept.layout, data, slots, mass, counts)

@@ -13,7 +13,7 @@ from kvloom import kernels
 from kvloom.cache._evicting import EvictingLayer
 from kvloom.cache._fixed import FixedLayer, ring_tokens, state_numbers
 from kvloom.cache._fixed_bytes import new_pages
-from kvloom.cache._index import joined, numbers, of_heads
+from kvloom.cache._index import numbers, of_heads
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._slots import slot_dtype
 from kvloom.cache._storage import live_nbytes
@@ -88,9 +88,11 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         if not self.is_stored:
             return
         store = self.store
-        tokens, pages = store.levels()[0].tolist()
-        self.length = tokens + int(self.shift)
-        self.kept = tuple(_taken(group, pages) for group in store.pages)
+        numbers_held = [store.levels()[0], self.shift, *(g.kept.extents.flatten() for g in store.pages if g.kept)]
+        levels, *extents = torch.cat(numbers_held).cpu().split([3, *(x.numel() for x in numbers_held[2:])])
+        tokens, pages, shift = levels.tolist()
+        self.length = tokens + shift
+        self.kept = tuple(_taken(group, of, pages) for group, of in zip(store.pages, extents, strict=True))
         held = store.paged(slice(None), tokens, pages)
         self.sinks = ExactKV(held.sinks.key.clone(), held.sinks.value.clone())
         self.tail = held.tail
@@ -157,19 +159,14 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
 
     def _write(self, slots: int, kept: int, more: int) -> None:
         """Write everything, places of tokens to come too; ``more`` pages of each head are still to come."""
-        store, window, page, tokens = (
-            self.store,
-            self.entry.window,
-            self.page_tokens,
-            self.sinks.tokens + self.tail.tokens,
-        )
+        store, window, page = self.store, self.entry.window, self.page_tokens
         store.filled.copy_(_pages_filled(window, store.length, kept, page, more, self.device))
         assert store.places is not None
         if self.tail_slots.dtype != store.places.dtype:
             self._widen_slots(store.places.dtype)
         coming = stored_run(self.length, self.max_tokens, store.places.dtype, self.device)
-        exact = joined([self.sink_slots, self.tail_slots], dim=-1)
-        of_slots = torch.cat([exact, coming.expand(*exact.shape[:2], -1)], dim=-1)
+        coming = coming.expand(*self.tail_slots.shape[:2], -1)
+        of_slots = torch.cat([self.sink_slots, self.tail_slots, coming], dim=-1)
         store.places[..., :slots] = of_slots
         of_pages = of_slots[..., window.sinks : window.sinks + more * page].unflatten(-1, (more, page))
         for group, into in zip(self.kept, store.pages, strict=True):
@@ -177,8 +174,8 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         for part, of_exact in ((store.sinks, self.sinks), (store.tail, self.tail)):
             for to, x in ((part.key, of_exact.key), (part.value, of_exact.value)):
                 to[:, :, : x.shape[2]] = x
+        tokens, levels = self.sinks.tokens + self.tail.tokens, store.levels()
         self.shift.fill_(self.length - tokens)
-        levels = store.levels()
         levels[:, 0].fill_(tokens)
         levels[:, 1].zero_()
 
@@ -268,11 +265,16 @@ def _pages_filled(
     return numbers(counts, device, torch.int32)
 
 
-def _taken(group: HeadPages, pages: int) -> KeptPages:
-    """Records of a group's heads, ``pages`` of each filled since the prompt's end, as records of their own."""
+def _taken(group: HeadPages, extents: torch.Tensor, pages: int) -> KeptPages:
+    """Records of a group's heads as records of their own.
+
+    Args:
+        group: Where from.
+        extents: Those of the group, on the CPU, flat.
+        pages: How many of each head have been filled since the prompt's end.
+    """
     assert group.kept is not None
-    extents = group.kept.extents.cpu()
-    room = group.data.shape[2]
+    extents, room = extents.view(group.kept.extents.shape), group.data.shape[2]
     record = [
         row * room + first + n
         for row, heads in enumerate(extents.tolist())
