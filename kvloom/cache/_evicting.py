@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvloom.cache._index import joined, named, of_heads, taken
+from kvloom.cache._index import by_head, joined, named, of_heads, taken
 from kvloom.cache._kept_kv import KeptKV, real_places
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._layer import NOT_THIS_PLANS, SIDES, LoomLayer
@@ -156,8 +156,7 @@ class EvictingLayer(LoomLayer):
 
     def _by_head(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Tensors ``[batch, heads of a layout, ...]`` as one, in the order of the heads."""
-        order = [head for kept in self.kept for head in kept.heads]
-        return of_heads(joined(parts, dim=1), tuple(sorted(range(len(order)), key=order.__getitem__)))
+        return by_head(parts, [kept.heads for kept in self.kept])
 
     def _slots_of(self, group: HeadPages, first: int) -> torch.Tensor:
         kept = next(kept for kept in self.kept if kept.heads == group.heads)

@@ -39,6 +39,12 @@ def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return full[0] if len(full) == 1 else torch.cat(full, dim=dim)
 
 
+def by_head(parts: Sequence[torch.Tensor], heads: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Tensors ``[batch, len(heads of it), ...]`` as one, in the order of their heads."""
+    order = [head for of_part in heads for head in of_part]
+    return of_heads(joined(parts, dim=1), tuple(sorted(range(len(order)), key=order.__getitem__)))
+
+
 @lru_cache(maxsize=256)
 def _head_numbers(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return numbers(heads, device)
