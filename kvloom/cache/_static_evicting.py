@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,8 +89,9 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         if not self.is_stored:
             return
         store = self.store
-        numbers_held = [store.levels()[0], self.shift, *(g.kept.extents.flatten() for g in store.pages if g.kept)]
-        levels, *extents = torch.cat(numbers_held).cpu().split([3, *(x.numel() for x in numbers_held[2:])])
+        of_heads = [group.kept.extents.flatten() for group in store.pages if group.kept]
+        on_host = torch.cat([store.levels()[0], self.shift, *of_heads]).cpu()  # the one wait
+        levels, *extents = on_host.split([3, *map(len, of_heads)])
         tokens, pages, shift = levels.tolist()
         self.length = tokens + shift
         self.kept = tuple(_taken(group, of, pages) for group, of in zip(store.pages, extents, strict=True))
@@ -265,6 +267,11 @@ def _pages_filled(
     return numbers(counts, device, torch.int32)
 
 
+def _records(extents: list[list[tuple[int, int]]], room: int) -> list[int]:
+    """Numbers of records, in sequences of ``room`` each, by the first one and how many there are of every head."""
+    return [row * room + first + n for row, heads in enumerate(extents) for first, count in heads for n in range(count)]
+
+
 def _taken(group: HeadPages, extents: torch.Tensor, pages: int) -> KeptPages:
     """Records of a group's heads as records of their own.
 
@@ -274,16 +281,11 @@ def _taken(group: HeadPages, extents: torch.Tensor, pages: int) -> KeptPages:
         pages: How many of each head have been filled since the prompt's end.
     """
     assert group.kept is not None
-    extents, room = extents.view(group.kept.extents.shape), group.data.shape[2]
-    record = [
-        row * room + first + n
-        for row, heads in enumerate(extents.tolist())
-        for first, count in heads
-        for n in range(count + pages)
-    ]
-    at = numbers(record, group.data.device)
+    first, counts = extents.view(group.kept.extents.shape).unbind(-1)
+    held = torch.stack([first, counts + pages], dim=-1).tolist()
+    at = numbers(_records(held, group.data.shape[2]), group.data.device)
     data, slots = group.data.flatten(0, 2)[at], group.kept.places.flatten(0, 2)[at]
-    return KeptPages(group.heads, group.layout, data, slots, None, extents[..., 1] + pages)
+    return KeptPages(group.heads, group.layout, data, slots, None, counts + pages)
 
 
 def _give(group: KeptPages, into: HeadPages, coming: torch.Tensor) -> None:
@@ -295,19 +297,12 @@ def _give(group: KeptPages, into: HeadPages, coming: torch.Tensor) -> None:
         coming: Places of pages to come as stored, ``[batch, heads, pages, page_tokens]``.
     """
     assert into.kept is not None
-    more, room = coming.shape[2], into.data.shape[2]
-    extents: list[int] = []
-    own: list[int] = []
-    free: list[int] = []
-    for row, counts in enumerate(group.counts.tolist()):
-        first = row * room
-        for count in counts:
-            extents += (first - row * room, count)
-            own += range(first, first + count)
-            free += range(first + count, first + count + more)
-            first += count + more
-    in_store = torch.tensor(extents, dtype=torch.int32).view(into.kept.extents.shape)
-    into.kept.extents.copy_(in_store, non_blocking=True)
-    at = numbers(own + free, into.data.device)
+    more, room, rows = coming.shape[2], into.data.shape[2], group.counts.tolist()
+    firsts = [accumulate((count + more for count in row[:-1]), initial=0) for row in rows]
+    extents = [list(zip(first, row, strict=True)) for first, row in zip(firsts, rows, strict=True)]
+    own = _records(extents, room)
+    to_come = _records([[(first + count, more) for first, count in row] for row in extents], room)
+    at = numbers(own + to_come, into.data.device)
+    into.kept.extents.copy_(torch.tensor(extents, dtype=torch.int32), non_blocking=True)
     into.data.flatten(0, 2).index_copy_(0, at[: len(own)], group.data)
     into.kept.places.flatten(0, 2).index_copy_(0, at, torch.cat([group.slots, coming.flatten(0, 2)]))
