@@ -150,9 +150,11 @@ class EvictingLayer(LoomLayer):
 
     def _slots(self) -> torch.Tensor:
         """Places of sinks, pages and tail, int64 ``[batch, kv_heads, tokens]``; -1 for nothing."""
-        packed = [kept.padded_slots(self.num_pages).flatten(2) for kept in self.kept] if self.num_pages else []
-        of_pages = [self._by_head(packed)] if packed else []
-        return joined([places(self.sink_slots), *of_pages, places(self.tail_slots)], dim=-1)
+        parts = [places(self.sink_slots), places(self.tail_slots)]
+        if self.num_pages:
+            packed = [kept.padded_slots(self.num_pages).flatten(2) for kept in self.kept]
+            parts.insert(1, self._by_head(packed))
+        return joined(parts, dim=-1)
 
     def _by_head(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Tensors ``[batch, heads of a layout, ...]`` as one, in the order of the heads."""
@@ -207,8 +209,9 @@ class EvictingLayer(LoomLayer):
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of sinks, pages and tail, as the model made them."""
-        packed = [ExactKV(*self._unpacked(self.pages))] if self.num_pages else []
-        parts = [self.sinks, *packed, self.tail]
+        parts = [self.sinks, self.tail]
+        if self.num_pages:
+            parts.insert(1, ExactKV(*self._unpacked(self.pages)))
         return self._restored(*(joined([getattr(x, side) for x in parts], dim=-2) for side in SIDES))
 
     def _mass(self) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 def numbers(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """Numbers that the host knows, on a device: ``[len(values)]``."""
+    # Pageable memory is read before the call returns, so the tensor on the host may go.
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
