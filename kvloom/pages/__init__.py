@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         unpack_raw,
         unpack_side,
     )
-    from kvloom.pages._places import places, stored
+    from kvloom.pages._places import places, stored, stored_run
 
 # The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
 _TENSOR_HOMES = {
@@ -54,6 +54,7 @@ _TENSOR_HOMES = {
     "row_runs": "kvloom.pages._pack",
     "side_matrix": "kvloom.pages._pack",
     "stored": "kvloom.pages._places",
+    "stored_run": "kvloom.pages._places",
     "unpack_outliers": "kvloom.pages._outliers",
     "unpack_params": "kvloom.pages._pack",
     "unpack_raw": "kvloom.pages._pack",
@@ -100,6 +101,7 @@ __all__ = [
     "side_nbytes",
     "source_index",
     "stored",
+    "stored_run",
     "unpack_outliers",
     "unpack_params",
     "unpack_raw",
