@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvloom import kernels
 from kvloom.cache import SideRotation, side_rotation, turned
-from kvloom.integrations.vllm._blocks import Blocks
+from kvloom.integrations.vllm._blocks import Blocks, index
 from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.integrations.vllm._sequence import Sequence
@@ -64,7 +64,7 @@ def _metadata(common: Any, spec: KvloomSpec) -> _Metadata:
             several.append(_Several(length - (stop - start), length, slice(start, stop), table[row]))
     if not rows:
         return _Metadata(several, None)
-    own = table[rows[0] : rows[-1] + 1] if rows[-1] - rows[0] == len(rows) - 1 else table[rows]
+    own = table[index(rows, table.device)]
     computed = [lengths[row] - 1 for row in rows]
     return _Metadata(several, Decoding([starts[row] for row in rows], computed, own, spec.sinks, spec.block_size))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.pages import ExactKV, HeadPages
 
 _WORD = torch.int64  # in which rows are moved
+Index = slice | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,15 @@ def rows_of(exact: ExactKV) -> torch.Tensor:
     """Tokens ``[batch, kv_heads, tokens, head_dim]`` as rows, int64 ``[batch, tokens, words]``."""
     states = torch.stack([exact.key, exact.value], dim=1).permute(0, 3, 1, 2, 4)
     return states.contiguous().flatten(2).view(_WORD)
+
+
+def on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Few numbers as a tensor, without waiting for the device."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
+def index(numbers: Sequence[int], device: torch.device) -> Index:
+    """What takes rows by their numbers, rising: a slice if they follow each other."""
+    if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(numbers[0], numbers[-1] + 1)
+    return on_device(numbers, torch.int64, device)

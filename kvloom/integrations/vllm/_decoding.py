@@ -8,10 +8,8 @@ from functools import cached_property
 
 import torch
 
-from kvloom.integrations.vllm._blocks import Blocks, rows_of
+from kvloom.integrations.vllm._blocks import Blocks, Index, index, on_device, rows_of
 from kvloom.pages import ExactKV, StaticKV
-
-Index = slice | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,13 @@ class Decoding:
         self, tokens: Sequence[int], computed: Sequence[int], table: torch.Tensor, sinks: int, page_tokens: int
     ) -> None:
         self.table, self.sinks, self.page_tokens = table, sinks, page_tokens
-        self.tokens = _index(tokens, table.device)
+        self.tokens = index(tokens, table.device)
         self._first_page = 1 if sinks else 0
         self._computed = computed
         self._pages = [max(0, n - sinks) // page_tokens for n in computed]
         is_full = [max(0, n + 1 - sinks) // page_tokens > pages for n, pages in zip(computed, self._pages, strict=True)]
-        self._full = _index([row for row, is_so in enumerate(is_full) if is_so], table.device)
-        self._rest = _index([row for row, is_so in enumerate(is_full) if not is_so], table.device)
+        self._full = index([row for row, is_so in enumerate(is_full) if is_so], table.device)
+        self._rest = index([row for row, is_so in enumerate(is_full) if not is_so], table.device)
         self._has_full = any(is_full)
         self._places: dict[int, _Places] = {}
 
@@ -81,7 +79,7 @@ class Decoding:
     def _state(self) -> torch.Tensor:
         """See `kvloom.pages.StaticKV`."""
         levels = [number for n, pages in zip(self._computed, self._pages, strict=True) for number in (n + 1, pages)]
-        return torch.tensor([*levels, 0], dtype=torch.int32, device=self.table.device)
+        return on_device([*levels, 0], torch.int32, self.table.device)
 
     @cached_property
     def _filled(self) -> torch.Tensor:
@@ -135,10 +133,3 @@ class Decoding:
     def _numbers(self, columns: torch.Tensor, rows: Index) -> torch.Tensor:
         """Numbers of the blocks in columns of the table, int64; of some block where a sequence has too few."""
         return self.table[rows].gather(1, columns.clamp_max(self.table.shape[1] - 1)).long()
-
-
-def _index(numbers: Sequence[int], device: torch.device) -> Index:
-    """What takes rows: a slice if they follow each other."""
-    if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
-        return slice(numbers[0], numbers[-1] + 1)
-    return torch.tensor(numbers, dtype=torch.int64, device=device)

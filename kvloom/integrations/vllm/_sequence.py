@@ -69,7 +69,7 @@ class Sequence:
             length,
             layout.page_tokens,
             pages,
-            visible.to(self.table.device),
+            visible.to(self.table.device, non_blocking=True),
             table=self._of_pages(0, pages)[None],
         )
 
