@@ -10,11 +10,12 @@ from transformers import LlamaConfig
 
 from kvloom import kernels
 from kvloom.cache import LoomCache
-from kvloom.errors import PlanError
+from kvloom.errors import CacheError, PlanError
 from kvloom.integrations.vllm import block_layouts, block_nbytes, spare_blocks
 from kvloom.integrations.vllm._blocks import Blocks
 from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._sequence import Sequence
+from kvloom.integrations.vllm._watch import Watch
 from kvloom.plan import Evict, Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
 
 CPU = torch.device("cpu")
@@ -199,6 +200,48 @@ def test_a_decoding_pass_packs_once_and_copies_no_page(monkeypatch):
     sequence = Sequence(pool.blocks, torch.tensor(tables[1], dtype=torch.int32))
     several = sequence.cache(sequence.append(key[:, :, :2], value[:, :, :2], 132), 132, 134, plan.prefill)
     assert [group.data.untyped_storage().data_ptr() for group in several.pages] == [held]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_on_a_gpu_nothing_waits_and_blocks_and_outputs_are_those_of_the_cpu(sinks):
+    """Heads of two layouts that take turns; pages fill in some of the steps."""
+    heads = {1: HeadPlan(value=TensorSpec(bits=8, grouping="per_token"))}
+    plan = plan_of(head_dim=64, heads=heads, window=Window(sinks=sinks))
+    layout, lengths = block_layouts(plan, "float16")[0], [1, 2, 62, 66, 130, 190]
+    width = 5 + layout.spare_blocks
+    table = torch.randperm(6 * width, generator=torch.Generator().manual_seed(0)).view(6, -1).int()
+    sides = {}
+    for device in (CPU, torch.device("cuda")):
+        storage = torch.zeros(6 * width, layout.nbytes, dtype=torch.uint8, device=device)
+        sides[device] = Blocks(layout, storage, torch.float16, torch.zeros(2, dtype=torch.int32, device=device))
+        for row, tokens in enumerate(lengths):
+            key, value = (x.half().to(device) for x in states(plan, tokens, row))
+            Sequence(sides[device], table[row].to(device)).append(key, value, 0)
+    for step in range(6):
+        key, value = (x.transpose(0, 2).half() for x in states(plan, 6, 100 + step))
+        query = torch.randn(6, 8, 1, 64, generator=torch.Generator().manual_seed(step)).half()
+        computed, outputs = [n + step for n in lengths], []
+        for device, blocks in sides.items():
+            own = [x.to(device) for x in (key, value, query, table)]
+            torch.cuda.set_sync_debug_mode("error" if device.type == "cuda" and step else "default")
+            decoding = Decoding(range(6), computed, own[3], sinks, layout.page_tokens)
+            kv = decoding.append(blocks, own[0], own[1])
+            outputs.append(kernels.backend(device).attend_static(own[2], kv, scaling=0.125))
+            torch.cuda.set_sync_debug_mode("default")
+        wanted, got = (x.float().cpu() for x in outputs)
+        assert float((got - wanted).norm() / wanted.norm()) < 4e-3
+    wanted, got = (blocks.storage.cpu() for blocks in sides.values())
+    assert got.equal(wanted)
+
+
+def test_what_is_out_of_range_is_raised_when_it_has_arrived():
+    seen = Watch(CPU)
+    seen.check()
+    seen.flags[0] = 1
+    seen.check()
+    with pytest.raises(CacheError, match="NaN, infinity"):
+        seen.check()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

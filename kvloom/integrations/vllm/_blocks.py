@@ -36,7 +36,8 @@ class Blocks:
         """Exact tokens, int64 ``[blocks, layout.block_tokens, words of a token]``; a view."""
         layout = self.layout
         words = self.storage.view(_WORD)[:, : layout.block_tokens * layout.token_nbytes // _WORD.itemsize]
-        return words.unflatten(1, (layout.block_tokens, -1))
+        rows: torch.Tensor = words.unflatten(1, (layout.block_tokens, -1))
+        return rows
 
     @property
     def pages(self) -> tuple[HeadPages, ...]:
@@ -55,10 +56,10 @@ class Blocks:
             numbers: ``[pages]``, of the blocks.
             exact: ``[pages, kv_heads, page_tokens, head_dim]``.
         """
-        backend = kernels.backend(self.storage.device)
+        device = self.storage.device
         for heads, own, start, stop in self.layout.groups:
-            states = (x if len(heads) == self.layout.kv_heads else x[:, list(heads)] for x in (exact.key, exact.value))
-            records = backend.encode(*states, own, self.flags)
+            theirs = index(heads, device)
+            records = kernels.backend(device).encode(exact.key[:, theirs], exact.value[:, theirs], own, self.flags)
             self.storage[numbers, start:stop] = records.flatten(1)
 
     def exact(self, rows: torch.Tensor) -> ExactKV:
