@@ -41,5 +41,7 @@ def test_a_sequence_is_what_its_records_are_in_order():
         (through,), (in_order,) = kv.pages, kv.in_order().pages
         assert through.data.data_ptr() == case.kv.pages[0].data.data_ptr()
         assert in_order.data.shape[:3] == (1, 2, pages)
+        for page, block in enumerate(case.kv.table[row, :pages].tolist()):
+            assert in_order.data[0, :, page].equal(through.data[0, :, block])
         ours = TORCH.decode(through.data, layout, kv.dtype, kv.table)
         assert all(map(torch.equal, ours, TORCH.decode(in_order.data, layout, kv.dtype)))
