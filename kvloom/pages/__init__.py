@@ -24,7 +24,7 @@ from kvloom.pages._fragment import Plane, source_index
 from kvloom.pages._layout import PageLayout, SideLayout, num_outliers, page_layout, page_nbytes, side_nbytes
 
 if TYPE_CHECKING:
-    from kvloom.pages._handle import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, layouts_of
+    from kvloom.pages._handle import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, layouts_of, records_of
     from kvloom.pages._outliers import pack_outliers, unpack_outliers
     from kvloom.pages._pack import (
         RowRuns,
@@ -50,6 +50,7 @@ _TENSOR_HOMES = {
     "pack_outliers": "kvloom.pages._outliers",
     "pack_side": "kvloom.pages._pack",
     "places": "kvloom.pages._places",
+    "records_of": "kvloom.pages._handle",
     "RowRuns": "kvloom.pages._pack",
     "row_runs": "kvloom.pages._pack",
     "side_matrix": "kvloom.pages._pack",
@@ -96,6 +97,7 @@ __all__ = [
     "page_nbytes",
     "page_tokens_of",
     "places",
+    "records_of",
     "row_runs",
     "side_matrix",
     "side_nbytes",
