@@ -282,16 +282,20 @@ def _pages_of_a_head(group: HeadPages, kv: PagedKV | StaticKV) -> int:
 def _merges_in_cluster(
     kernel: tuple[PageLayout, int, bool, int, bool, int], splits: int, tiles: int, shared: int, device: int
 ) -> bool:
-    """Whether the splits of a row tile can be one cluster, and all clusters run at the same time."""
+    """Whether the splits of a row tile can be one cluster, and all clusters run at the same time.
+
+    A cluster lies within one group of multiprocessors, and groups differ in size: 32 clusters of 4 are more than 132
+    multiprocessors take at a time, so that the last ones would double the time of all.
+    """
     if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
         return False
-    if splits <= _PORTABLE_CLUSTER:
+    if splits == 1:
         return True
     module = _nvrtc.module("attend.cu", attend_defines(*kernel, True))
     return module.active_clusters("attend", splits, 32 * kernel[1], shared) >= tiles
 
 
-_PORTABLE_CLUSTER, _MAX_CLUSTER = 8, 16
+_MAX_CLUSTER = 16
 
 
 @lru_cache(maxsize=1024)

@@ -341,4 +341,3 @@ def test_on_a_gpu_steps_are_compiled_and_memory_is_told(quick, tmp_path: Path, m
         if record["skipped"] is None:
             assert record["peak_bytes"] > record["start_bytes"] >= record["weight_bytes"]
             assert record["method"] == "events"
-    assert cells["k4v4 loop"]["seconds"] < cells["k4v4 fixed"]["seconds"] < cells["k4v4 growing"]["seconds"]
