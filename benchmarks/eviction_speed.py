@@ -4,7 +4,9 @@
     python -m benchmarks.eviction_speed --device cpu --layers 1 --tokens 512 --batch 1         # does it run?
 
 Prompts: one sequence of random token ids passes through the model, with a cache that keeps everything and with one that
-keeps an eighth by SnapKV (window 32), growing and of fixed size, in turn. Steps: attention of one token over the caches
+keeps an eighth by SnapKV (window 32), growing and of fixed size, in turn. Layers: what a prompt's end takes of one
+layer alone, with nothing else for the device to do, and when the host is done with it; where both are as long, the host
+launches more slowly than the device works, or waits for it. Steps: attention of one token over the caches
 of all layers, filled with random states, a CUDA graph of all of them; read with no mask, and with a mask by place as
 compiled steps have it. SnapKV keeps as many tokens of every head, Ada-KV more of some heads than of others. Bounds: a
 prompt takes at most 5 % longer; a step is faster by at least 80 % of the ratio of the bytes held.
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,8 +62,7 @@ def prompts(model: PreTrainedModel, bits: int, tokens: int, repeats: int) -> lis
     taken: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
     for _ in range(repeats + 1):
         for kind, share in cases:
-            room = tokens + NEW_TOKENS if kind == "fixed" else None
-            cache = LoomCache(plan_of(model, bits, share), model, max_tokens=room)
+            cache = LoomCache(plan_of(model, bits, share), model, max_tokens=_room(kind, tokens))
             watch = clock(model.device).stopwatch()
             watch.mark()
             model(ids, past_key_values=cache, logits_to_keep=1)
@@ -70,6 +72,39 @@ def prompts(model: PreTrainedModel, bits: int, tokens: int, repeats: int) -> lis
         {"kind": "prompt", "cache": kind, "share": share, "tokens": tokens, "seconds": median(taken[kind, share][1:])}
         for kind, share in cases
     ]
+
+
+def _room(kind: str, tokens: int) -> int | None:
+    return tokens + NEW_TOKENS if kind == "fixed" else None
+
+
+@torch.no_grad()
+def layers(model: PreTrainedModel, bits: int, tokens: int, repeats: int) -> list[Record]:
+    """Seconds of a prompt's keys and values in one layer, by cache and policy: until all is done, until the host is."""
+    kinds, policies = ("growing", "fixed"), (None, *POLICIES)
+    return [_layer(model, bits, tokens, repeats, kind, policy) for kind in kinds for policy in policies]
+
+
+def _layer(model: PreTrainedModel, bits: int, tokens: int, repeats: int, kind: str, policy: str | None) -> Record:
+    plan = plan_of(model, bits, PROMPT_SHARE, policy) if policy else plan_of(model, bits, 1)
+    layer = next(iter(LoomCache(plan, model, max_tokens=_room(kind, tokens)).packed_layers.values()))
+    draw, dim = partial(torch.randn, dtype=model.dtype, device=model.device), model.config.head_dim
+    key, value = (draw((1, model.config.num_key_value_heads, tokens, dim)) for _ in range(2))
+    query = draw((1, model.config.num_attention_heads, tokens, dim))
+    taken, of_host = [], []
+    for _ in range(repeats + 1):
+        layer.reset()
+        watch = clock(model.device).stopwatch()
+        watch.mark()
+        start = perf_counter()
+        handle, _ = layer.update(key, value)
+        if policy:
+            handle.observe(query, scaling=dim**-0.5, mask=None, softcap=None, sink_logits=None)
+        of_host.append(perf_counter() - start)
+        watch.mark()
+        taken += watch.laps()
+    record = {"kind": "layer", "cache": kind, "policy": policy, "tokens": tokens}
+    return record | {"seconds": median(taken[1:]), "host_seconds": median(of_host[1:])}
 
 
 @torch.no_grad()
@@ -136,7 +171,7 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
     """Every bound."""
     found = []
     for record in records:
-        if record["share"] == 1:
+        if record["kind"] == "layer" or record["share"] == 1:
             continue
         if record["kind"] == "prompt":
             longer = record["times_first"] - 1
@@ -150,10 +185,10 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
 
 
 def run(model: PreTrainedModel, bits: int, tokens: int, batch: int, repeats: int) -> list[Record]:
-    """Both parts."""
+    """All parts."""
     enable(model)
     taken = prompts(model, bits, tokens, repeats)
-    made = [*compared(taken[:2]), *compared(taken[2:])]
+    made = [*compared(taken[:2]), *compared(taken[2:]), *layers(model, bits, tokens, repeats)]
     for policy in POLICIES:
         made += compared(steps(model, bits, tokens, batch, policy))
     return made
@@ -177,6 +212,9 @@ def main() -> None:
     for record in records:
         if record["kind"] == "prompt":
             print(f"{record['cache']}, {record['share']:g} kept: prompt {record['seconds']:.3f} s")
+        if record["kind"] == "layer":
+            done, of_host = (f"{record[name] * 1e3:.2f} ms" for name in ("seconds", "host_seconds"))
+            print(f"{record['cache']}, {record['policy'] or 'all kept'}: a layer {done}, its host {of_host}")
     print("\n".join(table([record for record in records if record["kind"] == "step"])))
     print(*verdicts(records), sep="\n")
 

@@ -7,9 +7,9 @@
 
 The grid is that of `benchmarks/tokens_or_bits.py`, each of its policies with each of its formats and those of 3 bits
 too, at 5 % and 12.5 % of the bytes of a prompt's uncompressed 16-bit cache. Joint plans have at most the same bytes:
-every layer may take any of the profile's policies (`joint, auto`), or all that evict take one of them. Scores are KL
-divergence of the tokens decoded after the prompt, one by one, and needles in prompts of the same length. The best grid
-point is the one of the least divergence on the very tokens that it is compared on, which favours it.
+every layer may take any of the profile's policies (`joint, auto`), or all that evict take one of them. Scores are those
+of that script, too. The best grid point is the one of the least divergence on the very tokens that it is compared on,
+which favours it.
 
 Each share writes `<out>/share-2-of-8.jsonl`, finished pieces beside it. `--readme` scores nothing: it writes the table
 between two markers, and the records it is made of to `benchmarks/joint.jsonl` (a test holds the page to them).
@@ -36,7 +36,6 @@ from benchmarks.tokens_or_bits import (
     WINDOWS,
     AfterPrompts,
     in_window,
-    measured,
     score,
 )
 from kvloom.allocate import Budget, Joint, allocate
@@ -139,14 +138,11 @@ class Results(AfterPrompts):
         """The newest results and those that compare with them.
 
         Raises:
-            DataError: see `comparable`; or a contestant's needles are missing.
+            DataError: see `AfterPrompts.read`.
         """
         needed = [joint_name("auto", budget) for budget in BUDGETS]
         needed += [grid_name(kept.policy, budget, stored) for budget in BUDGETS for kept in POLICIES for stored in GRID]
-        scores, needles = measured(results, needed, SCRIPT)
-        if missing := sorted(scores.keys() - needles.keys()):
-            raise DataError(f"{results} has no needles of {missing[0]}: run {SCRIPT} to its end.")
-        return cls(scores, needles)
+        return cls.read(results, needed, SCRIPT)
 
     def best(self, budget: float) -> Record:
         """The grid point of the least divergence."""
@@ -163,29 +159,30 @@ class Results(AfterPrompts):
 def body(found: Results) -> str:
     """The table, and what must be known to read it."""
     lines = [
-        "| bytes | plan | KLD [95 %] | ratio to the best grid point [95 %] | needles |",
+        "| bytes | plan | KLD [95 %] | ratio to the best grid point [95 %] | needles; F1 |",
         "|---|---|---|---|---|",
     ]
     for budget in BUDGETS:
         best = found.best(budget)
         for record in (best, *found.joint(budget)):
             ratio = "" if record is best else interval(paired_difference(record, best)["ratio"], ".2f")
-            hits, said = found.needles[record["name"]], record["name"].replace(f" {100 * budget:g} %,", "")
-            name = f"{'best of the grid: ' * (record is best)}{said}"
+            name = f"{'best of the grid: ' * (record is best)}{record['name'].replace(f' {100 * budget:g} %,', '')}"
             kld = interval(record["kld"], "#.3g")
-            lines.append(f"| {100 * budget:g} % | {name} | {kld} | {ratio} | {hits['found']}/{hits['total']} |")
+            lines.append(f"| {100 * budget:g} % | {name} | {kld} | {ratio} | {found.hits(record['name'])} |")
     return "\n".join([*lines, "", _legend(found)])
 
 
 def _legend(found: Results) -> str:
-    record, asked = found.scores[DENSE], found.needles[DENSE]
+    record, asked, answered = (them[DENSE] for them in (found.scores, found.needles, found.answers))
     said = (
         f"{record['model']}, {record['dtype']}, device: {record['device']}. Bytes at most, as a share of the "
         f"uncompressed 16-bit cache of a prompt of {record['prompt']:,} tokens, all that is resident counted. KL "
         f"divergence from the uncompressed cache, in nats a token, of {record['scored_tokens']:,} tokens decoded after "
         f"the prompts of {record['windows']} windows of real text; ratios are on the same draws of tokens. The best "
         f"grid point is the least of {len(POLICIES) * len(GRID)} at each budget on these very tokens. Needles in "
-        f"prompts of the same length, of which the uncompressed cache finds {asked['found']} of {asked['total']}."
+        f"prompts of the same length, of which the uncompressed cache finds {asked['found']} of {asked['total']}; F1 "
+        f"of answers to {answered['total']} questions on documents about as long, {answered['score']['value']:.2f} by "
+        "the uncompressed cache."
     )
     return fill(said, 120, break_on_hyphens=False)
 
@@ -198,8 +195,7 @@ def write_page(results: Path, page: Path = PAGE, kept: Path = KEPT) -> None:
     """
     found = Results.load(results)
     insert(page, body(found), BEGIN, END)
-    records = [{**it, "layers": None} for it in found.scores.values()]
-    records += [{key: value for key, value in it.items() if key != "cases"} for it in found.needles.values()]
+    records = [*({**it, "layers": None} for it in found.scores.values()), *found.hits_and_answers]
     kept.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 

@@ -14,8 +14,9 @@ holds the page to them; after a change of words, `--readme --out benchmarks/toke
 A budget is a share of the bytes of the prompt's uncompressed 16-bit cache. Within it every plan keeps as many tokens as
 fit; a format whose plan fits without eviction is scored so, once for all policies. All plans keep four sinks exactly,
 policies have the parameters of QPruningKV's scripts (AdaKV those of SnapKV, whose scores it takes), and policies that
-know no newest tokens are given the same eight. Two scores: KL divergence of the tokens decoded after the prompt, one by
-one (`kvloom.evaluate.Protocol(prompt=True)`), and needles in prompts of the same length.
+know no newest tokens are given the same eight. Three scores: KL divergence of the tokens decoded after the prompt, one
+by one (`kvloom.evaluate.Protocol(prompt=True)`), needles in prompts of the same length, and answers to questions on
+documents of that length (`benchmarks/essay_qa.py`, scored as LongBench scores them: F1 of words).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from benchmarks.essay_qa import SET, write_rows
 from benchmarks.methods import (
     FOLDER,
     FOUR,
@@ -48,7 +50,11 @@ from kvloom.evaluate import (
     Contestant,
     Protocol,
     Record,
+    Settings,
+    Task,
+    choose,
     dense_contestant,
+    evaluate,
     fidelity,
     needle,
     needle_cases,
@@ -71,6 +77,8 @@ SCORED = 128
 WINDOWS = 32
 LEAST_TOKENS = 4096
 SEEDS = range(6)
+DOCUMENT = 8000
+"""Characters of a document; with its question it has some 1,900 tokens."""
 DENSE = "dense"
 EIGHT = Window(sinks=4, recent=8)
 
@@ -163,7 +171,7 @@ def contestants(model: PreTrainedModel, prompt: int) -> list[Contestant]:
 
 
 def score(asked: argparse.Namespace, lineup: Callable[[PreTrainedModel, int], Sequence[Contestant]]) -> None:
-    """Score a share, in float32 on any device: divergence after prompts, and needles in them.
+    """Score a share, in float32 on any device: divergence after prompts, needles in them, and answers.
 
     Args:
         asked: options of `scoring_options`.
@@ -185,32 +193,61 @@ def score(asked: argparse.Namespace, lineup: Callable[[PreTrainedModel, int], Se
     )
     haystack = "\n".join(text.content for text in read)
     records += needle(model, tokenizer, haystack, own, cases=needle_cases([prompt], seeds=SEEDS), **shared)
+    records += evaluate(model, tokenizer, questions(asked.out / "data", prompt), own, **shared)
     print(render_text(records))
 
 
-def measured(results: Path, needed: Sequence[str], script: str) -> tuple[dict[str, Record], dict[str, Record]]:
-    """The newest results that compare with each other, by name: of divergence, and of needles in the same prompts.
-
-    Args:
-        results: what shares have written.
-        needed: names besides the uncompressed cache without which there is no table.
-        script: who writes them.
-
-    Raises:
-        DataError: see `comparable`.
-    """
-    scores = comparable(results, (DENSE, *needed), script, LEAST_TOKENS)
-    same = {key: scores[DENSE][key] for key in ("model", "device", "dtype")}
-    asked = [it for it in load_records(results) if it["kind"] == "needle" and same.items() <= it.items()]
-    return scores, {it["name"]: it for it in sorted(asked, key=lambda record: str(record["when"]))}
+def questions(folder: Path, prompt: int) -> Sequence[Task]:
+    """Questions on documents of the essays, whose prompts have at most so many tokens; `folder` keeps the rows."""
+    write_rows(folder, DOCUMENT)
+    return choose([f"longbench/{SET}"], Settings(data=folder, lengths=(prompt,))).tasks
 
 
 @dataclass(frozen=True)
 class AfterPrompts:
-    """Records by name: of divergence, and of needles in the same prompts."""
+    """Records by name: of divergence, of needles in the same prompts, and of questions on documents as long.
+
+    Attributes:
+        scores: of divergence.
+        needles: of needles.
+        answers: of questions.
+    """
 
     scores: Mapping[str, Record]
     needles: Mapping[str, Record]
+    answers: Mapping[str, Record]
+
+    @classmethod
+    def read(cls, results: Path, needed: Sequence[str], script: str) -> Self:
+        """The newest results that compare with each other, of all that shares have written.
+
+        Args:
+            results: their folder.
+            needed: names besides the uncompressed cache without which there is no table.
+            script: who writes them.
+
+        Raises:
+            DataError: see `comparable`; or a contestant has no needles or no answers.
+        """
+        scores = comparable(results, (DENSE, *needed), script, LEAST_TOKENS)
+        same = {key: scores[DENSE][key] for key in ("model", "device", "dtype")}
+        others = [it for it in load_records(results) if it["kind"] in ("needle", "task") and same.items() <= it.items()]
+        others.sort(key=lambda record: str(record["when"]))
+        needles, answers = ({it["name"]: it for it in others if it["kind"] == kind} for kind in ("needle", "task"))
+        if missing := sorted(scores.keys() - (needles.keys() & answers.keys())):
+            raise DataError(f"{results} has no needles or no answers of {missing[0]}: run {script} to its end.")
+        return cls(scores, needles, answers)
+
+    @property
+    def hits_and_answers(self) -> Iterator[Record]:
+        """Records of needles and questions without their cases."""
+        for record in (*self.needles.values(), *self.answers.values()):
+            yield {key: value for key, value in record.items() if key != "cases"}
+
+    def hits(self, name: str) -> str:
+        """Needles and answers of a contestant, as cells have them."""
+        found = self.needles[name]
+        return f"{found['found']}/{found['total']}; {float(self.answers[name]['score']['value']):.2f}"
 
 
 class Results(AfterPrompts):
@@ -221,11 +258,11 @@ class Results(AfterPrompts):
         """The newest results and those that compare with them.
 
         Raises:
-            DataError: see `comparable`; or a cell of the tables has no results.
+            DataError: see `AfterPrompts.read`; or a cell of the tables has no results.
         """
-        found = cls(*measured(results, (), SCRIPT))
+        found = cls.read(results, (), SCRIPT)
         names = {found.name(kept.policy, budget, stored) for kept, budget, stored in _cells()}
-        if missing := sorted(names - (found.scores.keys() & found.needles.keys())):
+        if missing := sorted(names - found.scores.keys()):
             raise DataError(f"{results} has no results of {missing[0]}: run {SCRIPT} to its end.")
         return found
 
@@ -233,8 +270,7 @@ class Results(AfterPrompts):
     def records(self) -> Iterator[Record]:
         """What tables and picture are made of."""
         yield from map(without_blocks, self.scores.values())
-        for record in self.needles.values():
-            yield {key: value for key, value in record.items() if key != "cases"}
+        yield from self.hits_and_answers
 
     def name(self, policy: str, budget: int, stored: str) -> str:
         """Of the contestant that stands in a cell: one that keeps all tokens, if it is within the budget."""
@@ -268,20 +304,21 @@ def _line(found: Results, policy: str, budget: int) -> list[str]:
 
 
 def _cell(found: Results, name: str, is_best: bool) -> str:
-    value, hits = interval(found.scores[name]["kld"], "#.3g"), found.needles[name]
-    mark, whole = "**" * is_best, " (all tokens)" * (name in FORMATS)
-    return f"{mark}{value}{mark}; {hits['found']}/{hits['total']}{whole}"
+    value, mark = interval(found.scores[name]["kld"], "#.3g"), "**" * is_best
+    return f"{mark}{value}{mark}; {found.hits(name)}{' (all tokens)' * (name in FORMATS)}"
 
 
 def _legend(found: Results) -> str:
-    record, asked = found.scores[DENSE], found.needles[DENSE]
+    record, asked, answered = (them[DENSE] for them in (found.scores, found.needles, found.answers))
     said = (
         f"{record['model']}, {record['dtype']}, device: {record['device']}. First column: bytes at most, as a share of "
         f"the uncompressed 16-bit cache of a prompt of {record['prompt']:,} tokens, all that is resident counted. "
         "Cells: KL divergence from the uncompressed cache, in nats a token with its 95 % interval, of "
         f"{record['scored_tokens']:,} tokens decoded after the prompts of {record['windows']} windows of real text "
-        "(bold: the least of a line); and needles found in prompts of the same length, of which the uncompressed cache "
-        f"finds {asked['found']} of {asked['total']}. (all tokens): the format is within the budget without eviction. "
+        "(bold: the least of a line); needles found in prompts of the same length, of which the uncompressed cache "
+        f"finds {asked['found']} of {asked['total']}; and the mean F1 of answers to {answered['total']} questions on "
+        f"documents about as long, {answered['score']['value']:.2f} by the uncompressed cache. (all tokens): the "
+        "format is within the budget without eviction. "
         "Keys and values of 2 to 8 bits are packed in pages of 64 tokens, keys with a scale and a zero point for each "
         "channel of a page, values for each token; tokens that fill no page stay at 16 bits, so that budgets of few "
         "tokens buy few packed ones. Names in `code` are presets: rotated, with searched clip ranges."
@@ -289,8 +326,11 @@ def _legend(found: Results) -> str:
     return fill(said, 120, break_on_hyphens=False)
 
 
+_ROWS = ("KL divergence, nats a token", "needles found", "F1 of answers")
+
+
 def draw(found: Results, path: Path) -> None:
-    """Divergence (above) and needles (below) over the budget, a column for each policy.
+    """Divergence, needles and answers over the budget, a column for each policy.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -298,29 +338,29 @@ def draw(found: Results, path: Path) -> None:
     require("plot", "The picture of tokens or bits")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(POLICIES), 7), layout="constrained")
-    grid = figure.subplots(2, len(POLICIES), sharex=True, sharey="row", squeeze=False)
-    for above, below, kept in zip(*grid, POLICIES, strict=True):
-        above.set(title=kept.policy, xscale="log", yscale="log")
-        below.set(xlabel="share of the uncompressed bytes", ylim=(-0.05, 1.05))
-        _lines(found, kept.policy, above, below)
-    grid[0][0].set(ylabel="KL divergence, nats a token")
-    grid[1][0].set(ylabel="needles found")
-    below.set_xticks([1 / budget for budget in BUDGETS], [f"1/{budget}" for budget in BUDGETS], minor=False)
+    figure = Figure(figsize=(3 * len(POLICIES), 9), layout="constrained")
+    grid = figure.subplots(len(_ROWS), len(POLICIES), sharex=True, sharey="row", squeeze=False)
+    for column, kept in zip(grid.T, POLICIES, strict=True):
+        column[0].set(title=kept.policy, xscale="log", yscale="log")
+        column[1].set(ylim=(-0.05, 1.05))
+        column[-1].set(xlabel="share of the uncompressed bytes")
+        _lines(found, kept.policy, column)
+    for axes, said in zip(grid[:, 0], _ROWS, strict=True):
+        axes.set(ylabel=said)
+    grid[-1][0].set_xticks([1 / budget for budget in BUDGETS], [f"1/{budget}" for budget in BUDGETS], minor=False)
     grid[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
-def _lines(found: Results, policy: str, above: Axes, below: Axes) -> None:
+def _lines(found: Results, policy: str, column: Sequence[Axes]) -> None:
     budgets = [1 / budget for budget in BUDGETS]
-    for stored in FORMATS:
-        names = [found.name(policy, budget, stored) for budget in BUDGETS]
-        for axes, records, key in ((above, found.scores, "kld"), (below, found.needles, "score")):
-            points = [records[name][key] for name in names]
+    shown = zip(column, (found.scores, found.needles, found.answers), ("kld", "score", "score"), strict=True)
+    for axes, records, key in shown:
+        for stored in FORMATS:
+            points = [records[found.name(policy, budget, stored)][key] for budget in BUDGETS]
             (line,) = axes.plot(budgets, [it["value"] for it in points], marker="o", markersize=3, label=stored)
             low, high = [it["low"] for it in points], [it["high"] for it in points]
             axes.fill_between(budgets, low, high, alpha=0.15, color=line.get_color())
-    for axes in (above, below):
         axes.grid(alpha=0.2)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from kvloom.cache._index import by_head, joined, named, of_heads, taken
 from kvloom.cache._kept_kv import KeptKV, real_places
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._layer import NOT_THIS_PLANS, SIDES, LoomLayer
 from kvloom.cache._slots import slot_dtype
 from kvloom.errors import CacheError
-from kvloom.eviction import Chosen, Reading, Room, Seen, choose
-from kvloom.pages import ExactKV, HeadPages, KeptRecords, places, stored
+from kvloom.eviction import Chosen, Reading, Room, Seen, best, choose
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, places, stored, stored_run
 
 # Scores of what leaves first and of what never leaves; sums of a page of them are finite, but for the latter.
 _PADDING, _PROTECTED = -1e30, torch.inf
@@ -57,10 +58,9 @@ class EvictingLayer(LoomLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """See `LoomLayer.lazy_initialization`."""
         super().lazy_initialization(key_states, value_states)
-        heads = key_states.shape[:2]
-        self.sink_slots = torch.zeros((*heads, 0), dtype=slot_dtype(0), device=self.device)
-        self.tail_slots = self.sink_slots.clone()
-        self.tail_mass = torch.zeros((*heads, 0), dtype=torch.float64, device=self.device)
+        none = (*key_states.shape[:2], 0)
+        self.sink_slots = self.tail_slots = torch.zeros(none, dtype=slot_dtype(0), device=self.device)
+        self.tail_mass = torch.zeros(none, dtype=torch.float64, device=self.device)
         self.queries: torch.Tensor | None = None
 
     # The base class allocates and reads rectangular pages; what is held are records.
@@ -113,7 +113,7 @@ class EvictingLayer(LoomLayer):
         after = self.length + key.shape[-2]
         if (dtype := slot_dtype(after)) != self.tail_slots.dtype:
             self._widen_slots(dtype)
-        new = stored(torch.arange(self.length, after, device=self.device), dtype)
+        new = stored_run(self.length, after, dtype, self.device)
         self.tail = ExactKV(torch.cat([self.tail.key, key], -2), torch.cat([self.tail.value, value], -2))
         self.tail_slots = torch.cat([self.tail_slots, new.expand(*key.shape[:2], -1)], dim=-1)
         if self.policy.sums_attention:
@@ -143,20 +143,22 @@ class EvictingLayer(LoomLayer):
         if not any(kept.layout.key.fmt.pre_rope for kept in self.kept):
             return tuple(kept.shared() for kept in self.kept)
         (decoded,) = super()._readable()
-        counts = self._by_head([kept.counts for kept in self.kept]).to(self.device)
+        counts = self._by_head([kept.counts for kept in self.kept]).to(self.device, non_blocking=True)
         slots = self._by_head([kept.padded_slots(self.num_pages) for kept in self.kept]).clamp_min(0)
         extents = torch.stack([torch.zeros_like(counts), counts], dim=-1)
         return (replace(decoded, kept=KeptRecords(extents, stored(slots, self.tail_slots.dtype))),)
 
     def _slots(self) -> torch.Tensor:
         """Places of sinks, pages and tail, int64 ``[batch, kv_heads, tokens]``; -1 for nothing."""
-        packed = self._by_head([kept.padded_slots(self.num_pages) for kept in self.kept])
-        return torch.cat([places(self.sink_slots), packed.flatten(2), places(self.tail_slots)], dim=-1)
+        parts = [places(self.sink_slots), places(self.tail_slots)]
+        if self.num_pages:
+            packed = [kept.padded_slots(self.num_pages).flatten(2) for kept in self.kept]
+            parts.insert(1, self._by_head(packed))
+        return joined(parts, dim=-1)
 
     def _by_head(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Tensors ``[batch, heads of a layout, ...]`` as one, in the order of the heads."""
-        order = [head for kept in self.kept for head in kept.heads]
-        return torch.cat(parts, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
+        return by_head(parts, [kept.heads for kept in self.kept])
 
     def _slots_of(self, group: HeadPages, first: int) -> torch.Tensor:
         kept = next(kept for kept in self.kept if kept.heads == group.heads)
@@ -196,15 +198,21 @@ class EvictingLayer(LoomLayer):
         return known[:, :, max(0, known.shape[2] - self.policy.num_queries) :].clone()
 
     def _seen(self, real: torch.Tensor | None, reading: Reading, queries: torch.Tensor) -> Seen:
-        slots = self._slots()
+        slots, all_real = self._slots(), real is None and self._is_even()
         mass = self._mass() if self.policy.sums_attention else None
-        return Seen(slots, _is_real(slots, real), self.length, queries, reading, self._states, mass)
+        is_real = _is_real(slots, real)
+        return Seen(slots, is_real, self.length, queries, reading, self._states, mass, all_real=all_real)
+
+    def _is_even(self) -> bool:
+        """Whether every head holds as many pages."""
+        return all(kept.holds(self.num_pages) for kept in self.kept)
 
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of sinks, pages and tail, as the model made them."""
-        key, value = self._unpacked(self.pages)
-        key = torch.cat([self.sinks.key, key, self.tail.key], dim=-2)
-        return self._restored(key, torch.cat([self.sinks.value, value, self.tail.value], dim=-2))
+        parts = [self.sinks, self.tail]
+        if self.num_pages:
+            parts.insert(1, ExactKV(*self._unpacked(self.pages)))
+        return self._restored(*(joined([getattr(x, side) for x in parts], dim=-2) for side in SIDES))
 
     def _mass(self) -> torch.Tensor:
         """fp64 ``[batch, kv_heads, tokens]``; sinks have none, tokens of a page equal parts."""
@@ -218,7 +226,7 @@ class EvictingLayer(LoomLayer):
         packed, tail = new.split([self.num_pages * self.page_tokens, self.tail.tokens], dim=-1)
         self.tail_mass = self.tail_mass + tail
         pages = packed.unflatten(-1, (self.num_pages, self.page_tokens)).sum(-1)
-        self.kept = tuple(kept.with_mass(pages[:, list(kept.heads)]) for kept in self.kept)
+        self.kept = tuple(kept.with_mass(of_heads(pages, kept.heads)) for kept in self.kept)
 
     # -- what stays ---------------------------------------------------------------------------------------------------
 
@@ -240,20 +248,32 @@ class EvictingLayer(LoomLayer):
         missing = min(self.entry.window.sinks - self.sinks.tokens, self.tail.tokens)
         if missing <= 0:
             return
-        order = (~_is_real(places(self.tail_slots), real)).long().argsort(dim=-1, stable=True)
-        first, rest = order[..., :missing], order[..., missing:].sort(dim=-1).values
-        new = _gathered(self.tail, first)
-        self.sinks = ExactKV(
-            torch.cat([self.sinks.key, new.key], dim=-2), torch.cat([self.sinks.value, new.value], dim=-2)
-        )
-        self.sink_slots = torch.cat([self.sink_slots, self.tail_slots.gather(-1, first)], dim=-1)
-        self._set_tail(rest)
+        (key, value, slots, *_), rest = self._split_tail(missing, real)
+        self.sinks = ExactKV(torch.cat([self.sinks.key, key], dim=-2), torch.cat([self.sinks.value, value], dim=-2))
+        self.sink_slots = torch.cat([self.sink_slots, slots], dim=-1)
+        self._set_tail(*rest)
 
-    def _set_tail(self, index: torch.Tensor) -> None:
-        """Keep of the tail what ``index [batch, kv_heads, tokens]`` names, in its order."""
-        self.tail, self.tail_slots = _gathered(self.tail, index), self.tail_slots.gather(-1, index)
-        if self.policy.sums_attention:
-            self.tail_mass = self.tail_mass.gather(-1, index)
+    def _split_tail(self, count: int, real: torch.Tensor | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The ``count`` first real tokens of the tail, and copies of the others; both as `_tail_tensors`."""
+        tensors, sizes = self._tail_tensors(), (count, self.tail.tokens - count)
+        if real is None:
+            return [x[:, :, :count] for x in tensors], [x[:, :, count:].clone() for x in tensors]
+        is_first = best(_is_real(places(self.tail_slots), real).float(), count)
+        first, others = (
+            named(mask, self._heads() * size).view(*mask.shape[:2], size)
+            for mask, size in zip((is_first, ~is_first), sizes, strict=True)
+        )
+        return [taken(x, first) for x in tensors], [taken(x, others) for x in tensors]
+
+    def _tail_tensors(self) -> list[torch.Tensor]:
+        """Keys, values, places and (if anybody asks) mass of the tail, ``[batch, kv_heads, tokens, ...]`` each."""
+        mass = [self.tail_mass] if self.policy.sums_attention else []
+        return [self.tail.key, self.tail.value, self.tail_slots, *mass]
+
+    def _set_tail(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, *mass: torch.Tensor) -> None:
+        """Have another tail; see `_tail_tensors`."""
+        self.tail, self.tail_slots = ExactKV(key, value), slots
+        (self.tail_mass,) = mass or (self.tail_mass,)
 
     def _end_prompt(self, real: torch.Tensor | None, reading: Reading) -> None:
         limit = self.room.limit(self.length)
@@ -269,82 +289,107 @@ class EvictingLayer(LoomLayer):
         pages, tail, stays = self._scores(seen, real, self.room.newest(limit))
         base, units = self.room.split(self.tail.tokens, limit, stays)
         chosen = self._chosen(pages, tail, base, units)
-        if bool(((pages == _PROTECTED) & ~chosen.pages).any()):
-            raise _too_much_is_kept(limit)
-        counts = chosen.counts.cpu()
-        order = chosen.order[..., : int(counts.max())]
-        rank = torch.arange(order.shape[-1], device=order.device)
-        stays_at = order.masked_fill(rank >= chosen.counts[..., None], self.tail.tokens).sort(dim=-1).values
-        self.kept = tuple(kept.only(chosen.pages[:, list(kept.heads)]) for kept in self.kept)
-        self._pack_chosen(stays_at, counts)
+        of_pages, of_tail = self._counted(chosen, pages, limit)
+        if self.num_pages:
+            self.kept = tuple(
+                kept.only(of_heads(chosen.pages, kept.heads), [of_pages[n] for n in self._numbers_of(kept)])
+                for kept in self.kept
+            )
+            self._count_pages()
+        self._pack_chosen(named(chosen.tail, sum(of_tail)), of_tail)
 
     def _chosen(self, pages: torch.Tensor, tail: torch.Tensor, base: int, units: int) -> Chosen:
         """`choose` for every head, or among the heads of a layout, whose pages take equally many bytes."""
         if not self.policy.is_pooled:
             return choose(pages, tail, base, units, self.page_tokens, is_pooled=False)
-        groups = [list(kept.heads) for kept in self.kept]
-        parts = [choose(pages[:, g], tail[:, g], base, units, self.page_tokens, is_pooled=True) for g in groups]
-        stays, order, counts = (
-            self._by_head([getattr(part, name) for part in parts]) for name in ("pages", "order", "counts")
-        )
-        return Chosen(stays, order, counts)
+        groups = [(of_heads(pages, kept.heads), of_heads(tail, kept.heads)) for kept in self.kept]
+        parts = [choose(*group, base, units, self.page_tokens, is_pooled=True) for group in groups]
+        stays, of_tail = (self._by_head([getattr(part, name) for part in parts]) for name in ("pages", "tail"))
+        return Chosen(stays, of_tail, None)
+
+    def _counted(self, chosen: Chosen, pages: torch.Tensor, limit: int) -> tuple[list[int], list[int]]:
+        """How many pages and exact tokens stay of each head of each sequence.
+
+        The host waits for the device here, once, unless it knows: heads that do not compete and have no pages yet.
+        """
+        if chosen.each is not None:
+            return [0] * self._heads(), [chosen.each] * self._heads()
+        gone = (pages == _PROTECTED) & ~chosen.pages
+        counts = torch.stack([x.sum(-1).flatten() for x in (chosen.pages, chosen.tail, gone)])
+        of_pages, of_tail, lost = counts.tolist()
+        if any(lost):
+            raise _too_much_is_kept(limit)
+        return of_pages, of_tail
+
+    def _numbers_of(self, kept: KeptPages) -> list[int]:
+        """Which of the heads of all sequences have a layout."""
+        return [row * self.model.num_kv_heads + head for row in range(self.batch_size) for head in kept.heads]
 
     def _scores(self, seen: Seen, real: torch.Tensor | None, newest: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Scores of pages (NaN: none) and of exact tokens, and how many exact tokens never leave."""
         scores = self.policy.scores(seen).double().nan_to_num(nan=_PADDING, posinf=-_PADDING, neginf=_PADDING)
-        scores = scores.masked_fill(~seen.is_real, _PADDING)
-        stays = seen.slots >= self.length - newest
-        first = 0 if real is None else real.int().argmax(-1)[:, None, None]
-        for start, end in self.room.protect:
-            stays |= (seen.slots >= first + start) & (seen.slots < first + end)
-        scores = scores.masked_fill(stays, _PROTECTED)[..., self.sinks.tokens :]
-        packed, tail = scores.split([self.num_pages * self.page_tokens, self.tail.tokens], dim=-1)
-        by_page = packed.unflatten(-1, (self.num_pages, self.page_tokens)).sum(-1)
-        is_page = seen.slots[..., self.sinks.tokens : -self.tail.tokens or None]
-        is_page = is_page.unflatten(-1, (self.num_pages, self.page_tokens))[..., 0] >= 0
+        if not seen.all_real:
+            scores = scores.masked_fill(~seen.is_real, _PADDING)
+        scores = scores.masked_fill(self._never_leaves(seen.slots, real, newest), _PROTECTED)
+        sizes = [self.sinks.tokens, self.num_pages * self.page_tokens, self.tail.tokens]
+        _, packed, tail = scores.split(sizes, dim=-1)
+        pages = packed.unflatten(-1, (self.num_pages, self.page_tokens)).sum(-1)
+        if not self._is_even():
+            _, slots, _ = seen.slots.split(sizes, dim=-1)
+            pages = pages.masked_fill(slots[..., :: self.page_tokens] < 0, torch.nan)
         kept = min(newest, self.tail.tokens)
         if self.room.protect:
             kept = int((tail == _PROTECTED).sum(-1).max())
-        return by_page.masked_fill(~is_page, torch.nan), tail, kept
+        return pages, tail, kept
+
+    def _never_leaves(self, slots: torch.Tensor, real: torch.Tensor | None, newest: int) -> torch.Tensor:
+        """Which tokens are among the newest or in a protected span: bool, shaped like ``slots``."""
+        stays = slots >= self.length - newest
+        if self.room.protect:
+            first = 0 if real is None else real.int().argmax(-1)[:, None, None]
+            for start, end in self.room.protect:
+                stays |= (slots >= first + start) & (slots < first + end)
+        return stays
 
     def _pack(self) -> None:
         """Encode the pages that are full and out of the exact window."""
         if self.tail.tokens - self.room.exact(self._resident()) < self.page_tokens:
             return
-        count = torch.full(self.tail_slots.shape[:2], self.tail.tokens)
-        index = torch.arange(self.tail.tokens, device=self.device).expand(self.tail_slots.shape)
-        self._pack_chosen(index, count)
+        counts = [self.tail.tokens] * self._heads()
+        self._pack_chosen(torch.arange(sum(counts), device=self.device), counts)
 
-    def _pack_chosen(self, index: torch.Tensor, counts: torch.Tensor) -> None:
-        """Keep of the tail the first ``counts [batch, kv_heads]`` that ``index`` names, and pack what is not exact.
+    def _pack_chosen(self, at: torch.Tensor, counts: list[int]) -> None:
+        """Keep of the tail what ``at`` numbers (see `taken`), head after head, and pack what is not exact.
 
-        Numbers differ by whole pages, so that the tails that are left are equally long.
+        Args:
+            at: int64 ``[sum of counts]``.
+            counts: How many of each head of each sequence. They differ by whole pages, so that the tails that are left
+                are equally long.
         """
-        exact = self.room.exact(self._held(int(counts.sum())))
-        pages = (counts - exact).clamp_min(0) // self.page_tokens
-        most = int(pages.max())
-        if most:
-            whole = index[..., : most * self.page_tokens].unflatten(-1, (most, self.page_tokens))
-            self.kept = tuple(kept.joined(self._encoded_pages(kept, whole, pages)) for kept in self.kept)
-        left = int((counts - pages * self.page_tokens).max())
+        exact, size = self.room.exact(self._held(sum(counts))), self.page_tokens
+        pages = [max(0, count - exact) // size for count in counts]
+        left = counts[0] - pages[0] * size
+        parts = at.split([n for page in pages for n in (page * size, left)])
+        if any(pages):
+            self.kept = tuple(kept.joined(self._encoded_pages(kept, parts[::2], pages)) for kept in self.kept)
+            self._count_pages()
         if left < self.tail.tokens:
-            start = (pages * self.page_tokens).to(self.device)[..., None]
-            self._set_tail(index.gather(-1, start + torch.arange(left, device=self.device)))
-        self._count_pages()
+            stays = torch.cat(parts[1::2]).view(*self.tail_slots.shape[:2], left)
+            self._set_tail(*(taken(x, stays) for x in self._tail_tensors()))
 
-    def _encoded_pages(self, kept: KeptPages, whole: torch.Tensor, pages: torch.Tensor) -> KeptPages:
-        """The group's pages of the tail's tokens ``whole [batch, kv_heads, most pages, page_tokens]``."""
-        heads = torch.tensor(kept.heads)
-        counts = pages[:, heads]
-        row, place, page = (torch.arange(whole.shape[2]) < counts[..., None]).nonzero().to(self.device).unbind(1)
-        head = heads.to(self.device)[place]
-        at = (row[:, None], head[:, None], whole[row, head, page])
-        slots, data = self.tail_slots[at], kept.data[:0]
-        if len(row):
-            key, value = (x[at].flatten(0, 1)[None, None] for x in (self.tail.key, self.tail.value))
-            data = self._encoded(key, value, kept.layout, places(slots).flatten())[0, 0]
-        mass = None if kept.mass is None else self.tail_mass[at].sum(-1)
-        return KeptPages(kept.heads, kept.layout, data, slots, mass, counts.int())
+    def _encoded_pages(self, kept: KeptPages, parts: Sequence[torch.Tensor], pages: list[int]) -> KeptPages:
+        """The pages of a layout that the tail's tokens ``parts`` fill, ``pages`` of each head of each sequence."""
+        own = self._numbers_of(kept)
+        at = torch.cat([parts[n] for n in own]).view(-1, self.page_tokens)
+        slots, data = taken(self.tail_slots, at), kept.data[:0]
+        if len(at):
+            in_row = at.view(1, 1, -1)
+            key, value = taken(self.tail.key, in_row), taken(self.tail.value, in_row)
+            of_keys = places(slots).flatten() if kept.layout.key.fmt.pre_rope else 0
+            data = self._encoded(key, value, kept.layout, of_keys).flatten(0, 2)
+        mass = None if kept.mass is None else taken(self.tail_mass, at).sum(-1)
+        counts = torch.tensor([pages[n] for n in own], dtype=torch.int32).view(kept.counts.shape)
+        return KeptPages(kept.heads, kept.layout, data, slots, mass, counts)
 
     def _keep_ceiling(self, query: torch.Tensor, real: torch.Tensor | None, reading: Reading) -> None:
         """Let the page of the least score go, as long as more tokens are held than the policy's ceiling allows."""
@@ -357,12 +402,14 @@ class EvictingLayer(LoomLayer):
             least = pages.nan_to_num(nan=_PROTECTED, posinf=_PROTECTED).min(dim=-1)
             if bool((least.values == _PROTECTED).any()):
                 raise _too_much_is_kept(limit)
-            stays = torch.ones_like(pages, dtype=torch.bool).scatter(-1, least.indices[..., None], False)
-            self.kept = tuple(kept.only(stays[:, list(kept.heads)]) for kept in self.kept)
+            stays = (~pages.isnan()).scatter(-1, least.indices[..., None], False)
+            self.kept = tuple(
+                kept.only(of_heads(stays, kept.heads), [size - 1 for size in kept.sizes]) for kept in self.kept
+            )
             self._count_pages()
 
     def _count_pages(self) -> None:
-        self.num_pages = max(int(kept.counts.max()) for kept in self.kept)
+        self.num_pages = max(kept.most for kept in self.kept)
 
     # -- going back ---------------------------------------------------------------------------------------------------
 
@@ -488,12 +535,6 @@ def _is_real(slots: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         return slots >= 0
     of_heads = real.expand(len(slots), -1)[:, None].expand(-1, slots.shape[1], -1)
     return of_heads.gather(-1, slots.clamp_min(0)) & (slots >= 0)
-
-
-def _gathered(exact: ExactKV, index: torch.Tensor) -> ExactKV:
-    """The tokens that ``index [batch, kv_heads, tokens]`` names."""
-    places = index[..., None].expand(*index.shape, exact.key.shape[-1])
-    return ExactKV(exact.key.gather(2, places), exact.value.gather(2, places))
 
 
 def _too_much_is_kept(limit: int) -> CacheError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 
 from kvloom.cache._fixed import ring_tokens, state_numbers
 from kvloom.errors import PlanError
-from kvloom.eviction import Room, slot_nbytes
-from kvloom.plan import Plan, full_pages, head_layouts, itemsize, shared_nbytes
+from kvloom.eviction import slot_nbytes
+from kvloom.plan import Plan, Window, full_pages, head_layouts, itemsize, shared_nbytes
 
 # The first record of a KV head, how many pages it keeps in the storage, and how many outside it: int32.
 _EXTENT_BYTES = 12
@@ -31,17 +33,17 @@ def fixed_nbytes(plan: Plan, batch: int, max_tokens: int, dtype: object = None, 
     return sum(_layer_nbytes(plan, i, batch, max_tokens, size, prompt) for i in plan.model.packed_layers)
 
 
-def new_pages(room: Room, tokens: torch.Tensor, kept: int) -> torch.Tensor:
-    """Pages that a layer of fixed size has filled since a prompt's end, int32.
+def new_pages(window: Window, tokens: int, kept: int, page_tokens: int) -> int:
+    """Pages that a layer of fixed size has filled since a prompt's end.
 
     Args:
-        room: What the layer keeps.
-        tokens: Numbers of tokens that it holds besides the pages of then, int64.
+        window: What stays exact.
+        tokens: How many it holds besides the pages of then.
         kept: Tokens of a KV head in those pages, the mean.
+        page_tokens: Tokens in a page.
     """
-    exact = (room.recent_ratio * (tokens + kept).double()).ceil().clamp_min(room.recent)  # as `Room.exact`
-    packable = (tokens - tokens.clamp_max(room.sinks) - exact.long()).clamp_min(0)
-    return (packable // room.page_tokens).int()
+    exact = max(window.recent, ceil(window.recent_ratio * (tokens + kept)))  # as `Room.exact`
+    return max(0, tokens - min(tokens, window.sinks) - exact) // page_tokens
 
 
 def _layer_nbytes(plan: Plan, layer: int, batch: int, max_tokens: int, size: int, prompt: int | None) -> int:
@@ -56,7 +58,7 @@ def _layer_nbytes(plan: Plan, layer: int, batch: int, max_tokens: int, size: int
         held = min(seen, room.limit(seen))
         kept = full_pages(entry.window, held, page)
         slots = held - kept * page + max_tokens - seen
-        pages, most = kept + int(new_pages(room, torch.tensor(slots), kept * page)), slots + kept * page
+        pages, most = kept + new_pages(entry.window, slots, kept * page, page), slots + kept * page
         shared += batch * heads * ((pages * page + slots) * slot_nbytes(max_tokens) + _EXTENT_BYTES)
         shared += (slots + 2) * torch.int32.itemsize  # full pages by number of tokens, and how many tokens have left
     exact = entry.window.sinks + ring_tokens(entry.window, most, page)

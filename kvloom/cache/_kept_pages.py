@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 
+from kvloom.cache._index import named, numbers
 from kvloom.cache._slots import slot_dtype
 from kvloom.pages import HeadPages, KeptRecords, PageLayout, places, stored
 
@@ -33,15 +37,38 @@ class KeptPages:
     @classmethod
     def empty(cls, group: HeadPages, *, has_mass: bool) -> KeptPages:
         """No pages, for the heads and the batch of ``group``."""
-        data = group.data.flatten(0, 2)[:0].clone()
-        slots = torch.zeros((0, group.layout.page_tokens), dtype=slot_dtype(0), device=data.device)
-        mass = torch.zeros(0, dtype=torch.float64, device=data.device) if has_mass else None
+        data = group.data.new_empty((0, group.layout.nbytes))
+        slots = data.new_empty((0, group.layout.page_tokens), dtype=slot_dtype(0))
+        mass = data.new_empty(0, dtype=torch.float64) if has_mass else None
         return cls(group.heads, group.layout, data, slots, mass, torch.zeros(group.data.shape[:2], dtype=torch.int32))
+
+    def emptied(self) -> KeptPages:
+        """No pages, for the same heads and batch."""
+        mass = None if self.mass is None else self.mass.new_empty(0)
+        data, slots = (x.new_empty((0, x.shape[1])) for x in (self.data, self.slots))
+        return replace(self, data=data, slots=slots, mass=mass, counts=torch.zeros_like(self.counts))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """`counts`, sequence by sequence, head by head."""
+        sizes: list[int] = self.counts.flatten().tolist()
+        return sizes
+
+    @property
+    def most(self) -> int:
+        """Pages of the head that holds the most."""
+        return max(self.sizes, default=0)
+
+    def holds(self, pages: int) -> bool:
+        """Whether every head holds so many."""
+        return all(size == pages for size in self.sizes)
 
     def shared(self) -> HeadPages:
         """As attention reads them: every head its own of the records."""
-        extents = torch.stack([self._first(), self.counts], dim=-1).int().to(self.data.device)
-        return HeadPages(self.heads, self.layout, self.data[None, None], KeptRecords(extents, self.slots[None, None]))
+        extents = [number for pair in zip(self._first(), self.sizes, strict=True) for number in pair]
+        at = numbers(extents, self.data.device, torch.int32).view(*self.counts.shape, 2)
+        data, slots = (x.expand(1, 1, *x.shape) for x in (self.data, self.slots))
+        return HeadPages(self.heads, self.layout, data, KeptRecords(at, slots))
 
     def padded(self, most: int) -> HeadPages:
         """As if every head held ``most`` pages, the first record in place of those that it lacks.
@@ -60,27 +87,30 @@ class KeptPages:
         return self._filled(self.mass, most, 0)
 
     def _padded(self, x: torch.Tensor, most: int) -> torch.Tensor:
-        if bool((self.counts == most).all()):
+        if self.holds(most):
             return x.view(*self.counts.shape, most, *x.shape[1:])
         if not len(x):
             return x.new_zeros(*self.counts.shape, most, *x.shape[1:])
-        return x[self._index(most).clamp_min(0)]
+        return x[self._on_device(self._index(most).clamp_min(0))]
 
     def _filled(self, x: torch.Tensor, most: int, value: int) -> torch.Tensor:
         padded = self._padded(x, most)
+        if self.holds(most):
+            return padded
         lacks = (self._index(most) < 0).view(*padded.shape[:3], *[1] * (padded.dim() - 3))
-        return padded.masked_fill(lacks, value)
+        return padded.masked_fill(self._on_device(lacks), value)
 
     def _index(self, most: int) -> torch.Tensor:
-        """int64 ``[batch, heads, most]`` of records; -1 for pages that a head lacks."""
-        pages = torch.arange(most)
-        index = torch.where(pages < self.counts[..., None], self._first()[..., None] + pages, -1)
-        return index.to(self.data.device)
+        """int64 ``[batch, heads, most]`` of records, on the CPU; -1 for pages that a head lacks."""
+        pages, first = torch.arange(most), torch.tensor(self._first()).view(self.counts.shape)
+        return torch.where(pages < self.counts[..., None], first[..., None] + pages, -1)
 
-    def _first(self) -> torch.Tensor:
-        """int64 ``[batch, heads]``: first record of each."""
-        counts = self.counts.long()
-        return counts.flatten().cumsum(0).view_as(counts) - counts
+    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.data.device, non_blocking=True)
+
+    def _first(self) -> list[int]:
+        """First record of each, in the order of `sizes`."""
+        return [stop - size for stop, size in zip(accumulate(self.sizes), self.sizes, strict=True)]
 
     def owners(self) -> torch.Tensor:
         """int64 ``[records]``: ``sequence * heads + head`` of each, on the CPU."""
@@ -89,7 +119,10 @@ class KeptPages:
     def with_mass(self, new: torch.Tensor) -> KeptPages:
         """With ``new`` ``[batch, heads, pages]`` added to the attention that pages have received."""
         assert self.mass is not None
-        return replace(self, mass=self.mass + new[self._index(new.shape[-1]) >= 0])
+        own = new.flatten()
+        if not self.holds(new.shape[-1]):
+            own = own[self._on_device((self._index(new.shape[-1]).flatten() >= 0).nonzero()[:, 0])]
+        return replace(self, mass=self.mass + own)
 
     def with_slots(self, dtype: torch.dtype) -> KeptPages:
         """With places stored in a dtype."""
@@ -97,26 +130,34 @@ class KeptPages:
 
     def joined(self, other: KeptPages) -> KeptPages:
         """These pages, and after those of each head its pages of ``other``."""
-        order = torch.cat([self.owners(), other.owners()]).argsort(stable=True).to(self.data.device)
+        if not len(self.data):
+            return other
+        order = self._on_device(torch.cat([self.owners(), other.owners()]).argsort(stable=True))
         mass = None if self.mass is None or other.mass is None else torch.cat([self.mass, other.mass])[order]
         data, slots = (torch.cat(pair)[order] for pair in ((self.data, other.data), (self.slots, other.slots)))
         return replace(self, data=data, slots=slots, mass=mass, counts=self.counts + other.counts)
 
-    def only(self, stays: torch.Tensor) -> KeptPages:
-        """The pages that stay, by bool ``[batch, heads, pages]``, where a head may lack the last ones."""
-        index = self._index(stays.shape[-1])
-        stays = stays & (index >= 0)
-        return self._taken(index[stays], stays.sum(-1))
+    def only(self, stays: torch.Tensor, sizes: Sequence[int]) -> KeptPages:
+        """The pages that stay.
+
+        Args:
+            stays: bool ``[batch, heads, pages]``, false where a head lacks the last ones.
+            sizes: How many stay, in the order of `sizes`.
+        """
+        most = stays.shape[-1]
+        index = named(stays, sum(sizes))
+        if not self.holds(most):
+            index = self._on_device(self._index(most).flatten())[index]
+        return self._taken(index, torch.tensor(sizes, dtype=torch.int32).view(self.counts.shape))
 
     def of_sequences(self, rows: torch.Tensor) -> KeptPages:
         """Those of the sequences ``rows``, int64 on the device to be on."""
-        counts = self.counts[rows.cpu()]
-        index = self._index(int(self.counts.max()) if self.counts.numel() else 0)[rows.to(self.data.device)]
-        return self._taken(index[index >= 0], counts).to(rows.device)
+        chosen = rows.cpu()
+        index = self._index(self.most)[chosen]
+        return self._taken(self._on_device(index[index >= 0]), self.counts[chosen]).to(rows.device)
 
     def _taken(self, index: torch.Tensor, counts: torch.Tensor) -> KeptPages:
         mass = None if self.mass is None else self.mass[index]
-        counts = counts.to("cpu", torch.int32)
         return replace(self, data=self.data[index], slots=self.slots[index], mass=mass, counts=counts)
 
     def to(self, device: torch.device) -> KeptPages:

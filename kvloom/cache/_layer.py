@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvloom import kernels
 from kvloom.cache._flags import Flags
+from kvloom.cache._index import by_head, of_heads
 from kvloom.cache._rope import Rope
 from kvloom.cache._rotation import side_rotation
 from kvloom.cache._storage import live_nbytes
@@ -223,7 +224,8 @@ class LoomLayer(CacheLayerMixin):
         key, value = self.tail.key[:, :, :tokens], self.tail.value[:, :, :tokens]
         first = self._first_slot(self.num_pages)
         self.pages = tuple(
-            self._extended(g, self._encoded(_of(key, g), _of(value, g), g.layout, first)) for g in self.pages
+            self._extended(g, self._encoded(of_heads(key, g.heads), of_heads(value, g.heads), g.layout, first))
+            for g in self.pages
         )
         self.num_pages += new
         self.tail = ExactKV(self.tail.key[:, :, tokens:].clone(), self.tail.value[:, :, tokens:].clone())
@@ -301,15 +303,14 @@ class LoomLayer(CacheLayerMixin):
 
     def _unpacked(self, pages: tuple[HeadPages, ...], first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of pages, page ``first`` and what follows it, ``[batch, kv_heads, tokens, head_dim]``."""
-        count = pages[0].data.shape[2] * self.page_tokens
-        shape = (self.batch_size, self.model.num_kv_heads, count, self.model.head_dim)
-        key, value = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        for g in pages:
-            heads = list(g.heads)
-            decoded, value[:, heads] = kernels.backend(self.device).decode(g.data, g.layout, self.dtype)
-            if self.rope and g.layout.key.fmt.pre_rope:
-                decoded = self.rope.after(decoded, self._slots_of(g, first))
-            key[:, heads] = decoded
+        heads = [g.heads for g in pages]
+        keys, values = zip(*(self._decoded(g, first) for g in pages), strict=True)
+        return by_head(keys, heads), by_head(values, heads)
+
+    def _decoded(self, group: HeadPages, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = kernels.backend(self.device).decode(group.data, group.layout, self.dtype)
+        if self.rope and group.layout.key.fmt.pre_rope:
+            key = self.rope.after(key, self._slots_of(group, first))
         return key, value
 
     def _slots_of(self, group: HeadPages, first: int) -> int | torch.Tensor:
@@ -505,11 +506,6 @@ def filled(window: Window, tokens: range, page_tokens: int, dtype: torch.dtype, 
 
 def _clamped(x: torch.Tensor) -> torch.Tensor:
     return x.nan_to_num(0.0).clamp(-_CLAMP, _CLAMP)
-
-
-def _of(x: torch.Tensor, group: HeadPages) -> torch.Tensor:
-    """The group's heads of ``[batch, kv_heads, tokens, head_dim]``."""
-    return x if len(group.heads) == x.shape[1] else x[:, list(group.heads)]
 
 
 def _joined(exact: ExactKV, key: torch.Tensor, value: torch.Tensor) -> ExactKV:

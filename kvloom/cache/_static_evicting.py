@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,11 +14,13 @@ from kvloom import kernels
 from kvloom.cache._evicting import EvictingLayer
 from kvloom.cache._fixed import FixedLayer, ring_tokens, state_numbers
 from kvloom.cache._fixed_bytes import new_pages
+from kvloom.cache._index import numbers, of_heads
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._slots import slot_dtype
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError
-from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, places, stored
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, stored_run
+from kvloom.plan import Window
 
 
 class StaticEvictingLayer(FixedLayer, EvictingLayer):
@@ -72,7 +76,14 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
 
     def changes_more(self, tokens: int) -> bool:
         """See `FixedLayer.changes_more`."""
-        return not self.takes_steps or tokens not in self.ring_steps
+        if not self.takes_steps:
+            return True
+        slots = tokens - self.gone
+        is_in_ring = self.entry.window.sinks <= slots < self.store.length
+        return not is_in_ring or self._new_pages(slots) < self._new_pages(slots + 1)
+
+    def _tokens(self) -> int:
+        return super()._tokens() if self.is_stored else self.length
 
     def _level(self) -> torch.Tensor:
         if self.is_stored:
@@ -86,10 +97,13 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         if not self.is_stored:
             return
         store = self.store
-        tokens = int(store.levels()[0, 0])
-        pages = int(store.filled[tokens])  # one more than the newest token reads, if it has filled it
-        self.length = tokens + int(self.shift)
-        self.kept = tuple(_taken(group, pages) for group in store.pages)
+        of_heads = [group.kept.extents.flatten() for group in store.pages if group.kept]
+        on_host = torch.cat([store.levels()[0], self.shift, *of_heads]).cpu()  # the one wait
+        levels, *extents = on_host.split([3, *map(len, of_heads)])
+        tokens, _, shift = levels.tolist()
+        pages = self._new_pages(tokens)  # one more than the newest token reads, if it has filled it
+        self.length = tokens + shift
+        self.kept = tuple(_taken(group, of, pages) for group, of in zip(store.pages, extents, strict=True))
         held = store.paged(slice(None), tokens, pages)
         self.sinks = ExactKV(held.sinks.key.clone(), held.sinks.value.clone())
         self.tail = held.tail
@@ -103,19 +117,23 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
 
     def _put_down(self) -> None:
         """Store what the growing layer holds now, and forget it."""
-        tokens = self.sinks.tokens + self.tail.tokens
-        slots, per_head = tokens + self.max_tokens - self.length, self._heads()
-        kept = sum(len(group.data) for group in self.kept) * self.page_tokens // per_head
-        more = int(new_pages(self.room, torch.tensor(slots), kept))
+        slots = self.sinks.tokens + self.tail.tokens + self.max_tokens - self.length
+        kept = self._held(0) - self.sinks.tokens
+        more = new_pages(self.entry.window, slots, kept, self.page_tokens)
         if not self.has_store or not self._fits(slots, kept, more):
             self._allocate(slots, kept, more)
-        self._write(tokens, kept, more)
+        self._write(slots, kept, more)
         self._forget()
         self.is_stored = True
 
+    def _new_pages(self, slots: int) -> int:
+        """Pages filled since the prompt's end when so many tokens are held besides those of then."""
+        kept, most = self.at_end
+        return min(most, new_pages(self.entry.window, slots, kept, self.page_tokens))
+
     def _needs(self, group: KeptPages, more: int) -> int:
         """Records of a sequence for the pages of a group's heads, ``more`` of each still to come."""
-        return int(group.counts.sum(-1).max()) + len(group.heads) * more
+        return max(map(sum, group.counts.tolist())) + len(group.heads) * more
 
     def _fits(self, slots: int, kept: int, more: int) -> bool:
         store, ring = self.store, ring_tokens(self.entry.window, slots + kept, self.page_tokens)
@@ -155,40 +173,36 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
             )
         )
 
-    def _write(self, tokens: int, kept: int, more: int) -> None:
+    def _write(self, slots: int, kept: int, more: int) -> None:
         """Write everything, places of tokens to come too; ``more`` pages of each head are still to come."""
-        store, sinks = self.store, self.store.sinks.tokens
-        shift = self.length - tokens
-        filled = new_pages(self.room, torch.arange(store.length + 1), kept).clamp_max(more)
-        store.filled.copy_(filled)
-        only_ring = filled.diff() == 0
-        only_ring[:sinks] = False
-        self.ring_steps = frozenset((only_ring.nonzero().flatten() + self.length - tokens).tolist())
+        store, window, page = self.store, self.entry.window, self.page_tokens
+        store.filled.copy_(_pages_filled(window, store.length, kept, page, more, self.device))
         assert store.places is not None
-        slot = torch.arange(tokens, store.length, device=self.device) + shift
-        exact = torch.cat([places(self.sink_slots), places(self.tail_slots)], dim=-1)
-        exact = torch.cat([exact, slot.expand(*exact.shape[:2], -1)], dim=-1)
-        store.places.copy_(stored(exact, store.places.dtype))
-        coming = store.places[:, :, sinks : sinks + more * self.page_tokens].unflatten(-1, (more, self.page_tokens))
+        if self.tail_slots.dtype != store.places.dtype:
+            self._widen_slots(store.places.dtype)
+        coming = stored_run(self.length, self.max_tokens, store.places.dtype, self.device)
+        coming = coming.expand(*self.tail_slots.shape[:2], -1)
+        of_slots = torch.cat([self.sink_slots, self.tail_slots, coming], dim=-1)
+        store.places[..., :slots] = of_slots
+        of_pages = of_slots[..., window.sinks : window.sinks + more * page].unflatten(-1, (more, page))
         for group, into in zip(self.kept, store.pages, strict=True):
-            _give(group, into, more, coming[:, list(group.heads)])
-        for part, of_exact, at in (
-            (store.sinks, self.sinks, slice(self.sinks.tokens)),
-            (store.tail, self.tail, store.ring_slots(0, self.tail.tokens)),
-        ):
-            part.key[:, :, at], part.value[:, :, at] = of_exact.key, of_exact.value
-        self.shift.fill_(shift)
-        store.levels()[:, 0], store.levels()[:, 1] = tokens, 0
+            _give(group, into, of_heads(of_pages, group.heads))
+        for part, of_exact in ((store.sinks, self.sinks), (store.tail, self.tail)):
+            for to, x in ((part.key, of_exact.key), (part.value, of_exact.value)):
+                to[:, :, : x.shape[2]] = x
+        tokens, levels = self.sinks.tokens + self.tail.tokens, store.levels()
+        self.gone, self.at_end = self.length - tokens, (kept, more)
+        self.shift.fill_(self.gone)
+        levels[:, 0].fill_(tokens)
+        levels[:, 1].zero_()
 
     def _forget(self) -> None:
         """Hold no token outside the storage."""
-        none = slice(0)
-        self.kept = tuple(kept.only(torch.zeros((*kept.counts.shape, 0), device=self.device) > 0) for kept in self.kept)
-        self.sinks, self.tail = (
-            ExactKV(x.key[:, :, none].clone(), x.value[:, :, none].clone()) for x in (self.sinks, self.tail)
-        )
-        self.sink_slots, self.tail_slots = (x[:, :, none].clone() for x in (self.sink_slots, self.tail_slots))
-        self.tail_mass = self.tail_mass[:, :, none].clone()
+        none = self.tail.key.new_empty((*self.tail.key.shape[:2], 0, self.tail.key.shape[3]))
+        self.sinks = self.tail = ExactKV(none, none)
+        self.sink_slots = self.tail_slots = none.new_empty(none.shape[:3], dtype=slot_dtype(0))
+        self.tail_mass = none.new_empty(none.shape[:3], dtype=torch.float64)
+        self.kept = tuple(kept.emptied() for kept in self.kept)
         self.num_pages = 0
 
     # -- going back ---------------------------------------------------------------------------------------------------
@@ -261,38 +275,51 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         self._put_down()
 
 
-def _row_and_record(counts: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence and record of the first ``counts [batch, heads]`` records from ``first`` on, head by head."""
-    most = torch.arange(int(counts.max()) if counts.numel() else 0)
-    row, head, page = (most < counts[..., None]).nonzero().unbind(1)
-    return row, first[row, head] + page
+@lru_cache(maxsize=64)
+def _pages_filled(
+    window: Window, slots: int, kept: int, page_tokens: int, most: int, device: torch.device
+) -> torch.Tensor:
+    """`new_pages` by number of tokens, at most ``most``: int32 ``[slots + 1]``; one tensor for many layers."""
+    counts = [min(most, new_pages(window, tokens, kept, page_tokens)) for tokens in range(slots + 1)]
+    return numbers(counts, device, torch.int32)
 
 
-def _taken(group: HeadPages, pages: int) -> KeptPages:
-    """Records of a group's heads, ``pages`` of each filled since the prompt's end, as records of their own."""
+def _records(extents: list[list[tuple[int, int]]], room: int) -> list[int]:
+    """Numbers of records, in sequences of ``room`` each, by the first one and how many there are of every head."""
+    return [row * room + first + n for row, heads in enumerate(extents) for first, count in heads for n in range(count)]
+
+
+def _taken(group: HeadPages, extents: torch.Tensor, pages: int) -> KeptPages:
+    """Records of a group's heads as records of their own.
+
+    Args:
+        group: Where from.
+        extents: Those of the group, on the CPU, flat.
+        pages: How many of each head have been filled since the prompt's end.
+    """
     assert group.kept is not None
-    first, counts = group.kept.extents.long().cpu().unbind(-1)
-    row, record = (x.to(group.data.device) for x in _row_and_record(counts + pages, first))
-    data, slots = group.data[row, 0, record], group.kept.places[row, 0, record]
-    return KeptPages(group.heads, group.layout, data, slots, None, (counts + pages).int())
+    first, counts = extents.view(group.kept.extents.shape).unbind(-1)
+    held = torch.stack([first, counts + pages], dim=-1).tolist()
+    at = numbers(_records(held, group.data.shape[2]), group.data.device)
+    data, slots = group.data.flatten(0, 2)[at], group.kept.places.flatten(0, 2)[at]
+    return KeptPages(group.heads, group.layout, data, slots, None, counts + pages)
 
 
-def _give(group: KeptPages, into: HeadPages, more: int, coming: torch.Tensor) -> None:
-    """Write kept records and where they lie, room for ``more`` after those of each head, and the places of those.
+def _give(group: KeptPages, into: HeadPages, coming: torch.Tensor) -> None:
+    """Write kept records and where they lie, room for those to come after those of each head, and the places of all.
 
     Args:
         group: The records.
         into: Where to.
-        more: Pages to come.
-        coming: Their places as stored, ``[batch, heads, more, page_tokens]``.
+        coming: Places of pages to come as stored, ``[batch, heads, pages, page_tokens]``.
     """
     assert into.kept is not None
-    counts = group.counts.long()
-    first = (counts + more).cumsum(-1) - counts - more
-    into.kept.extents.copy_(torch.stack([first, counts], dim=-1))
-    device = into.data.device
-    row, record = (x.to(device) for x in _row_and_record(counts, first))
-    into.data[row, 0, record] = group.data
-    into.kept.places[row, 0, record] = stored(places(group.slots), into.kept.places.dtype)
-    row, record = (x.to(device) for x in _row_and_record(torch.full_like(counts, more), first + counts))
-    into.kept.places[row, 0, record] = coming.flatten(0, 2)
+    more, room, rows = coming.shape[2], into.data.shape[2], group.counts.tolist()
+    firsts = [accumulate((count + more for count in row[:-1]), initial=0) for row in rows]
+    extents = [list(zip(first, row, strict=True)) for first, row in zip(firsts, rows, strict=True)]
+    own = _records(extents, room)
+    to_come = _records([[(first + count, more) for first, count in row] for row in extents], room)
+    at = numbers(own + to_come, into.data.device)
+    into.kept.extents.copy_(torch.tensor(extents, dtype=torch.int32), non_blocking=True)
+    into.data.flatten(0, 2).index_copy_(0, at[: len(own)], group.data)
+    into.kept.places.flatten(0, 2).index_copy_(0, at, torch.cat([group.slots, coming.flatten(0, 2)]))

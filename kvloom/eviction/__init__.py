@@ -17,7 +17,7 @@ from kvloom.eviction._snapkv import SnapKV
 from kvloom.eviction._streaming_llm import StreamingLLM
 
 if TYPE_CHECKING:
-    from kvloom.eviction._choose import Chosen, choose
+    from kvloom.eviction._choose import Chosen, best, choose
     from kvloom.eviction._seen import Reading, Seen, received
 
 # Parameters and counts are for plans, which need no torch; what touches tensors loads on first use.
@@ -25,6 +25,7 @@ _TENSOR_HOMES = {
     "Chosen": "kvloom.eviction._choose",
     "Reading": "kvloom.eviction._seen",
     "Seen": "kvloom.eviction._seen",
+    "best": "kvloom.eviction._choose",
     "choose": "kvloom.eviction._choose",
     "received": "kvloom.eviction._seen",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "Seen",
     "SnapKV",
     "StreamingLLM",
+    "best",
     "choose",
     "make",
     "names",

@@ -45,6 +45,7 @@ class Seen:
         read: Gives keys and values ``[batch, kv_heads, tokens, head_dim]`` as the model made them, packed ones decoded.
         mass: fp64 ``[batch, kv_heads, tokens]``: attention received from all queries so far (`received`), if the policy
             asks for it; tokens of a page have equal parts of what it received.
+        all_real: Whether ``is_real`` is known to be true everywhere, so that nobody needs to look at it.
     """
 
     slots: torch.Tensor
@@ -54,6 +55,7 @@ class Seen:
     reading: Reading
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     mass: torch.Tensor | None = None
+    all_real: bool = False
 
     @cached_property
     def _states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +73,7 @@ class Seen:
 
     def received(self) -> torch.Tensor:
         """Attention that the tokens receive from `queries`; see `received`."""
-        return received(self.queries, self.keys, self.slots, self.is_real, self.reading)
+        return received(self.queries, self.keys, self.slots, None if self.all_real else self.is_real, self.reading)
 
     def pooled(self, scores: torch.Tensor, kernel: int, pooling: Pooling) -> torch.Tensor:
         """Each score as the largest, or the mean, of the ``kernel`` scores around it; ``kernel`` is odd.
@@ -89,7 +91,7 @@ class Seen:
 
 
 def received(
-    queries: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor, is_real: torch.Tensor, reading: Reading
+    queries: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor, is_real: torch.Tensor | None, reading: Reading
 ) -> torch.Tensor:
     """Attention that each token receives: the sum over the queries, the mean over the query heads of a KV head.
 
@@ -99,8 +101,8 @@ def received(
     Args:
         queries: ``[batch, query_heads, queries, head_dim]``, those of the last tokens.
         keys: ``[batch, kv_heads, tokens, head_dim]``.
-        slots: int64 ``[batch, kv_heads, tokens]``.
-        is_real: bool of that shape; others neither receive nor give.
+        slots: int64 ``[batch, kv_heads, tokens]``; of the queries' own tokens, after all others and rising.
+        is_real: bool of that shape; others neither receive nor give. None if all are.
         reading: How attention weighs.
 
     Returns:
@@ -108,29 +110,38 @@ def received(
     """
     batch, heads, tokens = slots.shape
     total = torch.zeros((batch, heads, tokens), dtype=torch.float64, device=keys.device)
-    transposed, group = keys.float().transpose(-1, -2), queries.shape[1] // heads
-    scaled, first = queries.float() * reading.scaling, tokens - queries.shape[2]
+    group, first = queries.shape[1] // heads, tokens - queries.shape[2]
+    scaled, wide = queries.float() * reading.scaling, keys.float()
     block = SCORE_BLOCK if keys.device.type == "cpu" else GPU_SCORE_BLOCK
     step = max(1, block // (batch * queries.shape[1] * tokens))
     for start in range(first, tokens, step):
         stop = min(start + step, tokens)  # what follows these queries' own tokens is hidden from them
-        own = slots[..., start:stop, None]
-        hidden = ~is_real[..., None, :stop] | (slots[..., None, :stop] > own)
         rows = scaled[:, :, start - first : stop - first].unflatten(1, (heads, group))
-        weights = _weights(rows, transposed[..., :stop], hidden, reading)
-        weights.mul_(is_real[:, :, None, start:stop, None])
-        total[..., :stop] += weights.flatten(2, 3).sum(2)
-    return total / group
+        own, real = slots[..., start:stop], None if is_real is None else is_real[..., :stop]
+        weights = _weights(rows, wide[:, :, :stop], own, real, reading)
+        if real is not None:
+            weights.mul_(real[:, :, None, start:, None])
+        total[..., :stop].add_(weights.sum((2, 3)))
+    return total.div_(group)
 
 
-def _weights(queries: torch.Tensor, transposed: torch.Tensor, hidden: torch.Tensor, reading: Reading) -> torch.Tensor:
-    """Softmax of scaled queries by KV head, ``[batch, kv_heads, query heads of it, queries, tokens]``."""
-    shape, heads = queries.shape[2:4], queries.shape[1]
-    scores = (queries.flatten(2, 3) @ transposed).unflatten(2, shape)
+def _weights(
+    queries: torch.Tensor, keys: torch.Tensor, own: torch.Tensor, real: torch.Tensor | None, reading: Reading
+) -> torch.Tensor:
+    """Softmax of scaled queries by KV head, ``[batch, kv_heads, query heads of it, queries, tokens]``.
+
+    The last tokens are the queries' own, at the slots ``own``.
+    """
+    rows, columns = queries.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1).transpose(-1, -2)
+    scores = torch.bmm(rows, columns).view(*queries.shape[:4], -1)
     if reading.softcap is not None:
         scores = reading.softcap * torch.tanh(scores / reading.softcap)
-    scores.masked_fill_(hidden[:, :, None], torch.finfo(scores.dtype).min)
+    least = torch.finfo(scores.dtype).min
+    later = own[..., None, :] > own[..., None]
+    scores[..., -own.shape[-1] :].masked_fill_(later[:, :, None], least)
+    if real is not None:
+        scores.masked_fill_(~real[:, :, None, None], least)
     if reading.sink_logits is None:
         return torch.softmax(scores, dim=-1)
-    extra = reading.sink_logits.float().view(1, heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    extra = reading.sink_logits.float().view(1, keys.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]

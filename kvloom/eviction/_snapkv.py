@@ -52,7 +52,7 @@ class SnapKV(Policy):
     def scores(self, seen: Seen) -> torch.Tensor:
         """Attention received from the window, pooled over the tokens before it."""
         received = seen.received()
-        received[..., received.shape[-1] - seen.queries.shape[2] :] = 0.0
+        received[..., received.shape[-1] - seen.queries.shape[2] :].zero_()
         return seen.pooled(received, self.kernel, self.pooling)
 
 

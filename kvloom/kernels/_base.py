@@ -67,13 +67,16 @@ class Backend(ABC):
         return rotated(x, signs("hadamard", x.shape[-1], x.device))
 
     @abstractmethod
-    def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Unpack pages.
 
         Args:
-            data: uint8 ``[batch, heads, pages, layout.nbytes]``.
+            data: uint8 ``[batch, heads, pages, layout.nbytes]``; with a table ``[1, heads, records, layout.nbytes]``.
             layout: Their layout.
             dtype: Compute dtype (that of the elements of a passthrough side).
+            table: int32 ``[batch, pages]``, which record holds a page; None if in order.
 
         Returns:
             Keys and values ``[batch, heads, pages * page_tokens, head_dim]`` of ``dtype``.

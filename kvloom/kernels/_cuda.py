@@ -72,9 +72,11 @@ class CudaBackend(TorchBackend):
             return super().rotate(x)
         return self._unless_broken(lambda: _cuda_pages.rotate(x), lambda other: other.rotate(x))
 
-    def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
-        args = (data, layout, dtype)
+        args = (data, layout, dtype, table)
         if not _cuda_pages.decodes(layout, dtype):
             return super().decode(*args)
         return self._unless_broken(lambda: _cuda_pages.decode(*args), lambda other: other.decode(*args))
@@ -183,7 +185,6 @@ def attend_pages(
     logits = None if sink_logits is None else sink_logits.float()
     sinks, tail = _aligned(kv.sinks), _aligned(kv.tail)
     static = kv if isinstance(kv, StaticKV) else None
-    table = None if static is None else static.table
     for group in kv.pages:
         launch = _launch(group, query, kv, mask, softcap is not None)
         sides = (group.layout.key, group.layout.value)
@@ -199,8 +200,8 @@ def attend_pages(
             query_heads,
             data,
             *_nvrtc.strides(data),
-            table,
-            0 if table is None else table.stride(0),
+            kv.table,
+            0 if kv.table is None else kv.table.stride(0),
             head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
             sinks.key,
             sinks.value,
@@ -281,16 +282,20 @@ def _pages_of_a_head(group: HeadPages, kv: PagedKV | StaticKV) -> int:
 def _merges_in_cluster(
     kernel: tuple[PageLayout, int, bool, int, bool, int], splits: int, tiles: int, shared: int, device: int
 ) -> bool:
-    """Whether the splits of a row tile can be one cluster, and all clusters run at the same time."""
+    """Whether the splits of a row tile can be one cluster, and all clusters run at the same time.
+
+    A cluster lies within one group of multiprocessors, and groups differ in size: 32 clusters of 4 are more than 132
+    multiprocessors take at a time, so that the last ones would double the time of all.
+    """
     if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
         return False
-    if splits <= _PORTABLE_CLUSTER:
+    if splits == 1:
         return True
     module = _nvrtc.module("attend.cu", attend_defines(*kernel, True))
     return module.active_clusters("attend", splits, 32 * kernel[1], shared) >= tiles
 
 
-_PORTABLE_CLUSTER, _MAX_CLUSTER = 8, 16
+_MAX_CLUSTER = 16
 
 
 @lru_cache(maxsize=1024)

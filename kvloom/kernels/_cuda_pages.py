@@ -182,13 +182,17 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
             )
 
 
-def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(
+    data: torch.Tensor, layout: PageLayout, dtype: torch.dtype, table: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unpack whole pages.
 
     Args:
-        data: uint8 ``[batch, heads, pages, layout.nbytes]``, records contiguous.
+        data: uint8 ``[batch, heads, pages, layout.nbytes]``, records contiguous; with a table ``[1, heads, records,
+            layout.nbytes]``.
         layout: Their layout.
         dtype: fp32, fp16 or bf16, the compute dtype (that of the elements of a passthrough side).
+        table: int32 ``[batch, pages]``, which record holds a page; None if in order.
 
     Returns:
         Keys and values ``[batch, heads, pages * page_tokens, head_dim]`` of ``dtype``, contiguous.
@@ -201,10 +205,12 @@ def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[
     data = _aligned(data)
     _check_records(data, tuple(data.shape[:-1]), layout, data.device)
     batch, heads, pages, _ = data.shape
+    if table is not None:
+        batch, pages = table.shape
     shape = (batch, heads, pages * layout.page_tokens, layout.head_dim)
     key, value = (torch.empty(shape, dtype=dtype, device=data.device) for _ in range(2))
-    if data.numel():
-        defines, warps, shared = _decode_build(layout, dtype)
+    if key.numel():
+        defines, warps, shared = _decode_build(layout, dtype, table is not None)
         with torch.cuda.device(data.device):
             module("decode.cu", defines).launch(
                 "decode_pages",
@@ -216,6 +222,7 @@ def decode(data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[
                 value,
                 *point_arguments(layout.key),
                 *point_arguments(layout.value),
+                *(() if table is None else (table, table.stride(0))),
                 shared=shared,
             )
     return key, value
@@ -245,12 +252,12 @@ def _encode_build(layout: PageLayout, dtype: torch.dtype, *, append: bool) -> tu
 
 
 @lru_cache(maxsize=1024)
-def _decode_build(layout: PageLayout, dtype: torch.dtype) -> tuple[Defines, int, int]:
+def _decode_build(layout: PageLayout, dtype: torch.dtype, tabled: bool) -> tuple[Defines, int, int]:
     """Defines, warps of a block and bytes of shared memory of ``decode.cu``."""
     vectors = layout.page_tokens // 4 * layout.head_dim * dtype.itemsize // 16
     warps = _fullest(-(-vectors // 32), range(4, _MAX_WARPS + 1))
     points = (("KEY_POINTS", has_codebook(layout.key)), ("VALUE_POINTS", has_codebook(layout.value)))
-    defines = (*_defines(layout, dtype, warps), *((name, int(value)) for name, value in points))
+    defines = (*_defines(layout, dtype, warps), *((name, int(value)) for name, value in points), ("TABLE", int(tabled)))
     return defines, warps, max(map(_code_bytes, (layout.key, layout.value)))
 
 

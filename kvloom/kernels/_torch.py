@@ -22,6 +22,7 @@ from kvloom.pages import (
     StaticKV,
     pack_outliers,
     pack_side,
+    records_of,
     unpack_outliers,
     unpack_raw,
     unpack_side,
@@ -48,8 +49,11 @@ class TorchBackend(Backend):
         """See `Backend.encode`."""
         return torch.cat([_encode_side(key, layout.key), _encode_side(value, layout.value)], dim=-1)
 
-    def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
+        data = data if table is None else records_of(data, table)
         return _decode_side(data, layout.key, dtype), _decode_side(data, layout.value, dtype)
 
     def attend(
@@ -72,7 +76,7 @@ class TorchBackend(Backend):
         is_readable = all(group.layout.is_readable for group in kv.pages)
         if rows_of_a_head(query, kv) > kv.page_tokens or not is_readable:
             return dense_attention(query, *self.all_states(kv), mask=columns, **options)
-        return self._folded_attention(query, *_exact_states(kv), kv, columns, **options)
+        return self._folded_attention(query, *_exact_states(kv), kv.in_order(), columns, **options)
 
     def is_graph_safe_between_pages(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
         """See `Backend.is_graph_safe_between_pages`."""
@@ -154,7 +158,7 @@ class TorchBackend(Backend):
         key, value = (torch.empty(shape, dtype=kv.dtype, device=kv.device) for _ in range(2))
         for group in kv.pages:
             heads = list(group.heads)
-            key[:, heads], value[:, heads] = self.decode(group.data, group.layout, kv.dtype)
+            key[:, heads], value[:, heads] = self.decode(group.data, group.layout, kv.dtype, kv.table)
         exact_key, exact_value = _exact_states(kv)
         return torch.cat([exact_key, key], -2), torch.cat([exact_value, value], -2)
 

@@ -20,7 +20,17 @@ from kvloom.errors import KernelError
 from kvloom.kernels._base import AttendOptions, head_index, rows_of_a_head
 from kvloom.kernels._torch import TorchBackend
 from kvloom.kernels._triton_tiles import MIN_COLUMNS, SideTile, next_power, row_tile, side_tile
-from kvloom.pages import PagedKV, PageLayout, SideLayout, codebook_points, pack_side, unpack_raw
+from kvloom.pages import (
+    ExactKV,
+    PagedKV,
+    PageLayout,
+    SideLayout,
+    StaticKV,
+    codebook_points,
+    pack_side,
+    records_of,
+    unpack_raw,
+)
 
 # More rows are served by a matrix product over decoded pages.
 MAX_ROWS = 64
@@ -87,23 +97,33 @@ class TritonBackend(TorchBackend):
                 x, data, *strides, tile, index, units
             )
 
-    def decode(self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, data: torch.Tensor, layout: PageLayout, dtype: torch.dtype, table: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.decode`."""
         if dtype not in _DTYPES or not layout.is_readable or data.numel() == 0:
-            return super().decode(data, layout, dtype)
+            return super().decode(data, layout, dtype, table)
         with torch.cuda.device_of(data):
-            return self._decode_side(data, layout.key, dtype), self._decode_side(data, layout.value, dtype)
+            key, value = (self._decode_side(data, side, dtype, table) for side in (layout.key, layout.value))
+        return key, value
 
-    def _decode_side(self, data: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
+    def _decode_side(
+        self, data: torch.Tensor, side: SideLayout, dtype: torch.dtype, table: torch.Tensor | None
+    ) -> torch.Tensor:
         if side.fmt.is_passthrough:
-            return unpack_raw(data, side, dtype).flatten(2, 3)
+            return unpack_raw(data if table is None else records_of(data, table), side, dtype).flatten(2, 3)
         batch, heads, pages, _ = data.shape
+        if table is not None:
+            batch, pages = table.shape
         tokens = pages * side.page_tokens
         channels = next_power(side.head_dim)
         out = torch.empty((batch, heads, tokens, side.head_dim), dtype=dtype, device=data.device)
         block = min(side.page_tokens, _BLOCK // channels)
         self._page_kernels.decode_side[(tokens // block, heads, batch)](
-            out, data, _points(side, data), *data.stride()[:3], tokens, side_tile(side), heads, block, channels
+            *(out, data, _points(side, data), data if table is None else table),
+            *_broadcast_strides(data)[:3],
+            0 if table is None else table.stride(0),
+            *(tokens, side_tile(side), heads, block, channels, table is not None),
         )
         return out
 
@@ -111,12 +131,28 @@ class TritonBackend(TorchBackend):
         """See `Backend.attend`."""
         if not _serves(query, kv):
             return super().attend(query, kv, **options)
+        return self._attend_pages(query, kv, **options)
+
+    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
+        """See `Backend.attend_static`."""
+        if not _serves(query, kv):
+            return super().attend_static(query, kv, **options)
+        return self._attend_pages(query, kv, **options)
+
+    def _attend_pages(
+        self, query: torch.Tensor, kv: PagedKV | StaticKV, **options: Unpack[AttendOptions]
+    ) -> torch.Tensor:
         query = query if query.stride(-1) == 1 else query.contiguous()
         partial, stats = self._attend_splits(query, kv, options["scaling"], options.get("mask"), options.get("softcap"))
         return self._combine(query, partial, stats, options.get("sink_logits"))
 
     def _attend_splits(
-        self, query: torch.Tensor, kv: PagedKV, scaling: float, mask: torch.Tensor | None, softcap: float | None
+        self,
+        query: torch.Tensor,
+        kv: PagedKV | StaticKV,
+        scaling: float,
+        mask: torch.Tensor | None,
+        softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What ``attend_split`` writes."""
         batch, query_heads, queries, head_dim = query.shape
@@ -127,7 +163,7 @@ class TritonBackend(TorchBackend):
         share, page_splits, splits = _splits(kv)
         partial = query.new_empty((batch, kv_heads, splits, padded, head_dim), dtype=torch.float32)
         stats = query.new_empty((batch, kv_heads, splits, 2, padded), dtype=torch.float32)
-        exact = [x.contiguous() for x in (kv.sinks.key, kv.sinks.value, kv.tail.key, kv.tail.value)]
+        sinks, tail = _rows(kv.sinks), _rows(kv.tail)
         is_bool = mask is not None and mask.dtype == torch.bool
         mask_strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
         has_places = mask is not None and kv.places is not None
@@ -140,11 +176,17 @@ class TritonBackend(TorchBackend):
             self._attend_kernels.attend_split[(splits, len(pages.heads) * -(-rows // columns), batch)](
                 *(partial, stats, query, pages.data),
                 *(_points(side, pages.data) for side in (pages.layout.key, pages.layout.value)),
-                *(head_index(pages.heads, kv.device), *exact, kv.visible),
+                *(head_index(pages.heads, kv.device), sinks.key, sinks.value, tail.key, tail.value),
+                kv.visible if isinstance(kv, PagedKV) else query,
                 query if mask is None else mask.view(torch.uint8) if is_bool else mask,
                 *(extents, of_pages, exact_places),
+                query if kv.table is None else kv.table,
+                kv.state if isinstance(kv, StaticKV) else query,
                 *query.stride()[:3],
                 *_broadcast_strides(pages.data)[:3],
+                *sinks.key.stride()[:3],
+                *tail.key.stride()[:3],
+                0 if kv.table is None else kv.table.stride(0),
                 *mask_strides,
                 *_broadcast_strides(of_pages)[:2],
                 *exact_places.stride()[:2],
@@ -165,6 +207,8 @@ class TritonBackend(TorchBackend):
                 IS_BOOL=is_bool,
                 HAS_EXTENTS=kept is not None,
                 HAS_PLACES=has_places,
+                HAS_TABLE=kv.table is not None,
+                HAS_STATE=isinstance(kv, StaticKV),
                 STAGES=_stages(pages.layout, query.dtype),
                 num_warps=_WARPS,
             )
@@ -218,10 +262,18 @@ def _is_covering(layout: PageLayout) -> bool:
     return layout.is_readable and all(fmt.is_passthrough or fmt.codec == AFFINE.name for fmt in formats)
 
 
-def _serves(query: torch.Tensor, kv: PagedKV) -> bool:
+def _rows(exact: ExactKV) -> ExactKV:
+    """Tokens whose channels are adjacent, keys and values with the same strides."""
+    key, value = exact.key, exact.value
+    if key.stride() == value.stride() and key.stride(-1) == 1:
+        return exact
+    return ExactKV(key.contiguous(), value.contiguous())
+
+
+def _serves(query: torch.Tensor, kv: PagedKV | StaticKV) -> bool:
     """Whether the kernels cover this case."""
     return (
-        kv.has_pages
+        (isinstance(kv, StaticKV) or kv.has_pages)
         and query.dtype == kv.dtype
         and kv.dtype in _DTYPES
         and kv.page_tokens in PAGE_TOKENS
@@ -231,11 +283,13 @@ def _serves(query: torch.Tensor, kv: PagedKV) -> bool:
     )
 
 
-def _splits(kv: PagedKV) -> tuple[int, int, int]:
+def _splits(kv: PagedKV | StaticKV) -> tuple[int, int, int]:
     """Pages of a split, splits of pages, and all splits, those of the exact tokens included."""
     batch, heads = kv.shape[:2]
     wanted = _PROGRAMS_PER_PROCESSOR * _processors(kv.device) // (batch * heads)
-    pages = max(kv.num_pages, *(group.mean_pages(batch) for group in kv.pages))
+    pages = max(kv.num_pages, 1)
+    if kv.table is None:
+        pages = max(pages, *(group.mean_pages(batch) for group in kv.pages))
     share = -(-pages // max(1, wanted))
     page_splits = -(-pages // share)
     return share, page_splits, page_splits + max(1, -(-kv.tail.tokens // _EXACT_TOKENS))

@@ -368,25 +368,29 @@ def _softmax_step(scores, high, weight):
 
 
 @triton.jit
-def _exact_tile(elements, count, head, token, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
-    """Tile ``[tokens, channels]`` of one head of ``elements [heads, count, channels]``."""
+def _exact_tile(elements, row, row_stride, reads, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr):
+    """Tile ``[tokens, channels]`` of rows of one head's ``elements [tokens, channels]``."""
     channel = tl.arange(0, HEAD_DIM_PAD)[None, :]
-    at = (head * count + token)[:, None] * HEAD_DIM + channel
-    return tl.load(elements + at, mask=(token < count)[:, None] & (channel < HEAD_DIM), other=0)
+    at = row.to(tl.int64)[:, None] * row_stride + channel
+    return tl.load(elements + at, mask=reads[:, None] & (channel < HEAD_DIM), other=0)
 
 
 @triton.jit
 def _exact_tokens(
-    out, high, weight, plain, factor, softcap, key, value, head, count, first, last, first_slot, boundary, valid,
-    query_slot, mask, mask_at, mask_slot, places, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_READS: tl.constexpr, HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr,
-    HAS_PLACES: tl.constexpr,
+    out, high, weight, plain, factor, softcap, key, value, row_stride, first_row, ring, first, last, first_slot,
+    boundary, valid, query_slot, mask, mask_at, mask_slot, places, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_READS: tl.constexpr, HAS_MASK: tl.constexpr,
+    IS_BOOL: tl.constexpr, HAS_PLACES: tl.constexpr, IS_RING: tl.constexpr,
 ):  # fmt: skip
-    """Take the exact tokens from ``first`` up to ``last`` into the softmax; token 0 is slot ``first_slot``."""
+    """Take the exact tokens from ``first`` up to ``last`` into the softmax; token 0 is slot ``first_slot``.
+
+    It is row 0, or of a ring of so many rows ``first_row``.
+    """
     HEAD_DIM_PAD: tl.constexpr = plain.shape[0]
     for start in tl.range(first, last, TOKENS, num_stages=1):
         at = start + tl.arange(0, TOKENS)
-        keys = _exact_tile(key, count, head, at, HEAD_DIM, HEAD_DIM_PAD)
+        row = (first_row + at) % ring if IS_RING else at
+        keys = _exact_tile(key, row, row_stride, at < last, HEAD_DIM, HEAD_DIM_PAD)
         scores = _base_2(_dot(keys, plain, DTYPE), factor, softcap, HAS_SOFTCAP)
         reads = valid[None, :] & (at < last)[:, None]
         if HAS_READS:
@@ -397,27 +401,29 @@ def _exact_tokens(
         else:
             scores = tl.where(reads, scores, -float("inf"))
         p, high, weight, decay = _softmax_step(scores, high, weight)
-        out = out * decay[None, :] + _raw_values(_exact_tile(value, count, head, at, HEAD_DIM, HEAD_DIM_PAD), p, DTYPE)
+        values = _exact_tile(value, row, row_stride, at < last, HEAD_DIM, HEAD_DIM_PAD)
+        out = out * decay[None, :] + _raw_values(values, p, DTYPE)
     return out, high, weight
 
 
 @triton.jit(
     do_not_specialize=[
-        "length", "sinks", "tail", "num_pages", "share", "first_exact", "exact_share",
+        "length", "sinks", "tail", "num_pages", "share", "first_exact", "exact_share", "table_batch",
         "mask_batch", "mask_head", "mask_query", "mask_slot", "place_batch", "place_head", "exact_batch", "exact_head",
         "splits",
     ]
 )  # fmt: skip
 def attend_split(
     partial, stats, query, data, key_points, value_points, heads, sink_key, sink_value, tail_key, tail_value, visible,
-    mask, extents, page_places, exact_places,
-    query_batch, query_head, query_row, data_batch, data_head, data_page, mask_batch, mask_head, mask_query, mask_slot,
+    mask, extents, page_places, exact_places, table, state,
+    query_batch, query_head, query_row, data_batch, data_head, data_page, sink_batch, sink_head, sink_token,
+    tail_batch, tail_head, tail_token, table_batch, mask_batch, mask_head, mask_query, mask_slot,
     place_batch, place_head, exact_batch, exact_head,
     length, sinks, tail, num_pages, share, first_exact, exact_share, splits, scaling, softcap,
     KEY: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr, KV_HEADS: tl.constexpr, HEADS: tl.constexpr,
     QUERIES: tl.constexpr, N: tl.constexpr, PADDED_ROWS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_READS: tl.constexpr, HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr, HAS_EXTENTS: tl.constexpr,
-    HAS_PLACES: tl.constexpr, STAGES: tl.constexpr,
+    HAS_PLACES: tl.constexpr, HAS_TABLE: tl.constexpr, HAS_STATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised attention of the rows of one KV head over one split of its pages, or of the exact tokens.
 
@@ -425,9 +431,10 @@ def attend_split(
     others ``exact_share`` tokens of the tail each, and the first of them the sinks. A row is a query of a query head,
     queries fastest. ``key_points`` and ``value_points``, fp16, are read where a side has a codebook. ``extents [batch,
     heads of this layout, 2]`` are the first record of a head and how many pages it has before those that have slots;
-    splits then share out the pages there are. With places, ``mask`` is by place. Writes, in fp32, ``partial [batch,
-    kv_heads, splits, PADDED_ROWS, head_dim]`` and, maximum in base 2 and sum, ``stats [batch, kv_heads, splits, 2,
-    PADDED_ROWS]``.
+    splits then share out the pages there are. With places, ``mask`` is by place. ``table [batch, pages]`` names the
+    records of a sequence. ``state [batch, 2]`` has (tokens, pages) of each sequence in place of the numbers, and the
+    tail is then a ring, see `kvloom.pages.StaticKV`. Writes, in fp32, ``partial [batch, kv_heads, splits, PADDED_ROWS,
+    head_dim]`` and, maximum in base 2 and sum, ``stats [batch, kv_heads, splits, 2, PADDED_ROWS]``.
     """
     HALF: tl.constexpr = DTYPE.primitive_bitwidth == 16
     HEAD_DIM: tl.constexpr = KEY.head_dim
@@ -440,6 +447,13 @@ def attend_split(
     head = tl.load(heads + local)
     row = tl.program_id(1) % ROW_TILES * N + tl.arange(0, N)
     valid = row < ROWS
+    ring, tail_row = tail, 0
+    if HAS_STATE:
+        length, num_pages = tl.load(state + 2 * batch), tl.load(state + 2 * batch + 1)
+        sinks = tl.minimum(sinks, length)
+        tail = length - sinks - num_pages * TOKENS
+        tail_row = num_pages * TOKENS % ring
+        share = (num_pages + first_exact - 1) // first_exact
     query_index = row % QUERIES
     query_slot = length - QUERIES + query_index
     of_head = head * HEADS + row // QUERIES
@@ -447,7 +461,10 @@ def attend_split(
     mask_at = batch * mask_batch + of_head * mask_head + query_index.to(tl.int64) * mask_query
     boundary = query_slot
     if HAS_READS:
-        boundary = sinks + tl.load(visible + query_index).to(tl.int32) * TOKENS
+        if HAS_STATE:
+            boundary = sinks + num_pages * TOKENS + 0 * query_index
+        else:
+            boundary = sinks + tl.load(visible + query_index).to(tl.int32) * TOKENS
 
     channel = tl.arange(0, KEY.cols)
     plain = _query(query, query_at, valid, channel, HEAD_DIM)
@@ -477,8 +494,11 @@ def attend_split(
         exact_places += batch * exact_batch + head.to(tl.int64) * exact_head
     first = split * share
     last = tl.where(split < first_exact, tl.minimum(first + share, num_pages), first)
-    page = data + batch * data_batch + local.to(tl.int64) * data_head + first.to(tl.int64) * data_page
+    records = data + batch * data_batch + local.to(tl.int64) * data_head
+    page = records + first.to(tl.int64) * data_page
     for index in tl.range(first, last, num_stages=STAGES):
+        if HAS_TABLE:
+            page = records + tl.load(table + batch * table_batch + index).to(tl.int64) * data_page
         if KEY.is_raw:
             scores = _dot(_raw_page(page, KEY, HEAD_DIM_PAD, DTYPE), plain, DTYPE)
         elif KEY.per_channel:
@@ -501,7 +521,8 @@ def attend_split(
             own, own_zeros = _token_values(page, value_points, p, VALUE, N, HALF)
             out += own
             zeros = zeros * decay[None, :] + own_zeros
-        page += data_page
+        if not HAS_TABLE:
+            page += data_page
     if VALUE.groups == 1:
         out += tl.sum(zeros, 0)[None, :]
     else:
@@ -509,17 +530,19 @@ def attend_split(
 
     of_batch = batch * KV_HEADS + head
     last = tl.where(split == first_exact, sinks, 0)
+    at = batch * sink_batch + head.to(tl.int64) * sink_head
     out, high, weight = _exact_tokens(
-        out, high, weight, plain, factor, softcap, sink_key, sink_value, of_batch, sinks, 0, last, 0, query_slot * 0,
-        valid, query_slot, mask, mask_at, mask_slot, exact_places, TOKENS, HEAD_DIM, DTYPE, HAS_SOFTCAP, HAS_READS,
-        HAS_MASK, IS_BOOL, HAS_PLACES,
+        out, high, weight, plain, factor, softcap, sink_key + at, sink_value + at, sink_token, 0, sinks, 0, last, 0,
+        query_slot * 0, valid, query_slot, mask, mask_at, mask_slot, exact_places, TOKENS, HEAD_DIM, DTYPE, HAS_SOFTCAP,
+        HAS_READS, HAS_MASK, IS_BOOL, HAS_PLACES, False,
     )  # fmt: skip
+    at = batch * tail_batch + head.to(tl.int64) * tail_head
     first = tl.maximum(split - first_exact, 0) * exact_share
     last = tl.where(split < first_exact, first, tl.minimum(first + exact_share, tail))
     out, high, weight = _exact_tokens(
-        out, high, weight, plain, factor, softcap, tail_key, tail_value, of_batch, tail, first, last, length - tail,
-        boundary, valid, query_slot, mask, mask_at, mask_slot, exact_places, TOKENS, HEAD_DIM, DTYPE, HAS_SOFTCAP,
-        HAS_READS, HAS_MASK, IS_BOOL, HAS_PLACES,
+        out, high, weight, plain, factor, softcap, tail_key + at, tail_value + at, tail_token, tail_row, ring, first,
+        last, length - tail, boundary, valid, query_slot, mask, mask_at, mask_slot, exact_places, TOKENS, HEAD_DIM,
+        DTYPE, HAS_SOFTCAP, HAS_READS, HAS_MASK, IS_BOOL, HAS_PLACES, HAS_STATE,
     )  # fmt: skip
 
     base = (of_batch * splits + split) * PADDED_ROWS

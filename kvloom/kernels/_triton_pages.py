@@ -152,12 +152,12 @@ def encode_plane(
 
 @triton.jit(do_not_specialize=["tokens"])
 def decode_side(
-    out, data, points, data_batch, data_head, data_page, tokens,
-    SIDE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    out, data, points, table, data_batch, data_head, data_page, table_batch, tokens,
+    SIDE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Dense elements ``out [batch, heads, tokens, head_dim]`` of one side, ``TOKENS`` tokens a program.
 
-    ``points``, fp16, are those of the codebook, if there is one.
+    ``points``, fp16, are those of the codebook, if there is one. ``table [batch, pages]`` names the records, if asked.
 
     Grid: (blocks of tokens, heads, batch); ``TOKENS`` divides a page.
     """
@@ -167,6 +167,8 @@ def decode_side(
     token = (start % SIDE.tokens + tl.arange(0, TOKENS))[:, None]
     channel = tl.arange(0, CHANNELS)[None, :]
     valid = (token >= 0) & (channel < SIDE.head_dim)
+    if HAS_TABLE:
+        page = tl.load(table + batch * table_batch + page)
     record = data + batch * data_batch + head * data_head + page.to(tl.int64) * data_page
     codes = tl.full((TOKENS, CHANNELS), 0, tl.int32)
     for index in tl.static_range(2):

@@ -24,7 +24,7 @@ from kvloom.pages._fragment import Plane, source_index
 from kvloom.pages._layout import PageLayout, SideLayout, num_outliers, page_layout, page_nbytes, side_nbytes
 
 if TYPE_CHECKING:
-    from kvloom.pages._handle import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, layouts_of
+    from kvloom.pages._handle import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, layouts_of, records_of
     from kvloom.pages._outliers import pack_outliers, unpack_outliers
     from kvloom.pages._pack import (
         RowRuns,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         unpack_raw,
         unpack_side,
     )
-    from kvloom.pages._places import places, stored
+    from kvloom.pages._places import places, stored, stored_run
 
 # The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
 _TENSOR_HOMES = {
@@ -50,10 +50,12 @@ _TENSOR_HOMES = {
     "pack_outliers": "kvloom.pages._outliers",
     "pack_side": "kvloom.pages._pack",
     "places": "kvloom.pages._places",
+    "records_of": "kvloom.pages._handle",
     "RowRuns": "kvloom.pages._pack",
     "row_runs": "kvloom.pages._pack",
     "side_matrix": "kvloom.pages._pack",
     "stored": "kvloom.pages._places",
+    "stored_run": "kvloom.pages._places",
     "unpack_outliers": "kvloom.pages._outliers",
     "unpack_params": "kvloom.pages._pack",
     "unpack_raw": "kvloom.pages._pack",
@@ -95,11 +97,13 @@ __all__ = [
     "page_nbytes",
     "page_tokens_of",
     "places",
+    "records_of",
     "row_runs",
     "side_matrix",
     "side_nbytes",
     "source_index",
     "stored",
+    "stored_run",
     "unpack_outliers",
     "unpack_params",
     "unpack_raw",

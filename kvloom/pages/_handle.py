@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -111,6 +111,8 @@ class PagedKV(_Handle):
         output_turn: Likewise for outputs.
         places: ``[batch, kv_heads, length]``, the place of each slot's token in its sequence, see `stored`; None if
             slots are places.
+        table: int32 ``[batch, num_pages]``, which record holds a page of a sequence; ``data`` of pages is then ``[1,
+            heads, records, layout.nbytes]``, shared by the sequences. None if page ``i`` is record ``i``.
     """
 
     pages: tuple[HeadPages, ...]
@@ -123,6 +125,7 @@ class PagedKV(_Handle):
     query_turn: torch.Tensor | None = None
     output_turn: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    table: torch.Tensor | None = None
 
     @property
     def has_pages(self) -> bool:
@@ -144,6 +147,26 @@ class PagedKV(_Handle):
         """int64 slots of the packed tokens, page after page."""
         start = self.sinks.tokens
         return torch.arange(start, start + self.num_pages * self.page_tokens, device=self.device)
+
+    def in_order(self) -> PagedKV:
+        """The same without a `table`: records are copied."""
+        if self.table is None:
+            return self
+        pages = tuple(replace(group, data=records_of(group.data, self.table)) for group in self.pages)
+        return replace(self, pages=pages, table=None)
+
+
+def records_of(data: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """A copy of the records that a table names, in order.
+
+    Args:
+        data: uint8 ``[1, heads, records, layout.nbytes]``.
+        table: int32 ``[batch, pages]``, numbers of records.
+
+    Returns:
+        uint8 ``[batch, heads, pages, layout.nbytes]``.
+    """
+    return data[0][:, table.long()].transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -217,10 +240,9 @@ class StaticKV(_Handle):
         sinks = min(tokens, self.sinks.tokens)
         start = pages * self.page_tokens
         slots = self.ring_slots(start, tokens - sinks)
+        table = None if self.table is None else self.table[rows, :pages]
         return PagedKV(
-            tuple(
-                HeadPages(g.heads, g.layout, self.records(g, rows, pages), _of_rows(g.kept, rows)) for g in self.pages
-            ),
+            tuple(HeadPages(g.heads, g.layout, self._data(g, rows, pages), _of_rows(g.kept, rows)) for g in self.pages),
             ExactKV(self.sinks.key[rows, :, :sinks], self.sinks.value[rows, :, :sinks]),
             ExactKV(self.tail.key[rows][:, :, slots], self.tail.value[rows][:, :, slots]),
             tokens,
@@ -228,7 +250,11 @@ class StaticKV(_Handle):
             pages,
             torch.full((1,), pages, device=self.device),
             places=None if self.places is None else self.places[rows, :, :tokens],
+            table=table,
         )
+
+    def _data(self, group: HeadPages, rows: slice, pages: int) -> torch.Tensor:
+        return group.data if self.table is not None else self.records(group, rows, pages)
 
     def records(self, group: HeadPages, rows: slice, pages: int) -> torch.Tensor:
         """First ``pages`` records of sequences, ``[batch, heads, pages, layout.nbytes]``; a copy with a table.
@@ -239,7 +265,7 @@ class StaticKV(_Handle):
             return group.data[rows]
         if self.table is None:
             return group.data[rows, :, :pages]
-        return group.data[0][:, self.table[rows, :pages].long()].transpose(0, 1)
+        return records_of(group.data, self.table[rows, :pages])
 
     def store(self, group: HeadPages, rows: slice, page: int, records: torch.Tensor) -> None:
         """Write records ``[batch, heads, pages, layout.nbytes]`` of sequences as their pages from ``page`` on."""

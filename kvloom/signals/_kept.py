@@ -21,11 +21,10 @@ def scores_of(tapped: Tapped, room: Room) -> Tensor:
     batch, heads, tokens = tapped.key.shape[:3]
     slots = torch.arange(tokens, device=tapped.key.device).expand(batch, heads, -1)
     is_real, query = torch.ones_like(slots, dtype=torch.bool), tapped.query.flatten(1, 2)
-    mass = received(query, tapped.key, slots, is_real, reading) if policy.sums_attention else None
-    newest = query[:, :, max(0, tokens - policy.num_queries) :]
-    return policy.scores(
-        Seen(slots, is_real, tokens, newest, reading, lambda: (tapped.key, tapped.value), mass)
-    ).double()
+    mass = received(query, tapped.key, slots, None, reading) if policy.sums_attention else None
+    newest, states = query[:, :, max(0, tokens - policy.num_queries) :], (tapped.key, tapped.value)
+    seen = Seen(slots, is_real, tokens, newest, reading, lambda: states, mass, all_real=True)
+    return policy.scores(seen).double()
 
 
 def kept_of(scores: Tensor, room: Room) -> Tensor:
@@ -50,8 +49,5 @@ def kept_of(scores: Tensor, room: Room) -> Tensor:
     ranked = scores.masked_fill(stays, torch.inf)[..., sinks:]
     base, units = room.split(tokens - sinks, limit, int(stays[sinks:].sum()))
     chosen = choose(ranked[..., :0], ranked, base, units, room.page_tokens, is_pooled=room.policy.is_pooled)
-    rank = torch.arange(tokens - sinks, device=scores.device)
-    kept[..., sinks:] = torch.zeros_like(ranked, dtype=torch.bool).scatter(
-        -1, chosen.order, rank < chosen.counts[..., None]
-    )
+    kept[..., sinks:] = chosen.tail
     return kept

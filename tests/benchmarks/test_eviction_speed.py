@@ -19,12 +19,14 @@ def test_it_measures_prompts_and_steps(model, monkeypatch):
     for name in ("SECONDS", "MIN_SAMPLES"):
         monkeypatch.setattr(f"kvloom.bench._timing.{name}", 1)
     records = eviction_speed.run(model, 4, 700, 2, 1)
-    assert [record["kind"] for record in records] == ["prompt"] * 4 + ["step"] * 10
-    assert [record["share"] for record in records[4:9]] == list(eviction_speed.SHARES)
-    taken = [record["layer_bytes"] for record in records[4:9]]
+    assert [record["kind"] for record in records] == ["prompt"] * 4 + ["layer"] * 6 + ["step"] * 10
+    assert [record["policy"] for record in records[4:10]] == [None, "snapkv", "adakv"] * 2
+    assert all(0 < record["host_seconds"] <= record["seconds"] for record in records[4:10])
+    assert [record["share"] for record in records[10:15]] == list(eviction_speed.SHARES)
+    taken = [record["layer_bytes"] for record in records[10:15]]
     assert taken == sorted(taken, reverse=True)
-    assert all(record["byte_ratio"] == taken[0] / record["layer_bytes"] for record in records[4:9])
-    assert len(eviction_speed.table(records[4:])) == 2 + 10
+    assert all(record["byte_ratio"] == taken[0] / record["layer_bytes"] for record in records[10:15])
+    assert len(eviction_speed.table(records[10:])) == 2 + 10
     assert len(eviction_speed.verdicts(records)) == 2 + 8
 
 

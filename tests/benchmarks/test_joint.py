@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import joint, methods, tokens_or_bits
+from benchmarks import essay_qa, joint, methods, tokens_or_bits
 from benchmarks.joint import BEGIN, BUDGETS, DENSE, END, GRID, Results, grid_name, joint_name
 from benchmarks.tokens_or_bits import POLICIES, PROMPT
 from kvloom import Profile, TensorSpec
@@ -17,7 +17,7 @@ from kvloom.errors import DataError, PlanError
 from kvloom.plan import Fingerprint
 from kvloom.signals import FOUR_SINKS, compute_eviction, compute_profile, default_candidates
 from tests.benchmarks.test_methods import SMOLLM2, Files, interval, record, write
-from tests.benchmarks.test_tokens_or_bits import needles
+from tests.benchmarks.test_tokens_or_bits import ROW, answers, needles
 from tests.evaluate.tiny_llama import Letters, random_windows, tiny_model
 
 README = f"# A title\n\n{BEGIN}\nNot yet.\n{END}\n\nThe rest.\n"
@@ -81,7 +81,8 @@ def results():
         )
         for name, bits, kld in made
     ]
-    return [*scores, *(needles(name, n % 19) for n, (name, _, _) in enumerate(made))]
+    asked = [needles(name, n % 19) for n, (name, _, _) in enumerate(made)]
+    return [*scores, *asked, *(answers(name, n % 100 / 100) for n, (name, _, _) in enumerate(made))]
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_the_table_of_all_shares_goes_on_the_page(files):
     assert rows[1][2].startswith("0.0200 [")
     assert rows[1][3] == "0.50 [0.50, 0.50]"
     assert rows[2][3] == "0.75 [0.75, 0.75]"
-    assert re.fullmatch(r"\d+/18", rows[0][-1])
+    assert re.fullmatch(r"\d+/18; 0\.\d\d", rows[0][-1])
     legend = " ".join(body.split("\n\n")[-1].split())
     for fact in ("a prompt of 2,048 tokens", "4,096 tokens decoded", "32 windows", "the least of 56 at each budget"):
         assert fact in legend
@@ -127,7 +128,7 @@ def test_a_page_without_results_of_a_plan_is_refused(files, lost):
     assert not files.kept.exists()
 
 
-def test_shares_score_every_contestant_once_by_both_scores(monkeypatch, tmp_path, profile: Profile):
+def test_shares_score_every_contestant_once_by_every_score(monkeypatch, tmp_path, profile: Profile):
     model = tiny_model()
     assert Fingerprint.of(model) == profile.model
     hay = Letters().text("A sentence of hay. ") * 50
@@ -138,6 +139,7 @@ def test_shares_score_every_contestant_once_by_both_scores(monkeypatch, tmp_path
     monkeypatch.setattr(joint, "BUDGETS", (0.2,))
     monkeypatch.setattr(joint, "GRID", {"K4V4": GRID["K4V4"]})
     monkeypatch.setattr(tokens_or_bits, "SEEDS", range(1))
+    monkeypatch.setattr(essay_qa, "rows", lambda _: [ROW])
     profile.save(tmp_path / "profile.json")
     names = []
     for n in (1, 2):
@@ -156,7 +158,7 @@ def test_shares_score_every_contestant_once_by_both_scores(monkeypatch, tmp_path
         lines = (tmp_path / "out" / f"share-{n}-of-2.jsonl").read_text(encoding="utf-8").splitlines()
         names += [(it["kind"], it["name"]) for it in map(json.loads, lines)]
     expected = [DENSE, "snapkv, 20 %, K4V4", "joint, 20 %, auto", "joint, 20 %, snapkv"]
-    assert sorted(names) == sorted((kind, name) for kind in ("fidelity", "needle") for name in expected)
+    assert sorted(names) == sorted((kind, name) for kind in ("fidelity", "needle", "task") for name in expected)
 
 
 def test_a_profile_is_needed(monkeypatch, tmp_path):

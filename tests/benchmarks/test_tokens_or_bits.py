@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import methods, tokens_or_bits
+from benchmarks import essay_qa, methods, tokens_or_bits
 from benchmarks.tokens_or_bits import BEGIN, BUDGETS, DENSE, END, FORMATS, POLICIES, PROMPT, Results, name_of
 from kvloom.assets import Text
 from kvloom.errors import DataError
@@ -16,6 +16,7 @@ from tests.benchmarks.test_methods import SMOLLM2, Files, interval, record, writ
 from tests.evaluate.tiny_llama import Letters, random_windows, tiny_model
 
 README = f"# A title\n\n{BEGIN}\nNot yet.\n{END}\n\nThe rest.\n"
+ROW = {"_id": "1", "input": "Which?", "context": "Hay. " * 20, "answers": ["Hay"], "all_classes": None}
 WHOLE = {"K8V8": 8.5, "K4V4": 4.5, "K2V2": 2.5, "kvloom/K4V4": 4.5, "kvloom/K2V2": 2.5}
 
 
@@ -72,6 +73,12 @@ def needles(name: str, found: int, **changes: object):
     return {"kind": "needle", **about, **own, **changes}
 
 
+def answers(name: str, f1: float):
+    """A record of questions."""
+    score = {"value": f1, "low": 0.0, "high": 1.0, "interval": "bootstrap"}
+    return needles(name, 0, kind="task", id=f"{name} answers", task="longbench/multifieldqa_en", total=24, score=score)
+
+
 def results():
     """Records of every contestant: the more tokens, the better."""
     made = [(name, bits, 0.01) for name, bits in (("dense", 16.0), *WHOLE.items())]
@@ -87,7 +94,8 @@ def results():
         record(methods.METHODS[0], name=name, id=name, true_bits=bits, kld=interval(kld), **extra)
         for name, bits, kld in made
     ]
-    return [*scores, *(needles(name, n % 19) for n, (name, _, _) in enumerate(made))]
+    asked = [needles(name, n % 19) for n, (name, _, _) in enumerate(made)]
+    return [*scores, *asked, *(answers(name, n % 100 / 100) for n, (name, _, _) in enumerate(made))]
 
 
 @pytest.fixture
@@ -117,9 +125,9 @@ def test_tables_and_picture_of_all_shares_go_on_the_page(files):
         assert first[1].startswith("0.0500 [0.0450, 0.0550]; ")
         assert first[-1].startswith("**0.00833 [0.00750, 0.00917]**; ")
         assert [cell.endswith("(all tokens)") for cell in last[1:]] == [False, False, True, True, True, True]
-        assert re.fullmatch(r"0\.0100 \[0\.00900, 0\.0110\]; \d+/18 \(all tokens\)", last[-1])
+        assert re.fullmatch(r"0\.0100 \[0\.00900, 0\.0110\]; \d+/18; 0\.\d\d \(all tokens\)", last[-1])
     legend = " ".join(body.split("\n\n")[-1].split())
-    for fact in ("a prompt of 2,048 tokens", "4,096 tokens decoded", "32 windows", "finds 0 of 18"):
+    for fact in ("a prompt of 2,048 tokens", "4,096 tokens decoded", "32 windows", "finds 0 of 18", "24 questions"):
         assert fact in legend
     tokens_or_bits.write_page(files.kept, files.readme, files.kept)  # what was kept makes the same page and file
     assert files.readme.read_text(encoding="utf-8") == text
@@ -128,18 +136,21 @@ def test_tables_and_picture_of_all_shares_go_on_the_page(files):
     assert not any({"cases", "blocks"} & it.keys() for it in kept)
 
 
-@pytest.mark.parametrize("lost", [("fidelity", "snapkv, 1/16, K2V2"), ("needle", "kvloom/K2V2"), ("fidelity", DENSE)])
+@pytest.mark.parametrize(
+    "lost",
+    [("fidelity", "snapkv, 1/16, K2V2"), ("needle", "kvloom/K2V2"), ("task", "kvloom/K2V2"), ("fidelity", DENSE)],
+)
 def test_a_page_without_results_of_a_cell_is_refused(files, lost):
     for file in files.results.glob("*.jsonl"):
         file.unlink()
     write(files.results / "all.jsonl", [it for it in results() if (it["kind"], it["name"]) != lost])
-    with pytest.raises(DataError, match=f"no results of {re.escape(lost[1])}"):
+    with pytest.raises(DataError, match=f"no .* of {re.escape(lost[1])}"):
         tokens_or_bits.write_page(*files)
     assert files.readme.read_text(encoding="utf-8") == README
     assert not files.kept.exists()
 
 
-def test_shares_score_every_contestant_once_by_both_scores(monkeypatch, tmp_path):
+def test_shares_score_every_contestant_once_by_every_score(monkeypatch, tmp_path):
     model, script = tiny_model(), tokens_or_bits
     hay = Letters().text("A sentence of hay. ") * 50
     monkeypatch.setattr(script, "load_model", lambda *_, **__: (model, Letters()))
@@ -149,6 +160,7 @@ def test_shares_score_every_contestant_once_by_both_scores(monkeypatch, tmp_path
     monkeypatch.setattr(script, "BUDGETS", (4,))
     monkeypatch.setattr(script, "FORMATS", {name: FORMATS[name] for name in ("16 bits", "K4V4", "K2V2")})
     monkeypatch.setattr(script, "SEEDS", range(1))
+    monkeypatch.setattr(essay_qa, "rows", lambda _: [ROW])
     names = []
     for n in (1, 2):
         options = ["--out", str(tmp_path), "--windows", "2", "--window", "829", "--share", f"{n}/2", "--batch", "2"]
@@ -159,10 +171,11 @@ def test_shares_score_every_contestant_once_by_both_scores(monkeypatch, tmp_path
         assert {(it["kind"], it.get("prompt"), it.get("total")) for it in found} == {
             ("fidelity", 700, None),
             ("needle", None, 3),
+            ("task", None, 1),
         }
         names += [(it["kind"], it["name"]) for it in found]
     expected = [DENSE, "snapkv, 1/4, 16 bits", "snapkv, 1/4, K4V4", "K2V2"]
-    assert sorted(names) == sorted((kind, name) for kind in ("fidelity", "needle") for name in expected)
+    assert sorted(names) == sorted((kind, name) for kind in ("fidelity", "needle", "task") for name in expected)
 
 
 def test_the_page_holds_what_the_script_makes_of_the_kept_results():

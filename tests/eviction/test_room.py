@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvloom.errors import PlanError
-from kvloom.eviction import H2O, AdaKV, KeyNorm, Room, SnapKV, StreamingLLM, choose
+from kvloom.eviction import H2O, AdaKV, KeyNorm, Room, SnapKV, StreamingLLM, best, choose
 
 PAGE = 64
 
@@ -122,11 +122,8 @@ def test_the_choice_is_the_best_that_whole_pages_allow(data) -> None:
 
     ours = [
         (
-            int(chosen.pages[0, h].sum()) + (int(chosen.counts[0, h]) - base) // page,
-            float(
-                of_pages[0, h][chosen.pages[0, h]].sum()
-                + of_tail[0, h][chosen.order[0, h, : chosen.counts[0, h]]].sum()
-            ),
+            int(chosen.pages[0, h].sum()) + (int(chosen.tail[0, h].sum()) - base) // page,
+            float(of_pages[0, h][chosen.pages[0, h]].sum() + of_tail[0, h][chosen.tail[0, h]].sum()),
         )
         for h in range(heads)
     ]
@@ -147,3 +144,28 @@ def test_pages_that_do_not_exist_are_never_chosen() -> None:
     assert chosen.pages.tolist() == [[[True, False], [True, False]]]
     pooled = choose(pages, torch.zeros(1, 2, 1, dtype=torch.float64), 1, 1, 4, is_pooled=True)
     assert pooled.pages.tolist() == [[[True, False], [True, False]]]
+
+
+def first_of_equals(scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Where the largest scores of every row are, by a stable sort."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        chosen[row, scores[row].sort(descending=True, stable=True).indices[:count]] = True
+    return chosen
+
+
+@given(st.data())
+def test_of_equals_the_first_ones_stay(data) -> None:
+    tokens = data.draw(st.integers(0, 12))
+    numbers = st.sampled_from([-1e30, 0.0, 1.0, torch.inf])
+    rows = [data.draw(st.lists(numbers, min_size=tokens, max_size=tokens)) for _ in range(2)]
+    scores, count = torch.tensor(rows, dtype=torch.float64).view(2, tokens), data.draw(st.integers(0, 14))
+    assert best(scores, count).equal(first_of_equals(scores, [count] * 2))
+    base = data.draw(st.integers(0, tokens))
+    pages = torch.ones(1, 2, data.draw(st.integers(0, 2)), dtype=torch.float64)
+    for is_pooled in (False, True):
+        chosen = choose(pages, scores[None], base, count // 3, 3, is_pooled=is_pooled)
+        counts = chosen.tail[0].sum(-1).tolist()
+        assert chosen.tail[0].equal(first_of_equals(scores, counts))
+        assert chosen.each in (None, counts[0])
+        assert all(kept >= base and (kept - base) % 3 == 0 for kept in counts)

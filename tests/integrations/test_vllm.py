@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from kvloom import kernels
 from kvloom.assets import model_dir
 from kvloom.cache import LoomCache, disable, enable
 from kvloom.plan import Evict, Fingerprint, LayerPlan, Plan, PlanTensors, TensorSpec, Window, preset, rotation_name
@@ -138,7 +139,7 @@ def expected(model, plan, ids, tokens):
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_tokens_are_those_of_transformers(tiny, prefill, sinks):
     plan = save(tiny, MIXED, window=Window(sinks=sinks), prefill=prefill)
-    prompts = [prompt(tokens, seed) for seed, tokens in enumerate((5, 63, 64, 160, 200))]
+    prompts = [prompt(tokens, seed) for seed, tokens in enumerate((1, 5, 63, 64, 160, 200))]
     engine = LLM(**options(tiny[1]))
     assert served(engine, prompts, 40) == [expected(tiny[0], plan, ids, 40) for ids in prompts]
 
@@ -164,6 +165,27 @@ def test_tokens_of_a_real_model_are_those_of_transformers(smollm2, tmp_path):
     wanted = [expected(model, plan, ids, 24) for ids in prompts]
     disable(model)
     assert got == wanted
+
+
+def test_a_pass_of_sequences_that_decode_is_one_call_a_layer(tiny, monkeypatch):
+    """Among them, later on, a prompt: it has a call of its own."""
+    save(tiny, MIXED, window=Window(sinks=4))
+    backend, calls = type(kernels.backend(torch.device("cpu"))), []
+    attend = backend.attend_static
+    monkeypatch.setattr(
+        backend,
+        "attend_static",
+        lambda self, query, kv, **more: calls.append(len(query)) or attend(self, query, kv, **more),
+    )
+    engine = LLM(**options(tiny[1])).llm_engine
+    for n, tokens in enumerate((30, 60, 100)):
+        engine.add_request(str(n), {"prompt_token_ids": prompt(tokens, n)}, sampling(12))
+    for step in range(6):
+        engine.step()
+        if step == 3:
+            engine.add_request("3", {"prompt_token_ids": prompt(50, 3)}, sampling(12))
+    layers = len(MIXED)
+    assert calls == [3] * 4 * layers + [4] * layers
 
 
 def test_tokens_depend_on_what_is_stored(tiny):

@@ -8,12 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from kvloom import kernels
 from kvloom.cache import LoomCache
-from kvloom.errors import PlanError
+from kvloom.errors import CacheError, PlanError
 from kvloom.integrations.vllm import block_layouts, block_nbytes, spare_blocks
+from kvloom.integrations.vllm._blocks import Blocks
+from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._sequence import Sequence
+from kvloom.integrations.vllm._watch import Watch
 from kvloom.plan import Evict, Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
 
+CPU = torch.device("cpu")
 KV_HEADS = 2
 K4 = TensorSpec(bits=4, grouping="per_channel", group_size=64)
 V2 = TensorSpec(bits=2, grouping="per_token", group_size="head_dim")
@@ -70,16 +75,30 @@ class Pool:
         self.plan = plan
         self.layout = block_layouts(plan, "float32")[0]
         self.storage = torch.randint(256, (blocks, self.layout.nbytes), dtype=torch.uint8)
+        self.blocks = Blocks(self.layout, self.storage, torch.float32, torch.zeros(2, dtype=torch.int32))
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
 
     def tokens_of(self, key, value, computed, table):
         """Append tokens of a sequence whose blocks ``table`` names, and grows; what they attend to."""
         length = computed + key.shape[2]
-        while len(table) < -(-length // self.layout.page_tokens) + self.layout.spare_blocks:
-            table.append(self.free.pop())
-        sequence = Sequence(self.layout, self.storage, torch.tensor(table), torch.float32)
+        self.grow(table, length)
+        sequence = Sequence(self.blocks, torch.tensor(table, dtype=torch.int32))
         tail = sequence.append(key, value, computed)
         return sequence.cache(tail, computed, length, self.plan.prefill)
+
+    def decoded(self, key, value, computed, tables):
+        """Append a token to every sequence ``[sequences, kv_heads, 1, head_dim]``; what each attends to."""
+        for table, tokens in zip(tables, computed, strict=True):
+            self.grow(table, tokens + 1)
+        width = max(map(len, tables))
+        table = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+        rows = range(len(tables))
+        kv = Decoding(rows, computed, table, self.layout.sinks, self.layout.page_tokens).append(self.blocks, key, value)
+        return [kv.paged(slice(row, row + 1), *kv.levels()[row].tolist()) for row in rows]
+
+    def grow(self, table, tokens):
+        while len(table) < -(-tokens // self.layout.page_tokens) + self.layout.spare_blocks:
+            table.append(self.free.pop())
 
 
 def states(plan, tokens, seed=0):
@@ -100,14 +119,16 @@ def cuts(draw, tokens):
 
 
 def assert_same(ours, theirs):
-    assert (ours.length, ours.num_pages, ours.page_tokens) == (theirs.length, theirs.num_pages, theirs.page_tokens)
+    ours = ours.in_order()
+    read = int(theirs.visible[-1])  # a page may be full with the last token that nobody reads packed yet
+    assert (ours.length, ours.num_pages, ours.page_tokens) == (theirs.length, read, theirs.page_tokens)
     assert ours.visible.equal(theirs.visible)
     for part in ("sinks", "tail"):
         assert getattr(ours, part).key.equal(getattr(theirs, part).key), part
         assert getattr(ours, part).value.equal(getattr(theirs, part).value), part
     for mine, other in zip(ours.pages, theirs.pages, strict=True):
         assert (mine.heads, mine.layout) == (other.heads, other.layout)
-        assert mine.data.equal(other.data)
+        assert mine.data.equal(other.data[:, :, :read])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -125,6 +146,102 @@ def test_every_pass_reads_what_a_cache_of_its_own_shows_it(data):
         computed = run["cache"].get_seq_length()
         expected, _ = run["cache"].update(key, value, 0)
         assert_same(pool.tokens_of(key, value, computed, run["table"]), expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_sequences_that_decode_together_read_what_caches_of_their_own_show_them(data):
+    """From any lengths on, each step any of them; what is not theirs in the blocks stays."""
+    plan = data.draw(plans())
+    runs, pool = [], Pool(plan, 200)
+    for seed in range(4):
+        tokens = data.draw(st.integers(0, 200))
+        key, value = states(plan, tokens + 70, seed)
+        run = {"cache": LoomCache(plan, config_of(plan.model.head_dim)), "table": [], "states": (key, value)}
+        if tokens:
+            run["cache"].update(key[:, :, :tokens], value[:, :, :tokens], 0)
+            pool.tokens_of(key[:, :, :tokens], value[:, :, :tokens], 0, run["table"])
+        runs.append(run)
+    for _ in range(70):
+        some = data.draw(st.lists(st.sampled_from(runs), min_size=1, max_size=4, unique_by=id))
+        computed = [run["cache"].get_seq_length() for run in some]
+        now = [[x[:, :, n : n + 1] for x in run["states"]] for run, n in zip(some, computed, strict=True)]
+        key, value = (torch.cat(x) for x in zip(*now, strict=True))
+        others = sorted(set(range(200)) - {block for run in some for block in run["table"]} - set(pool.free))
+        before = pool.storage[others].clone()
+        got = pool.decoded(key, value, computed, [run["table"] for run in some])
+        for run, own, ours in zip(some, now, got, strict=True):
+            assert_same(ours, run["cache"].update(*own, 0)[0])
+        assert pool.storage[others].equal(before)
+
+
+def test_a_decoding_pass_packs_once_and_copies_no_page(monkeypatch):
+    """The pages handed over are the blocks themselves; two sequences whose pages fill at once are packed together."""
+    plan = plan_of(window=Window(sinks=4))
+    pool, (key, value) = Pool(plan, 60), states(plan, 200)
+    lengths, tables = [67, 131, 90, 2], [[] for _ in range(4)]
+    for tokens, table in zip(lengths, tables, strict=True):
+        pool.tokens_of(key[:, :, :tokens], value[:, :, :tokens], 0, table)
+    packed = []
+    backend = type(kernels.backend(CPU))
+    encode = backend.encode
+    monkeypatch.setattr(backend, "encode", lambda self, k, *rest: packed.append(k.shape) or encode(self, k, *rest))
+    for table, tokens in zip(tables, lengths, strict=True):
+        pool.grow(table, tokens + 1)
+    width = max(map(len, tables))
+    table = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+    new = key[:, :, :1].expand(4, -1, -1, -1)
+    kv = Decoding(range(4), lengths, table, 4, 64).append(pool.blocks, new, new)
+    assert packed == [(2, KV_HEADS, 64, 16)]
+    assert kv.levels().tolist() == [[68, 0], [132, 1], [91, 1], [3, 0]]
+    assert kv.table.data_ptr() == table[:, 1:].data_ptr()
+    held = pool.storage.untyped_storage().data_ptr()
+    assert [group.data.untyped_storage().data_ptr() for group in kv.pages] == [held]
+    sequence = Sequence(pool.blocks, torch.tensor(tables[1], dtype=torch.int32))
+    several = sequence.cache(sequence.append(key[:, :, :2], value[:, :, :2], 132), 132, 134, plan.prefill)
+    assert [group.data.untyped_storage().data_ptr() for group in several.pages] == [held]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_on_a_gpu_nothing_waits_and_blocks_and_outputs_are_those_of_the_cpu(sinks):
+    """Heads of two layouts that take turns; pages fill in some of the steps."""
+    heads = {1: HeadPlan(value=TensorSpec(bits=8, grouping="per_token"))}
+    plan = plan_of(head_dim=64, heads=heads, window=Window(sinks=sinks))
+    layout, lengths = block_layouts(plan, "float16")[0], [1, 2, 62, 66, 130, 190]
+    width = 5 + layout.spare_blocks
+    table = torch.randperm(6 * width, generator=torch.Generator().manual_seed(0)).view(6, -1).int()
+    sides = {}
+    for device in (CPU, torch.device("cuda")):
+        storage = torch.zeros(6 * width, layout.nbytes, dtype=torch.uint8, device=device)
+        sides[device] = Blocks(layout, storage, torch.float16, torch.zeros(2, dtype=torch.int32, device=device))
+        for row, tokens in enumerate(lengths):
+            key, value = (x.half().to(device) for x in states(plan, tokens, row))
+            Sequence(sides[device], table[row].to(device)).append(key, value, 0)
+    for step in range(6):
+        key, value = (x.transpose(0, 2).half() for x in states(plan, 6, 100 + step))
+        query = torch.randn(6, 8, 1, 64, generator=torch.Generator().manual_seed(step)).half()
+        computed, outputs = [n + step for n in lengths], []
+        for device, blocks in sides.items():
+            own = [x.to(device) for x in (key, value, query, table)]
+            torch.cuda.set_sync_debug_mode("error" if device.type == "cuda" and step else "default")
+            decoding = Decoding(range(6), computed, own[3], sinks, layout.page_tokens)
+            kv = decoding.append(blocks, own[0], own[1])
+            outputs.append(kernels.backend(device).attend_static(own[2], kv, scaling=0.125))
+            torch.cuda.set_sync_debug_mode("default")
+        wanted, got = (x.float().cpu() for x in outputs)
+        assert float((got - wanted).norm() / wanted.norm()) < 4e-3
+    wanted, got = (blocks.storage.cpu() for blocks in sides.values())
+    assert got.equal(wanted)
+
+
+def test_what_is_out_of_range_is_raised_when_it_has_arrived():
+    seen = Watch(CPU)
+    seen.check()
+    seen.flags[0] = 1
+    seen.check()
+    with pytest.raises(CacheError, match="NaN, infinity"):
+        seen.check()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -161,7 +278,7 @@ def test_spare_blocks_suffice_and_none_is_too_many(plan):
     for tokens in range(1, 4 * layout.page_tokens):
         sinks = min(tokens, layout.sinks)
         pages, exact = divmod(tokens - sinks, layout.page_tokens)
-        needed = (sinks > 0) + pages + -(-exact * layout.token_nbytes // layout.nbytes)
+        needed = (sinks > 0) + pages + -(-exact // (layout.nbytes // layout.token_nbytes))
         last_bytes.append(needed - -(-tokens // layout.page_tokens))
     assert layout.spare_blocks == max(*last_bytes, 0)
     assert spare_blocks({0: layout}) == layout.spare_blocks

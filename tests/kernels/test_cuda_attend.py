@@ -237,7 +237,9 @@ def test_codebook_kernels_compile_without_a_device(number: int, head_dim: int) -
     layout = page_layout(*codebook_formats(number, head_dim), head_dim)
     defines = _cuda.attend_defines(layout, 4, number == 1, number, False, 0, number == 2)
     assert _nvrtc.cubin("attend.cu", defines, "sm_90")[:4] == b"\x7fELF"
-    assert _nvrtc.cubin("decode.cu", _cuda_pages._decode_build(layout, torch.float16)[0], "sm_90")[:4] == b"\x7fELF"
+    for tabled in (False, True):
+        defines = _cuda_pages._decode_build(layout, torch.float16, tabled)[0]
+        assert _nvrtc.cubin("decode.cu", defines, "sm_90")[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize(("arch", "clustered"), [("sm_80", False), ("sm_90", False), ("sm_90", True)])

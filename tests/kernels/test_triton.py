@@ -18,6 +18,7 @@ from kvloom.kernels._torch import TORCH
 from kvloom.kernels._triton import TritonBackend
 from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, page_layout
 from tests.kernels.codebooks import codebook_formats
+from tests.kernels.tabled import attention, mixed_layouts, tabled_case
 from tests.kernels.test_attend import make, reference, with_queries
 
 interpreted = pytest.mark.skipif(
@@ -283,3 +284,30 @@ def test_without_triton_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(KernelError, match="triton is not installed"):
         TritonBackend()
+
+
+@interpreted
+@pytest.mark.parametrize(("seed", "head_dim", "dtype"), [(3, 64, torch.float32), (5, 80, torch.float16)])
+def test_sequences_of_any_length_are_read_through_a_table_at_once(seed, head_dim, dtype, monkeypatch) -> None:
+    case = tabled_case(seed, mixed_layouts(seed, head_dim, dtype.itemsize), dtype=dtype, most=2, batch=3)
+    softcap = 20.0 if seed == 3 else None
+    expected = case.expected(0.1, softcap)
+    monkeypatch.delattr("kvloom.kernels._base.Backend.attend_static")
+    out = TritonBackend().attend_static(case.query, case.kv, scaling=0.1, softcap=softcap)
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-3
+    assert float((out.double() - expected).norm() / expected.norm()) < tolerance
+
+
+@interpreted
+def test_several_tokens_of_a_sequence_are_read_through_a_table(monkeypatch) -> None:
+    case = tabled_case(3, mixed_layouts(3, 64), most=2, batch=2)
+    kv, query, states = case.one(1, 3)
+    assert kv.num_pages == 2
+    decoded = [TORCH.decode(group.data, group.layout, kv.dtype, kv.table) for group in kv.pages]
+    for name in ("decode", "attend"):
+        monkeypatch.delattr(f"kvloom.kernels._torch.TorchBackend.{name}")
+    out = TritonBackend().attend(query, kv, scaling=0.1)
+    torch.testing.assert_close(out[0].double(), attention(query[0], states, 0.1), atol=1e-4, rtol=1e-4)
+    for group, sides in zip(kv.pages, decoded, strict=True):
+        ours = TritonBackend().decode(group.data, group.layout, kv.dtype, kv.table)
+        assert all(map(torch.equal, ours, sides))

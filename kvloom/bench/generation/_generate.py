@@ -16,6 +16,7 @@ from kvloom.bench._grid import Shape
 from kvloom.bench._machine import surroundings
 from kvloom.bench._peers import first_line
 from kvloom.bench._timing import clock
+from kvloom.bench.generation._fit import cache_nbytes, step_nbytes
 from kvloom.bench.generation._lineup import KINDS, Lineup
 from kvloom.bench.generation._loads import Load
 from kvloom.bench.generation._measure import Fill, Job, measure, room, survives
@@ -205,7 +206,14 @@ class _Run:
             shape = Shape(batch, load.tokens)
             return bool(attempt(partial(survives, self._job, contestant, shape), self._device))
 
-        return largest(fits)
+        return largest(fits, self._guess(load, contestant))
+
+    def _guess(self, load: Load, contestant: Contestant) -> int:
+        """Sequences that fit by arithmetic, if the GPU is all ours; packages' caches are taken for uncompressed."""
+        config, dtype = self._job.model.config, self._job.model.dtype
+        tokens, free = room(load.tokens, self._job.new_tokens), torch.cuda.mem_get_info(self._device)[0]
+        cache = sum(cache_nbytes(contestant.plan, config, 1, tokens, dtype))
+        return max(1, free // (cache + step_nbytes(config, tokens, dtype)))
 
     def _tell(self, what: str) -> None:
         self._progress(what, self._done, self._total)

@@ -29,8 +29,13 @@ packed, where a whole one reads it exactly; with ``"quantized"`` only the roundi
 whose layers differ in sinks or in the tokens of a page; models with other than full-attention layers, whose blocks vLLM
 would pad to the widest; tensor and context parallelism, speculative decoding, KV transfer.
 
-Sequences are read one after the other, by the kernels of `kvloom.kernels` for their device; tests run on a CPU. Kernels
-that read a whole batch through vLLM's block table on a GPU are not connected.
+**One step.** Sequences that decode one token each are appended, packed and attended to together, whatever their
+lengths: in every layer one write of exact tokens, one packing call and one attention launch for each page layout among
+its heads. Kernels read packed pages where they lie, through vLLM's block table; exact tokens, at most the sinks and a
+page of each sequence, are gathered by one operation. Passes of several tokens (prompts, or their parts) go sequence by
+sequence, and read earlier pages through the table, too. Lengths come from vLLM's numbers on the host, and nothing waits
+for the device: what a GPU packs out of range is raised some passes later. vLLM's CUDA graphs are captured between
+layers' attention, not across it. Tests of the engine run on a CPU, where the reference copies the pages that it reads.
 """
 
 from __future__ import annotations

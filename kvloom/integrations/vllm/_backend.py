@@ -1,4 +1,4 @@
-"""vLLM's attention backend of one layer: append to blocks, pack, attend, sequence by sequence."""
+"""vLLM's attention backend of one layer: append to blocks, pack, attend; sequences that decode all at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,31 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvloom import kernels
 from kvloom.cache import SideRotation, side_rotation, turned
+from kvloom.integrations.vllm._blocks import Blocks, index
+from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.integrations.vllm._sequence import Sequence
 from kvloom.integrations.vllm._spec import KvloomSpec
+from kvloom.integrations.vllm._watch import watch
 from kvloom.pages import Role
 from kvloom.plan import Prefill
+
+
+@dataclass(frozen=True)
+class _Several:
+    """A sequence of which a pass computes several tokens.
+
+    Attributes:
+        computed: Its tokens before this pass.
+        length: Its tokens, those of the pass included.
+        own: Those of the pass among all of the pass.
+        table: int32 ``[blocks]``, numbers of blocks.
+    """
+
+    computed: int
+    length: int
+    own: slice
+    table: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -24,29 +44,51 @@ class _Metadata(AttentionMetadata):  # type: ignore[misc]
     """The sequences of a pass.
 
     Attributes:
-        starts: First token of each among the tokens of the pass, then their number.
-        lengths: Tokens of each, those of the pass included.
-        tables: int64 ``[sequences, blocks]``.
+        several: Those with several tokens.
+        decoding: Those with one; None if there are none.
     """
 
-    starts: list[int]
-    lengths: list[int]
-    tables: torch.Tensor
+    several: list[_Several]
+    decoding: Decoding | None
+
+
+def _metadata(common: Any, spec: KvloomSpec) -> _Metadata:
+    """From vLLM's metadata, as far as the host has it: lengths are exact, since nothing is speculated."""
+    starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
+    table = common.block_table_tensor
+    several, rows = [], []
+    for row, (start, stop, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
+        if stop == start + 1:
+            rows.append(row)
+        elif stop > start:  # rows of padding have no token
+            several.append(_Several(length - (stop - start), length, slice(start, stop), table[row]))
+    if not rows:
+        return _Metadata(several, None)
+    own = table[index(rows, table.device)]
+    computed = [lengths[row] - 1 for row in rows]
+    return _Metadata(several, Decoding([starts[row] for row in rows], computed, own, spec.sinks, spec.block_size))
 
 
 class _MetadataBuilder(AttentionMetadataBuilder[_Metadata]):  # type: ignore[misc]
-    """Takes from vLLM's metadata what sequences are read by."""
+    """Takes from vLLM's metadata what sequences are read by, once a pass for all layers."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    _newest: ClassVar[tuple[Any, _Metadata] | None] = None
+
+    def __init__(self, kv_cache_spec: KvloomSpec, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> _Metadata:
-        """Metadata of a pass."""
-        return _Metadata(
-            common_attn_metadata.query_start_loc_cpu.tolist(),
-            common_attn_metadata.seq_lens.tolist(),
-            common_attn_metadata.block_table_tensor.long(),
-        )
+        """Metadata of a pass.
+
+        Raises:
+            CacheError: What an earlier pass packed is out of range.
+        """
+        newest = _MetadataBuilder._newest
+        if newest is None or newest[0] is not common_attn_metadata:
+            watch(common_attn_metadata.block_table_tensor.device).check()
+            newest = common_attn_metadata, _metadata(common_attn_metadata, self.kv_cache_spec)
+            _MetadataBuilder._newest = newest
+        return newest[1]
 
 
 class KvloomBackend(AttentionBackend):  # type: ignore[misc]
@@ -131,7 +173,8 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
     ) -> None:
         self.layout, self.prefill, self.matrices = layout, prefill, matrices
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, layout.kv_heads, layout.head_dim
-        self.scale, self.softcap, self.sink_logits = scale, softcap, sink_logits
+        self.scale = scale
+        self._options: dict[str, Any] = {"scaling": scale, "softcap": softcap, "sink_logits": sink_logits}
         self._rotations: dict[Role, SideRotation | None] = {}
 
     def forward(
@@ -161,22 +204,23 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         """
         if attn_metadata is None:
             return output.zero_()
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-        query, key, value = self._turned(query, key, value)
-        passes = []
-        for table, length, start, stop in zip(
-            attn_metadata.tables, attn_metadata.lengths, attn_metadata.starts, attn_metadata.starts[1:], strict=False
-        ):
-            sequence = Sequence(self.layout, kv_cache.flatten(1), table, key.dtype)
-            computed = length - (stop - start)
-            tail = sequence.append(key[:, :, start:stop], value[:, :, start:stop], computed)
-            passes.append((sequence, tail, computed, length, slice(start, stop)))
-        for sequence, tail, computed, length, own in passes:  # after all appends: a sequence may share new blocks
-            kv = sequence.cache(tail, computed, length, self.prefill)
-            out = kernels.backend(query.device).attend(
-                query[:, :, own], kv, scaling=self.scale, softcap=self.softcap, sink_logits=self.sink_logits
-            )
-            output[own] = self._restored(out[0])
+        query, key, value = self._turned(*(x.transpose(0, 1)[None] for x in (query, key, value)))
+        blocks = Blocks(self.layout, kv_cache.flatten(1), key.dtype, watch(key.device).flags)
+        tails = [
+            Sequence(blocks, each.table).append(key[:, :, each.own], value[:, :, each.own], each.computed)
+            for each in attn_metadata.several
+        ]
+        decoding = attn_metadata.decoding
+        if decoding is not None:
+            now = decoding.append(blocks, *(_one_each(x, decoding) for x in (key, value)))
+        # Reading comes after all appends: a sequence may share new blocks.
+        backend, options = kernels.backend(query.device), self._options
+        for each, tail in zip(attn_metadata.several, tails, strict=True):
+            kv = Sequence(blocks, each.table).cache(tail, each.computed, each.length, self.prefill)
+            output[each.own] = self._restored(backend.attend(query[:, :, each.own], kv, **options)[0])
+        if decoding is not None:
+            out = backend.attend_static(_one_each(query, decoding), now, **options)
+            output[decoding.tokens] = self._restored(out[:, 0])
         return output
 
     def _turned(
@@ -200,3 +244,8 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
             sides = [getattr(layout, side) for layout in self.layout.layouts]
             self._rotations[side] = side_rotation(sides, self.matrices.get(side), states.dtype, states.device)
         return self._rotations[side]
+
+
+def _one_each(states: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """``[sequences, heads, 1, head_dim]`` of the tokens that are decoded, of all ``[1, heads, tokens, head_dim]``."""
+    return states[0].transpose(0, 1)[decoding.tokens][:, :, None]

@@ -17,7 +17,8 @@ class BlockLayout:
 
     Sinks lie in the first block of a sequence; page ``p`` then lies in block ``p + 1``, and without sinks in block
     ``p``. The exact tokens of a page that is not full start in the block that will hold the page, and fill it and the
-    blocks after it, each token as ``[2, kv_heads, head_dim]``, its keys before its values. Sinks likewise.
+    blocks after it, as many whole tokens as each has room for, a token as ``[2, kv_heads, head_dim]``, its keys before
+    its values. Sinks likewise.
 
     Attributes:
         layouts: Page layout of each KV head.
@@ -55,6 +56,11 @@ class BlockLayout:
         return 2 * self.kv_heads * self.head_dim * self.itemsize
 
     @property
+    def block_tokens(self) -> int:
+        """Exact tokens that a block has room for."""
+        return self.nbytes // self.token_nbytes
+
+    @property
     def first_page(self) -> int:
         """Number of the block, within a sequence, that holds page 0."""
         return 1 if self.sinks else 0
@@ -63,20 +69,21 @@ class BlockLayout:
     def spare_blocks(self) -> int:
         """Most blocks that a sequence needs besides those vLLM counts, one for every ``page_tokens`` tokens."""
         return max(
-            self.first_page - (-exact * self.token_nbytes // self.nbytes) + (-(self.sinks + exact) // self.page_tokens)
+            self.first_page - (-exact // self.block_tokens) + (-(self.sinks + exact) // self.page_tokens)
             for exact in range(self.page_tokens)
         )
 
     @cached_property
-    def groups(self) -> tuple[tuple[tuple[int, ...], PageLayout, int], ...]:
-        """KV heads that share a page layout, the layout, and where their records start within the block."""
+    def groups(self) -> tuple[tuple[tuple[int, ...], PageLayout, int, int], ...]:
+        """KV heads that share a page layout, the layout, and where their records start and end within the block."""
         heads: dict[PageLayout, list[int]] = {}
         for head, layout in enumerate(self.layouts):
             heads.setdefault(layout, []).append(head)
         found, start = [], 0
         for layout, own in heads.items():
-            found.append((tuple(own), layout, start))
-            start += len(own) * layout.nbytes
+            stop = start + len(own) * layout.nbytes
+            found.append((tuple(own), layout, start, stop))
+            start = stop
         return tuple(found)
 
     def full_pages(self, tokens: int) -> int:
@@ -157,9 +164,9 @@ def _refuse_layouts(layouts: Mapping[int, BlockLayout]) -> None:
             "give all layers the same."
         )
     for i, layout in layouts.items():
-        if layout.sinks > min(layout.page_tokens, layout.nbytes // layout.token_nbytes):
+        if layout.sinks > min(layout.page_tokens, layout.block_tokens):
             raise PlanError(
                 f"layer {i}: {layout.sinks} window.sinks take {layout.sinks * layout.token_nbytes} exact bytes, and "
                 f"the block of {layout.nbytes} bytes that is to hold them has room for "
-                f"{layout.nbytes // layout.token_nbytes}: ask for fewer sinks, or more bits."
+                f"{layout.block_tokens}: ask for fewer sinks, or more bits."
             )

@@ -1,4 +1,4 @@
-"""One sequence's tokens in the blocks of one layer: append, pack, and read as attention reads a cache."""
+"""One sequence of a pass of several tokens: append, pack, and read as attention reads a cache."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvloom import kernels
-from kvloom.integrations.vllm._layout import BlockLayout
-from kvloom.pages import ExactKV, HeadPages, PagedKV
+from kvloom.integrations.vllm._blocks import Blocks, rows_of
+from kvloom.pages import ExactKV, PagedKV
 from kvloom.plan import Prefill
 
 
@@ -17,16 +16,12 @@ class Sequence:
     """The blocks of one sequence in one layer.
 
     Attributes:
-        layout: What lies where.
-        storage: uint8 ``[blocks, layout.nbytes]``, those of all sequences.
-        table: int64 ``[blocks of the sequence]``, their numbers, in order.
-        dtype: Compute dtype.
+        blocks: Those of all sequences.
+        table: int32 ``[blocks of the sequence]``, their numbers, in order.
     """
 
-    layout: BlockLayout
-    storage: torch.Tensor
+    blocks: Blocks
     table: torch.Tensor
-    dtype: torch.dtype
 
     def append(self, key: torch.Tensor, value: torch.Tensor, computed: int) -> ExactKV:
         """Add tokens after the ``computed`` ones that the blocks hold; pages that are full now are packed.
@@ -39,18 +34,18 @@ class Sequence:
         Returns:
             The exact tokens after the pages that were full before: the tail that the new tokens are to read.
         """
-        layout, length = self.layout, computed + key.shape[2]
+        layout, length = self.blocks.layout, computed + key.shape[2]
         before, after = layout.full_pages(computed), layout.full_pages(length)
         missing = max(0, min(length, layout.sinks) - computed)
-        self._write(0, min(computed, layout.sinks), _rows(key[:, :, :missing], value[:, :, :missing]))
-        new = ExactKV(key[:, :, missing:], value[:, :, missing:])
+        self._write(0, min(computed, layout.sinks), _part(key, value, 0, missing))
+        new = _part(key, value, missing, length)
         held = max(0, computed - layout.sinks) - before * layout.page_tokens
         tail = _joined(self._read(layout.first_page + before, held), new)
         if after > before:
             packed = (after - before) * layout.page_tokens
-            self._pack(tail.key[:, :, :packed], tail.value[:, :, :packed], before, after)
-            held, new = 0, ExactKV(tail.key[:, :, packed:], tail.value[:, :, packed:])
-        self._write(layout.first_page + after, held, _rows(new.key, new.value))
+            self._pack(_part(tail.key, tail.value, 0, packed), before, after)
+            held, new = 0, _part(tail.key, tail.value, packed, length)
+        self._write(layout.first_page + after, held, new)
         return tail
 
     def cache(self, tail: ExactKV, computed: int, length: int, prefill: Prefill) -> PagedKV:
@@ -62,61 +57,47 @@ class Sequence:
             length: Tokens, this pass's own included.
             prefill: See `kvloom.Plan`.
         """
-        visible = torch.full((length - computed,), self.layout.full_pages(computed))
+        layout = self.blocks.layout
+        visible = torch.full((length - computed,), layout.full_pages(computed))
         if prefill == "quantized":
-            visible = (torch.arange(computed, length) - self.layout.sinks).clamp(min=0) // self.layout.page_tokens
+            visible = (torch.arange(computed, length) - layout.sinks).clamp(min=0) // layout.page_tokens
         pages = int(visible[-1])
         return PagedKV(
-            tuple(self._records(pages)),
-            self._read(0, min(length, self.layout.sinks)),
+            self.blocks.pages,
+            self._read(0, min(length, layout.sinks)),
             tail,
             length,
-            self.layout.page_tokens,
+            layout.page_tokens,
             pages,
-            visible.to(self.storage.device),
+            visible.to(self.table.device, non_blocking=True),
+            table=self._of_pages(0, pages)[None],
         )
 
-    def _pack(self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> None:
-        blocks = self._blocks(first, stop)
-        for heads, layout, start in self.layout.groups:
-            own = list(heads)
-            records = kernels.backend(key.device).encode(key[:, own], value[:, own], layout)
-            end = start + len(heads) * layout.nbytes
-            self.storage[blocks, start:end] = records[0].transpose(0, 1).flatten(1)
+    def _pack(self, exact: ExactKV, first: int, stop: int) -> None:
+        by_page = (x[0].unflatten(1, (stop - first, -1)).transpose(0, 1) for x in (exact.key, exact.value))
+        self.blocks.pack(self._of_pages(first, stop), ExactKV(*by_page))
 
-    def _records(self, count: int) -> list[HeadPages]:
-        blocks = self._blocks(0, count)
-        found = []
-        for heads, layout, start in self.layout.groups:
-            data = self.storage[blocks, start : start + len(heads) * layout.nbytes]
-            found.append(HeadPages(heads, layout, data.view(count, len(heads), layout.nbytes).transpose(0, 1)[None]))
-        return found
-
-    def _blocks(self, first: int, stop: int) -> torch.Tensor:
+    def _of_pages(self, first: int, stop: int) -> torch.Tensor:
         """Numbers of the blocks of pages ``[first, stop)``."""
-        return self.table[self.layout.first_page + first : self.layout.first_page + stop]
+        at = self.blocks.layout.first_page
+        return self.table[at + first : at + stop]
 
-    def _read(self, block: int, count: int) -> ExactKV:
+    def _read(self, column: int, count: int) -> ExactKV:
         """The first ``count`` of the exact tokens that start in a block of the sequence."""
-        layout, nbytes = self.layout, count * self.layout.token_nbytes
-        blocks = self.table[block : block - (-nbytes // layout.nbytes)]
-        data = self.storage[blocks].flatten()[:nbytes].view(self.dtype)
-        key, value = data.view(count, 2, layout.kv_heads, layout.head_dim).transpose(0, 2)[None].unbind(2)
-        return ExactKV(key, value)
+        return self.blocks.exact(self.blocks.rows[self._places(column, 0, count)][None])
 
-    def _write(self, block: int, token: int, rows: torch.Tensor) -> None:
-        """Put the bytes of exact tokens behind the ``token`` first ones of those that start in a block."""
-        at = token * self.layout.token_nbytes
-        while len(rows):
-            skipped, start = divmod(at, self.layout.nbytes)
-            count = min(len(rows), self.layout.nbytes - start)
-            self.storage[self.table[block + skipped], start : start + count] = rows[:count]
-            rows, at = rows[count:], at + count
+    def _write(self, column: int, token: int, exact: ExactKV) -> None:
+        """Put exact tokens behind the ``token`` first ones of those that start in a block."""
+        self.blocks.rows[self._places(column, token, exact.tokens)] = rows_of(exact)[0]
+
+    def _places(self, column: int, token: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and rows of ``count`` exact tokens behind the ``token`` first ones of those that start in a block."""
+        at, size = torch.arange(token, token + count, device=self.table.device), self.blocks.layout.block_tokens
+        return self.table[column + at // size], at % size
 
 
-def _rows(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Exact tokens ``[1, kv_heads, tokens, head_dim]`` as bytes, token after token."""
-    return torch.stack([key[0], value[0]]).permute(2, 0, 1, 3).contiguous().flatten().view(torch.uint8)
+def _part(key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> ExactKV:
+    return ExactKV(key[:, :, first:stop], value[:, :, first:stop])
 
 
 def _joined(exact: ExactKV, new: ExactKV) -> ExactKV:

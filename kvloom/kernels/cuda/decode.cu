@@ -5,7 +5,7 @@
 //
 // Defines: PAGE_TOKENS, HEAD_DIM, ELEMENT (float, __half, __nv_bfloat16), WARPS, VALUE_OFFSET (first byte of the values), and
 // for KEY and VALUE: _BITS, _LOW_BITS (of the first plane), _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane),
-// _PER_CHANNEL, _GROUP, _SYMMETRIC, _POINTS (codes stand for the points of a codebook).
+// _PER_CHANNEL, _GROUP, _SYMMETRIC, _POINTS (codes stand for the points of a codebook). TABLE: records are found through one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -200,14 +200,23 @@ template <class S> __device__ __forceinline__ void decode_side(const u8* record,
 }
 
 // Grid (2 * pages, heads, batch): even blocks take keys, odd ones values. Strides of records in bytes.
-// records [batch, heads, pages, bytes]; key, value [batch, heads, pages * P, D], contiguous. The rest: see Points.
+// records [batch, heads, pages, bytes], or [heads, records, bytes] with table [batch, pages], rows `table_row` apart; key,
+// value [batch, heads, pages * P, D], contiguous. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(THREADS)
     decode_pages(const u8* __restrict__ records, i64 record_batch, i64 record_head, i64 record_page, ELEMENT* __restrict__ key,
                  ELEMENT* __restrict__ value, u64 key_low0, u64 key_low1, u64 key_high0, u64 key_high1, u64 value_low0,
-                 u64 value_low1, u64 value_high0, u64 value_high1) {
+                 u64 value_low1, u64 value_high0, u64 value_high1
+#if TABLE
+                 , const int* __restrict__ table, int table_row
+#endif
+    ) {
     extern __shared__ __align__(16) u8 shared[];
     const i64 page = blockIdx.x / 2, head = blockIdx.y, batch = blockIdx.z;
+#if TABLE
+    const u8* record = records + head * record_head + table[batch * table_row + page] * record_page;
+#else
     const u8* record = records + batch * record_batch + head * record_head + page * record_page;
+#endif
     const i64 first = ((batch * gridDim.y + head) * (gridDim.x / 2) + page) * (P * D);
     if (blockIdx.x % 2 == 0) decode_side<Keys>(record, {{key_low0, key_low1}, {key_high0, key_high1}}, shared, key + first);
     else decode_side<Values>(record + VALUE_OFFSET, {{value_low0, value_low1}, {value_high0, value_high1}}, shared, value + first);
