@@ -203,7 +203,7 @@ def test_every_cache_has_its_own_largest_batch(bench, tiny, plan, monkeypatch: p
     monkeypatch.setattr(run_module, "survives", survives)
     monkeypatch.setattr(run_module, "measure", stricter)
     sequence = 2 * 2 * 2 * 32 * 68 * 4 + step_nbytes(tiny.config, 68, torch.float32)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * sequence + 500, 0))  # what the dynamic cache has room for
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * sequence + 500, 0))  # room for five without a plan
     job = Job(tiny, 4, "random", 1)
     run = run_module._Run(job, Lineup(tiny, {"k4v2": plan}, OURS), [Load(None, 64)], "tiny", None, lambda *_: None)
     cells = of_kind(list(run.records()), "generate")
