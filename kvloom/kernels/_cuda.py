@@ -284,8 +284,8 @@ def _merges_in_cluster(
 ) -> bool:
     """Whether the splits of a row tile can be one cluster, and all clusters run at the same time.
 
-    A cluster lies within one group of multiprocessors, and groups differ in size: 32 clusters of 4 are more than 132
-    multiprocessors take at a time, so that the last ones would double the time of all.
+    A cluster lies within one group of multiprocessors, whose sizes are no multiples of every cluster's: 32 clusters of
+    4 blocks need not fit on 132 multiprocessors, and the last ones would double the time of all.
     """
     if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
         return False
