@@ -533,8 +533,8 @@ def _is_real(slots: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Which tokens are neither padding nor nothing, likewise ``[batch, kv_heads, tokens]``; see `real_places`."""
     if real is None:
         return slots >= 0
-    of_heads = real.expand(len(slots), -1)[:, None].expand(-1, slots.shape[1], -1)
-    return of_heads.gather(-1, slots.clamp_min(0)) & (slots >= 0)
+    by_place = real.expand(len(slots), -1)[:, None].expand(-1, slots.shape[1], -1)
+    return by_place.gather(-1, slots.clamp_min(0)) & (slots >= 0)
 
 
 def _too_much_is_kept(limit: int) -> CacheError:

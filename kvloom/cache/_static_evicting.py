@@ -97,9 +97,9 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         if not self.is_stored:
             return
         store = self.store
-        of_heads = [group.kept.extents.flatten() for group in store.pages if group.kept]
-        on_host = torch.cat([store.levels()[0], self.shift, *of_heads]).cpu()  # the one wait
-        levels, *extents = on_host.split([3, *map(len, of_heads)])
+        flat = [group.kept.extents.flatten() for group in store.pages if group.kept]
+        on_host = torch.cat([store.levels()[0], self.shift, *flat]).cpu()  # the one wait
+        levels, *extents = on_host.split([3, *map(len, flat)])
         tokens, _, shift = levels.tolist()
         pages = self._new_pages(tokens)  # one more than the newest token reads, if it has filled it
         self.length = tokens + shift
@@ -151,11 +151,11 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         groups = []
         for group in self.kept:
             records = self._needs(group, more)
-            of_heads = KeptRecords(
+            held = KeptRecords(
                 self._zeros(batch, len(group.heads), 2), self._zeros(batch, 1, records, page, dtype=dtype)
             )
             data = self._zeros(batch, 1, records, group.layout.nbytes, dtype=torch.uint8)
-            groups.append(HeadPages(group.heads, group.layout, data, of_heads))
+            groups.append(HeadPages(group.heads, group.layout, data, held))
         self.shift = self._zeros(1)
         self.has_store = True
         self._use(

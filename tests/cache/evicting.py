@@ -24,6 +24,8 @@ POLICIES = {
     "key_norm": {},
     "expected_attention": {"window": 40},
 }
+AT_PROMPTS_END = sorted(set(POLICIES) - {"h2o"})
+"""Those that can let tokens go when a prompt ends, and then only."""
 
 
 def evicting(plan: Plan, policy: str, budget: float, *, protect=(), **parameters) -> Plan:
@@ -87,3 +89,17 @@ def feed(cache: LoomCache, tokens: Stream, chunks: list[int], start: int = 0) ->
 def kept_slots(cache: LoomCache, row: int, head: int) -> list[int]:
     """Slots that a KV head keeps, sinks first."""
     return [slot for slot in cache.packed_layers[0]._slots()[row, head].tolist() if slot >= 0]
+
+
+@st.composite
+def two_turns(draw, plan: Plan):
+    """A growing and a fixed cache of a plan, tokens for both, and two turns: first token, prompt, tokens after it."""
+    batch = draw(st.integers(1, 2))
+    turns = [draw(st.integers(1, 400)), draw(st.integers(2, 90))]
+    decoded = [draw(st.integers(0, 140)) for _ in turns]
+    total = sum(turns) + sum(decoded)
+    padding = [draw(st.integers(0, min(turns[0] - 1, 39))) for _ in range(batch)]
+    tokens = stream(plan, total, batch=batch, padding=padding)
+    fixed = drawn.new_cache(plan, max_tokens=total + draw(st.integers(0, 70)))
+    starts = (0, turns[0] + decoded[0])
+    return drawn.new_cache(plan), fixed, tokens, list(zip(starts, turns, decoded, strict=True))

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 import pytest
 import torch
 from drawn import EXAMPLES, assert_same, config_of, new_cache, plans
-from evicting import POLICIES, evicting, feed, stream
+from evicting import AT_PROMPTS_END, evicting, feed, stream, two_turns
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,6 @@ from kvloom.kernels import between_pages, is_between_pages
 from kvloom.kernels._torch import TORCH
 from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
 
-AT_PROMPTS_END = sorted(set(POLICIES) - {"h2o"})
 KEY, VALUE = TensorSpec(bits=4, grouping="per_channel"), TensorSpec(bits=2, grouping="per_token", group_size=16)
 
 
@@ -51,21 +50,13 @@ def steps(cache, tokens, count, start):
 @EXAMPLES
 @given(st.data())
 def test_they_hold_and_show_what_the_growing_cache_does(data):
-    plan, batch = data.draw(plans_of_one_layout()), data.draw(st.integers(1, 2))
-    turns = [data.draw(st.integers(1, 400)), data.draw(st.integers(2, 90))]
-    decoded = [data.draw(st.integers(0, 140)) for _ in turns]
-    total = sum(turns) + sum(decoded)
-    padding = [data.draw(st.integers(0, min(turns[0] - 1, 39))) for _ in range(batch)]
-    tokens = stream(plan, total, batch=batch, padding=padding)
-    growing, static = new_cache(plan), new_cache(plan, max_tokens=total + data.draw(st.integers(0, 70)))
-    start = 0
-    for turn, count in zip(turns, decoded, strict=True):
+    growing, static, tokens, turns = data.draw(two_turns(data.draw(plans_of_one_layout())))
+    for start, turn, count in turns:
         theirs = feed(growing, tokens, [turn] + [1] * count, start)[1:]
         feed(static, tokens, [turn], start)
         ours, _ = steps(static, tokens, count, start + turn)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        start += turn + count
     assert_same(static, growing)
     static.check()
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from drawn import EXAMPLES, FEWER, assert_same, config_of, new_cache, plans
-from evicting import POLICIES, evicting, feed, stream
+from evicting import AT_PROMPTS_END, evicting, feed, stream, two_turns
 from hypothesis import given
 from hypothesis import strategies as st
 from test_static_cache import compiled
@@ -17,7 +17,6 @@ from kvloom.cache import LoomCache, fixed_nbytes
 from kvloom.errors import CacheError, PlanError
 from kvloom.plan import Fingerprint, Plan, TensorSpec, Window
 
-AT_PROMPTS_END = sorted(set(POLICIES) - {"h2o"})
 EIGHT = TensorSpec(bits=8, grouping="per_channel")
 
 
@@ -41,20 +40,12 @@ def plans_that_fit(draw):
 @EXAMPLES
 @given(st.data())
 def test_it_holds_and_shows_what_the_growing_cache_does(data):
-    plan, batch = data.draw(plans_that_fit()), data.draw(st.integers(1, 2))
-    turns = [data.draw(st.integers(1, 400)), data.draw(st.integers(2, 90))]
-    decoded = [data.draw(st.integers(0, 140)) for _ in turns]
-    total = sum(turns) + sum(decoded)
-    padding = [data.draw(st.integers(0, min(turns[0] - 1, 39))) for _ in range(batch)]
-    tokens = stream(plan, total, batch=batch, padding=padding)
-    growing, static = new_cache(plan), new_cache(plan, max_tokens=total + data.draw(st.integers(0, 70)))
-    start = 0
-    for turn, steps in zip(turns, decoded, strict=True):
+    growing, static, tokens, turns = data.draw(two_turns(data.draw(plans_that_fit())))
+    for start, turn, steps in turns:
         ours, theirs = (feed(cache, tokens, [turn] + [1] * steps, start) for cache in (static, growing))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-        start += turn + steps
-        assert int(static.get_seq_length()) == start
+        assert int(static.get_seq_length()) == start + turn + steps
     assert_same(static, growing)
     static.check()
 
