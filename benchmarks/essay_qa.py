@@ -1,7 +1,8 @@
 """Questions on the packaged essays, in LongBench's schema, for where its own data cannot be had.
 
 Each question has one short answer, in a sentence that the essay says once. Its document is a stretch of the essays in
-alphabetical order, with that sentence at a depth that differs from question to question.
+alphabetical order, with that sentence at a depth that differs from question to question. Documents are cut so that all
+prompts have as many tokens of a model, and can be answered together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvloom.assets import EVALUATION, texts
 from kvloom.errors import DataError
@@ -121,24 +123,30 @@ QUESTIONS = (
 )
 DEPTHS = (0.5, 0.1, 0.7, 0.3, 0.9)
 """Of the answers in their documents, in turn."""
+AROUND = ".\n\n", "\n\nNow"
+"""What the prompt has around a document, parts of which may share a token with it."""
+CHARACTERS_A_TOKEN = 4.6
+"""Of the essays, about; it says only where documents begin."""
 
 
-def rows(characters: int) -> list[dict[str, object]]:
-    """Rows of LongBench's schema, whose documents have so many characters.
+def rows(tokenizer: Any, tokens: int) -> list[dict[str, object]]:
+    """Rows of LongBench's schema. Each document and its question have so many tokens, so that prompts are as long.
 
     Raises:
-        DataError: the essays do not say what a question asks for exactly once.
+        DataError: the essays do not say what a question asks for exactly once, or are too short.
     """
     text = "\n\n".join(" ".join(source.content.split()) for source in texts(EVALUATION))
-    return [_row(number, question, text, characters) for number, question in enumerate(QUESTIONS)]
+    return [_row(number, question, text, tokenizer, tokens) for number, question in enumerate(QUESTIONS)]
 
 
-def _row(number: int, question: Question, text: str, characters: int) -> dict[str, object]:
+def _row(number: int, question: Question, text: str, tokenizer: Any, tokens: int) -> dict[str, object]:
     if text.count(question.found) != 1:
         raise DataError(f"the essays say {question.found!r} {text.count(question.found)} times: a question needs once.")
+    room = tokens - _count(tokenizer, f" {question.asked}")
+    characters = int(CHARACTERS_A_TOKEN * room)
     ahead = int(DEPTHS[number % len(DEPTHS)] * characters)
-    start = min(max(0, text.index(question.found) - ahead), len(text) - characters)
-    context = text[start : start + characters]
+    start = max(0, min(text.index(question.found) - ahead, len(text) - characters))
+    context = text[start : _end(text, start, tokenizer, room)]
     return {
         "_id": f"essays-{number}",
         "input": question.asked,
@@ -151,7 +159,22 @@ def _row(number: int, question: Question, text: str, characters: int) -> dict[st
     }
 
 
-def write_rows(folder: Path, characters: int) -> Path:
+def _end(text: str, start: int, tokenizer: Any, tokens: int) -> int:
+    """Where a stretch from `start` on ends that has so many tokens with what is around it."""
+    longest = text[start : start + 6 * tokens]
+    ends = tokenizer(longest, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    if len(ends) <= tokens:
+        raise DataError(f"the essays have no {tokens} tokens behind character {start}: ask for fewer.")
+    before, behind = AROUND
+    stops = [stop for _, stop in ends[tokens::-1]]
+    return start + next(stop for stop in stops if _count(tokenizer, before + longest[:stop] + behind) == tokens)
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def write_rows(folder: Path, tokenizer: Any, tokens: int) -> Path:
     """Write the rows where `kvloom.evaluate.Settings(data=folder)` looks for them.
 
     Raises:
@@ -160,5 +183,5 @@ def write_rows(folder: Path, characters: int) -> Path:
     file = folder / "longbench" / f"{SET}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     own = file.with_suffix(f".{os.getpid()}")  # other shares may read it
-    own.write_text("".join(json.dumps(row) + "\n" for row in rows(characters)), encoding="utf-8")
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows(tokenizer, tokens)), encoding="utf-8")
     return own.replace(file)

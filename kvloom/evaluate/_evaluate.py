@@ -23,6 +23,7 @@ def evaluate(
     *,
     name: str | None = None,
     out: Path | None = None,
+    batch: int = 1,
     progress: Progress = silent,
 ) -> list[Record]:
     """Run tasks, one after the other.
@@ -36,6 +37,8 @@ def evaluate(
         out: results file; its records of the same work are replaced, and finished pieces are kept beside it, in
             `<out>.pieces`, so that a run that was killed goes on where it stopped and ends with the records it would
             have had.
+        batch: prompts of one length that are answered in one forward pass. With 1 an answer depends on nothing else;
+            with more, sums are rounded otherwise. Windows of text are read one at a time.
         progress: told before every piece of work.
 
     Returns:
@@ -45,5 +48,5 @@ def evaluate(
         DataError: a task does not fit the model.
         ModelError: the model is in training mode.
     """
-    bench = Bench(model, tokenizer, contestants, name, out, progress)
+    bench = Bench(model, tokenizer, contestants, name, out, progress, batch)
     return [record for task in tasks for record in task.run(bench)]

@@ -38,15 +38,14 @@ from kvloom.evaluate._context import (
     surroundings,
     tokens_hash,
 )
-from kvloom.evaluate._live import grown_bytes, true_bits
+from kvloom.evaluate._live import held
 from kvloom.evaluate._records import open_pieces, write_results
 from kvloom.evaluate._scores import TokenScores, score_tokens
 from kvloom.evaluate._steps import logits_of, stepwise_logits
 from kvloom.evaluate._through import attention, check_multiple, chunked_logits, last_logits
-from kvloom.plan import Fingerprint
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ def score_rows(
     with attention(model, packed=contestant.plan is not None):
         if protocol.prompt:
             scores = last_logits(model, cache, rows[:, :start])
-            kept = _held(contestant, cache, shape, batch)
+            kept = held(contestant, cache, shape, batch)
             passes = stepwise_logits(model, cache, rows[:, start:], scores)
         else:
             passes = chunked_logits(model, cache, rows, protocol.chunk, contestant.offset)
@@ -254,19 +253,11 @@ def score_rows(
             start += logits.shape[1]
     about = {
         "name": contestant.name,
-        **(kept or _held(contestant, cache, shape, batch)),
+        **(kept or held(contestant, cache, shape, batch)),
         "seconds": round((perf_counter() - started) / batch, 3),
     }
     joined = [TokenScores.join(part) for part in parts]
     return [{**about, "scores": {name: pack_floats(value) for name, value in vars(each).items()}} for each in joined]
-
-
-def _held(contestant: Contestant, cache: Cache, shape: Fingerprint, batch: int) -> Record:
-    """Bytes of a sequence and true bits of a cache of `batch` sequences."""
-    return {
-        "live_bytes": grown_bytes(contestant, cache, shape) // batch,
-        "true_bits": true_bits(contestant, cache, shape, batch),
-    }
 
 
 def _aggregate(

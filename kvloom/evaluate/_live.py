@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _COMPUTE_BYTES = 2
 
 
-def held(contestant: Contestant, cache: Cache, model: Fingerprint, prompt: int | None = None) -> Record:
-    """Tokens, bytes and true bits of a cache of one sequence, as records have them.
+def held(contestant: Contestant, cache: Cache, model: Fingerprint, batch: int = 1, prompt: int | None = None) -> Record:
+    """Tokens, bytes and true bits of each sequence of a cache, as records have them.
 
     Tokens after the first `prompt` ones came one by one, which matters where tokens are evicted.
     """
@@ -28,8 +28,8 @@ def held(contestant: Contestant, cache: Cache, model: Fingerprint, prompt: int |
     decoded = 0 if prompt is None else tokens - prompt
     return {
         "context": tokens,
-        "live_bytes": grown_bytes(contestant, cache, model, decoded=decoded),
-        "true_bits": true_bits(contestant, cache, model, decoded=decoded),
+        "live_bytes": grown_bytes(contestant, cache, model, decoded=decoded) // batch,
+        "true_bits": true_bits(contestant, cache, model, batch, decoded=decoded),
     }
 
 

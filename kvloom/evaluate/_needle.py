@@ -19,21 +19,14 @@ import torch
 from torch import Tensor
 
 from kvloom._ledger import Record, fingerprint
-from kvloom.cache import local_shape
 from kvloom.errors import DataError
+from kvloom.evaluate._asking import ask
 from kvloom.evaluate._contestants import Contestant, check_names
-from kvloom.evaluate._context import (
-    Progress,
-    check_model,
-    conditions,
-    silent,
-    surroundings,
-    tokens_hash,
-)
-from kvloom.evaluate._live import fullest, held
+from kvloom.evaluate._context import Progress, check_model, silent, surroundings
+from kvloom.evaluate._live import fullest
 from kvloom.evaluate._mean_score import mean_score
 from kvloom.evaluate._records import open_pieces, write_results
-from kvloom.evaluate._through import Prompt, greedy, stop_tokens
+from kvloom.evaluate._reply import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,6 +139,7 @@ def needle(
     cases: Sequence[NeedleCase] | None = None,
     name: str | None = None,
     out: Path | None = None,
+    batch: int = 1,
     progress: Progress = silent,
 ) -> list[Record]:
     """Ask every contestant every question, answered greedily in at most 16 tokens.
@@ -160,6 +154,7 @@ def needle(
         out: results file; its records of the same contestants and cases are replaced, and answered
             cases are kept beside it, in `<out>.pieces`, so that a run that was killed goes on where
             it stopped.
+        batch: cases of one length in one forward pass; see `ask`.
         progress: told before every piece of work.
 
     Returns:
@@ -174,42 +169,44 @@ def needle(
     cases = needle_cases() if cases is None else cases
     check_names(contestants)
     check_model(model)
-    ledger = open_pieces(out, model)
-    shared, shape = {**conditions(model), "new_tokens": NEW_TOKENS}, local_shape(model)
-    answers: list[list[Record]] = [[] for _ in contestants]
-    done, total = 0, len(cases) * len(contestants)
-    for case in cases:
-        tokens = needle_prompt(tokenizer, haystack, case).to(model.device)
-        filled: Prompt | None = None
-        for contestant, answered in zip(contestants, answers, strict=True):
-            progress(f"{case.tokens} tokens, depth {case.depth}, {contestant.name}", done, total)
-            key = fingerprint({**shared, **contestant.identity, "prompt": tokens_hash(tokens)})
-            if key not in ledger:
-                filled = filled or Prompt(model, tokens)
-                written = greedy(model, contestant, filled, NEW_TOKENS, stop_tokens(model))
-                answer = tokenizer.decode(written.tokens)
-                about = {**asdict(case), "found": case.number in answer, "answer": answer}
-                ledger.add("needle_piece", key, {**about, **held(contestant, written.cache, shape, tokens.shape[1])})
-            answered.append(ledger[key])
-            done += 1
-    progress("answered", done, total)
+    prompts: list[list[int]] = [needle_prompt(tokenizer, haystack, case)[0].tolist() for case in cases]
+
+    def tell(case: NeedleCase, contestant: Contestant, done: int, total: int) -> None:
+        progress(f"{case.tokens} tokens, depth {case.depth}, {contestant.name}", done, total)
+
+    answers = ask(
+        model,
+        tokenizer,
+        prompts,
+        contestants,
+        Request(NEW_TOKENS),
+        open_pieces(out, model),
+        lambda place, *told: tell(cases[place], *told),
+        batch,
+    )
+    progress("answered", len(cases) * len(contestants), len(cases) * len(contestants))
     where = surroundings(model, name)
-    records = [_record(contestant, answered, where) for contestant, answered in zip(contestants, answers, strict=True)]
+    records = [
+        _record(contestant, cases, answered, where) for contestant, answered in zip(contestants, answers, strict=True)
+    ]
     write_results(out, records, model)
     return records
 
 
-def _record(contestant: Contestant, answers: Sequence[Record], where: Record) -> Record:
-    shown = ("tokens", "depth", "seed", "found", "answer")
-    asked = [[answer[key] for key in shown[:3]] for answer in answers]
+def _record(contestant: Contestant, cases: Sequence[NeedleCase], answers: Sequence[Record], where: Record) -> Record:
+    found = [case.number in piece["answer"] for case, piece in zip(cases, answers, strict=True)]
+    asked = [[case.tokens, case.depth, case.seed] for case in cases]
     return {
         "kind": "needle",
         "id": fingerprint([contestant.identity, where["model"], where["device"], asked]),
         **contestant.labels,
-        "cases": [{key: answer[key] for key in shown} for answer in answers],
-        "found": sum(answer["found"] for answer in answers),
-        "total": len(answers),
-        "score": mean_score([float(answer["found"]) for answer in answers]),
+        "cases": [
+            {**asdict(case), "found": is_found, "answer": piece["answer"]}
+            for case, is_found, piece in zip(cases, found, answers, strict=True)
+        ],
+        "found": sum(found),
+        "total": len(found),
+        "score": mean_score([float(is_found) for is_found in found]),
         **fullest(answers),
         **where,
     }

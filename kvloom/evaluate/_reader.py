@@ -14,7 +14,7 @@ from kvloom.evaluate._context import check_model, conditions
 from kvloom.evaluate._continuation import Continuations
 from kvloom.evaluate._live import fullest
 from kvloom.evaluate._records import open_pieces
-from kvloom.evaluate._reply import Request, reply
+from kvloom.evaluate._reply import Request, replies
 from kvloom.evaluate._through import Prompt
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Reader:
         return piece["loglikelihood"], piece["greedy"]
 
     def answer(self, prompt: Sequence[int], request: Request) -> str:
-        """The greedy answer to a prompt; see `reply`.
+        """The greedy answer to a prompt; see `replies`.
 
         Raises:
             DataError: the prompt does not fit the contestant.
@@ -77,7 +77,8 @@ class Reader:
 
         def work() -> Record:
             tokens = torch.tensor([list(prompt)], device=self._model.device)
-            return reply(self._model, self._tokenizer, self.contestant, Prompt(self._model, tokens), request)
+            (piece,) = replies(self._model, self._tokenizer, self.contestant, Prompt(self._model, tokens), request)
+            return piece
 
         return str(self._piece("answer_piece", {"prompt": list(prompt), **request.fields}, work)["answer"])
 

@@ -1,4 +1,4 @@
-"""One answer to one prompt, through a contestant's cache."""
+"""Answers to prompts of one length, through a contestant's cache."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class Request:
 
 
 @torch.no_grad()
-def reply(model: PreTrainedModel, tokenizer: Any, contestant: Contestant, prompt: Prompt, request: Request) -> Record:
-    """The greedy answer, without special tokens, and what the cache held at its end.
+def replies(
+    model: PreTrainedModel, tokenizer: Any, contestant: Contestant, prompt: Prompt, request: Request
+) -> list[Record]:
+    """The greedy answer to each prompt, without special tokens, and what of the cache was one prompt's at the end.
 
     Args:
         model: the model.
@@ -52,7 +54,7 @@ def reply(model: PreTrainedModel, tokenizer: Any, contestant: Contestant, prompt
         request: how.
 
     Raises:
-        DataError: the prompt does not fit the contestant.
+        DataError: the prompts do not fit the contestant.
     """
 
     def text(tokens: list[int]) -> str:
@@ -63,7 +65,11 @@ def reply(model: PreTrainedModel, tokenizer: Any, contestant: Contestant, prompt
 
     ends = stop_tokens(model) | {tokenizer(end, add_special_tokens=False).input_ids[-1] for end in request.ends}
     written = greedy(model, contestant, prompt, request.new_tokens, ends, ended=ended, at_least=request.at_least)
-    answer = text(written.tokens)
-    for stop in request.stop:
+    about = held(contestant, written.cache, local_shape(model), *prompt.tokens.shape)
+    return [{"answer": _before(text(tokens), request.stop), **about} for tokens in written.tokens]
+
+
+def _before(answer: str, stops: Sequence[str]) -> str:
+    for stop in stops:
         answer = answer.partition(stop)[0]
-    return {"answer": answer, **held(contestant, written.cache, local_shape(model), prompt.tokens.shape[1])}
+    return answer

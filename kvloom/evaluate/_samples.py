@@ -60,7 +60,7 @@ def samples(
     records: list[Record] = []
     for done, contestant in enumerate(contestants):
         progress(f"writing with {contestant.name}", done, len(contestants))
-        written = greedy(model, contestant, filled, tokens, stop_tokens(model)).tokens
+        (written,) = greedy(model, contestant, filled, tokens, stop_tokens(model)).tokens
         records.append(
             {
                 "kind": "sample",

@@ -78,7 +78,7 @@ class Prompt:
 
     Args:
         model: the model.
-        tokens: `[1, tokens]` int64 on the model's device.
+        tokens: `[batch, tokens]` int64 on the model's device.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
@@ -87,10 +87,10 @@ class Prompt:
 
     @cached_property
     def _dense(self) -> tuple[Any, Tensor]:
-        """The dense cache that holds the prompt, and the logits `[vocabulary]` for the token after it."""
+        """The dense cache that holds the prompt, and the logits `[batch, vocabulary]` for the token after it."""
         cache = DynamicCache(config=self._model.config)
         with attention(self._model, packed=False):
-            return cache, last_logits(self._model, cache, self.tokens)[0]
+            return cache, last_logits(self._model, cache, self.tokens)
 
     def fill(self, contestant: Contestant, steps: int = 0) -> tuple[Cache, Tensor]:
         """A new cache of the contestant that holds the prompt.
@@ -100,7 +100,7 @@ class Prompt:
             steps: tokens that are to follow one by one, at most; see `Contestant.cache_for`.
 
         Returns:
-            The cache, and the logits `[vocabulary]` for the token after the prompt.
+            The cache, and the logits `[batch, vocabulary]` for the token after the prompt.
 
         Raises:
             DataError: the contestant cannot be filled with that many tokens.
@@ -109,7 +109,7 @@ class Prompt:
         cache = contestant.cache_for(self.tokens.shape[1] + steps, steps)
         with attention(self._model, packed=contestant.plan is not None):
             if contestant.prefill == "quantized" or not self._shareable or contestant.evicts:
-                return cache, last_logits(self._model, cache, self.tokens)[0]
+                return cache, last_logits(self._model, cache, self.tokens)
             dense, logits = self._dense
             for index, layer in enumerate(dense.layers):
                 cache.update(layer.keys.clone(), layer.values.clone(), index)
@@ -123,14 +123,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """A continuation, and the cache that it was decoded through.
+    """Continuations, and the cache that they were decoded through.
 
     Attributes:
-        tokens: the new token ids.
-        cache: holds the prompt and all new tokens but the last.
+        tokens: the new token ids of each prompt.
+        cache: holds the prompts and all new tokens of the longest continuation but its last.
     """
 
-    tokens: list[int]
+    tokens: list[list[int]]
     cache: Cache
 
 
@@ -144,37 +144,39 @@ def greedy(
     ended: Callable[[list[int]], bool] = lambda _: False,
     at_least: int = 0,
 ) -> Written:
-    """The most probable continuation, token by token through the contestant's cache.
+    """The most probable continuations, token by token through the contestant's cache.
 
     Args:
         model: the model.
         contestant: whose cache.
         prompt: what is continued.
         tokens: at most so many.
-        stop: token ids that end the text; not part of it.
-        ended: whether the tokens so far are all that is wanted.
+        stop: token ids that end a text; not part of it.
+        ended: whether the tokens of a text so far are all that is wanted.
         at_least: so many tokens come before any of `stop`.
 
     Raises:
         CacheError: what was packed is out of range.
     """
     cache, logits = prompt.fill(contestant, tokens - 1)
-    chosen: list[int] = []
+    texts: list[list[int]] = [[] for _ in prompt.tokens]
+    writing = list(range(len(texts)))
     with attention(model, packed=contestant.plan is not None):
-        steps = Steps(model, cache, logits[None])
-        while len(chosen) < tokens:
-            if len(chosen) < at_least:
-                logits[list(stop)] = float("-inf")
-            token = int(logits.argmax())
-            if token in stop:
+        steps = Steps(model, cache, logits)
+        for count in range(tokens):
+            if count < at_least:
+                logits[:, list(stop)] = float("-inf")
+            chosen = logits.argmax(-1)
+            picked = chosen.tolist()
+            writing = [row for row in writing if picked[row] not in stop]
+            for row in writing:
+                texts[row].append(picked[row])
+            writing = [row for row in writing if not ended(texts[row])]
+            if not writing or count + 1 == tokens:
                 break
-            chosen.append(token)
-            if ended(chosen):
-                break
-            if len(chosen) < tokens:
-                (logits,) = steps(prompt.tokens.new_tensor([token]))
+            logits = steps(chosen)
     steps.check()
-    return Written(chosen, cache)
+    return Written(texts, cache)
 
 
 def stop_tokens(model: PreTrainedModel) -> frozenset[int]:

@@ -139,7 +139,7 @@ def test_shares_score_every_contestant_once_by_every_score(monkeypatch, tmp_path
     monkeypatch.setattr(joint, "BUDGETS", (0.2,))
     monkeypatch.setattr(joint, "GRID", {"K4V4": GRID["K4V4"]})
     monkeypatch.setattr(tokens_or_bits, "SEEDS", range(1))
-    monkeypatch.setattr(essay_qa, "rows", lambda _: [ROW])
+    monkeypatch.setattr(essay_qa, "rows", lambda *_: [ROW])
     profile.save(tmp_path / "profile.json")
     names = []
     for n in (1, 2):

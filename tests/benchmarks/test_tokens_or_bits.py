@@ -160,7 +160,7 @@ def test_shares_score_every_contestant_once_by_every_score(monkeypatch, tmp_path
     monkeypatch.setattr(script, "BUDGETS", (4,))
     monkeypatch.setattr(script, "FORMATS", {name: FORMATS[name] for name in ("16 bits", "K4V4", "K2V2")})
     monkeypatch.setattr(script, "SEEDS", range(1))
-    monkeypatch.setattr(essay_qa, "rows", lambda _: [ROW])
+    monkeypatch.setattr(essay_qa, "rows", lambda *_: [ROW])
     names = []
     for n in (1, 2):
         options = ["--out", str(tmp_path), "--windows", "2", "--window", "829", "--share", f"{n}/2", "--batch", "2"]

@@ -65,7 +65,7 @@ class Knowing(Letters):
     def __init__(self, number):
         self.number = number
 
-    def decode(self, ids):
+    def decode(self, ids, skip_special_tokens=False):
         return f" {self.number}."
 
 

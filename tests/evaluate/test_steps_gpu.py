@@ -79,7 +79,7 @@ def test_fidelity_after_a_prompt(model, made, kind):
 @torch.no_grad()
 def test_greedy(model, made, kind):
     it, prompt = contestant(model, **kind), Prompt(model, windows(1)[:, :PROMPT].cuda())
-    ours, theirs = (greedy(model, x, prompt, 70, frozenset()).tokens for x in (it, growing(it)))
+    (ours,), (theirs,) = (greedy(model, x, prompt, 70, frozenset()).tokens for x in (it, growing(it)))
     assert [step._graph is not None for step in made] == [True]
     alike = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), 70)
     assert alike > (10 if model.dtype == torch.bfloat16 else 69)

@@ -54,7 +54,7 @@ def evicting(model):
 def test_greedy_writes_what_generate_writes(model, make):
     tokens = random_windows(1, 130)
     contestant = make(model)
-    written = greedy(model, contestant, Prompt(model, tokens), 12, frozenset()).tokens
+    written = greedy(model, contestant, Prompt(model, tokens), 12, frozenset()).tokens[0]
     if contestant.plan:
         enable(model)
     expected = model.generate(
@@ -74,29 +74,43 @@ def test_greedy_stops_before_an_end_token(model):
     tokens = random_windows(1, 20)
     dense = dense_contestant(model)
     prompt = Prompt(model, tokens)
-    written = greedy(model, dense, prompt, 8, frozenset()).tokens
+    (written,) = greedy(model, dense, prompt, 8, frozenset()).tokens
     stop = frozenset([written[4]])
-    assert greedy(model, dense, prompt, 8, stop).tokens == written[: written.index(written[4])]
+    assert greedy(model, dense, prompt, 8, stop).tokens == [written[: written.index(written[4])]]
 
 
 @torch.no_grad()
 def test_greedy_can_be_made_to_write_before_it_stops():
     model = tiny_model()
     dense, prompt = dense_contestant(model), Prompt(model, random_windows(1, 20))
-    first, *_ = greedy(model, dense, prompt, 1, frozenset()).tokens
-    assert greedy(model, dense, prompt, 3, frozenset([first])).tokens == []
-    forced = greedy(model, dense, prompt, 3, frozenset([first]), at_least=3).tokens
+    ((first,),) = greedy(model, dense, prompt, 1, frozenset()).tokens
+    assert greedy(model, dense, prompt, 3, frozenset([first])).tokens == [[]]
+    (forced,) = greedy(model, dense, prompt, 3, frozenset([first]), at_least=3).tokens
     assert len(forced) == 3
     assert first not in forced
-    assert greedy(model, dense, prompt, 3, frozenset()).tokens[0] == first  # the shared logits are as they were
+    assert greedy(model, dense, prompt, 3, frozenset()).tokens[0][0] == first  # the shared logits are as they were
 
 
 @torch.no_grad()
 def test_greedy_ends_where_it_is_told_and_gives_the_cache_it_filled(model):
     prompt = Prompt(model, random_windows(1, 70))
     written = greedy(model, packed(model), prompt, 9, frozenset(), ended=lambda tokens: len(tokens) == 4)
-    assert len(written.tokens) == 4
+    assert [len(tokens) for tokens in written.tokens] == [4]
     assert written.cache.get_seq_length() == 70 + 3
+
+
+@pytest.mark.parametrize("make", [dense_contestant, packed, evicting])
+@torch.no_grad()
+def test_prompts_together_are_continued_as_each_alone(make):
+    model = tiny_model().double()
+    contestant, rows = make(model), random_windows(3, 130)
+    alone = [greedy(model, contestant, Prompt(model, row[None]), 12, frozenset()).tokens[0] for row in rows]
+    assert greedy(model, contestant, Prompt(model, rows), 12, frozenset()).tokens == alone
+    stop = frozenset([alone[1][4]])
+    ends = [next((at for at, token in enumerate(tokens) if token in stop), 12) for tokens in alone]
+    assert len(set(ends)) > 1
+    written = greedy(model, contestant, Prompt(model, rows), 12, stop)
+    assert written.tokens == [tokens[:end] for tokens, end in zip(alone, ends, strict=True)]
 
 
 @torch.no_grad()

@@ -5,23 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from kvloom._ledger import Record, fingerprint
 from kvloom.errors import DataError
+from kvloom.evaluate._asking import ask
 from kvloom.evaluate._contestants import Contestant, check_names
-from kvloom.evaluate._context import check_model, conditions, reads_at_most, surroundings, tokens_hash
+from kvloom.evaluate._context import check_model, reads_at_most, surroundings
 from kvloom.evaluate._live import fullest
 from kvloom.evaluate._mean_score import mean_score
 from kvloom.evaluate._records import open_pieces, write_results
-from kvloom.evaluate._reply import Request, reply
-from kvloom.evaluate._through import Prompt
+from kvloom.evaluate._reply import Request
 from kvloom.evaluate.tasks._base import Bench, Task
 from kvloom.evaluate.tasks._case import Case
 
 
 class AnswerTask(Task):
-    """A task whose cases are answered, one at a time, so that an answer depends on nothing else.
+    """A task whose cases are answered, those of one length as many together as the bench says.
 
     Attributes:
         request: how cases are answered.
@@ -75,23 +73,22 @@ class AnswerTask(Task):
 
     def _answers(self, bench: Bench, cases: Sequence[Case]) -> list[list[Record]]:
         """Of every contestant the pieces of all cases."""
-        ledger = open_pieces(bench.out, bench.model)
-        shared = conditions(bench.model)
-        answers: list[list[Record]] = [[] for _ in bench.contestants]
-        done, total = 0, len(cases) * len(bench.contestants)
-        for case in cases:
-            prompt = Prompt(bench.model, torch.tensor([list(case.prompt)], device=bench.model.device))
-            asked = {**shared, **self.request.fields, "prompt": tokens_hash(prompt.tokens)}
-            for contestant, answered in zip(bench.contestants, answers, strict=True):
-                bench.progress(f"{self.name}, case {case.name}, {contestant.name}", done, total)
-                key = fingerprint({**asked, **contestant.identity})
-                if key not in ledger:
-                    ledger.add(
-                        "answer_piece", key, reply(bench.model, bench.tokenizer, contestant, prompt, self.request)
-                    )
-                answered.append(ledger[key])
-                done += 1
-        bench.progress(f"{self.name} answered", done, total)
+
+        def tell(place: int, contestant: Contestant, done: int, total: int) -> None:
+            bench.progress(f"{self.name}, case {cases[place].name}, {contestant.name}", done, total)
+
+        answers = ask(
+            bench.model,
+            bench.tokenizer,
+            [case.prompt for case in cases],
+            bench.contestants,
+            self.request,
+            open_pieces(bench.out, bench.model),
+            tell,
+            bench.batch,
+        )
+        total = len(cases) * len(bench.contestants)
+        bench.progress(f"{self.name} answered", total, total)
         return answers
 
     def _record(

@@ -29,6 +29,7 @@ class Bench:
         name: of the model in the records; None for the last part of its path.
         out: results file; None writes none.
         progress: told before every piece of work.
+        batch: prompts of one length that are answered together; see `ask`.
     """
 
     model: PreTrainedModel
@@ -37,6 +38,7 @@ class Bench:
     name: str | None
     out: Path | None
     progress: Progress
+    batch: int = 1
 
 
 class Task(ABC):

@@ -34,6 +34,7 @@ class Needle(Task):
             cases=self._cases,
             name=bench.name,
             out=bench.out,
+            batch=bench.batch,
             progress=bench.progress,
         )
 

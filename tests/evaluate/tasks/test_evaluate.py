@@ -124,6 +124,29 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same(data, tmp_path):
     assert 5 <= before < len(pieces.read_text().splitlines()) == 3 * 3 + 3 * 3
 
 
+def test_prompts_of_one_length_are_answered_together_as_each_alone(data):
+    """In float64, where rounding chooses no other token."""
+    model, told = tiny_model().double(), []
+    needles, own = short(data, texts=(str(data / "hay.txt"),))[1:], contestants(model)
+    alone = evaluate(model, Numbers(), needles, own)
+    together = evaluate(model, Numbers(), needles, own, batch=2, progress=lambda *each: told.append(each[1:]))
+    assert stable(together) == stable(alone)
+    assert told == [(0, 9), (2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
+    with pytest.raises(DataError, match="batch is 0: answer"):
+        evaluate(model, Numbers(), needles, own, batch=0)
+
+
+def test_half_of_the_prompts_that_go_together_can_be_done(data, tmp_path):
+    out, model = tmp_path / "cut.jsonl", tiny_model()
+    needles, own = short(data, texts=(str(data / "hay.txt"),))[1:], contestants(model)
+    whole = evaluate(model, Numbers(), needles, own, out=out, batch=3)
+    pieces = tmp_path / "cut.jsonl.pieces"
+    lines = pieces.read_text().splitlines(keepends=True)
+    pieces.write_text("".join(lines[:4]))
+    assert stable(evaluate(model, Numbers(), needles, own, out=out, batch=3)) == stable(whole)
+    assert len(pieces.read_text().splitlines()) == len(lines) == 9
+
+
 def test_fidelity_and_drift_are_reached_by_the_same_door(data):
     model = tiny_model()
     texts = (str(data / "hay.txt"),)
