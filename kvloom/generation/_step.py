@@ -13,14 +13,19 @@ from torch import Tensor
 
 from kvloom import kernels
 from kvloom.cache import FixedLayer, LoomCache
+from kvloom.generation._products import JoinProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvloom.pages import StaticKV
 
-# Products of one row become reductions fused with what follows, which read weights faster than cuBLAS does.
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+# Products of one row become reductions fused with what follows, those of a few rows one launch for weights that share
+# them: both read weights faster than cuBLAS does.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "coordinate_descent_tuning": True,
+    "post_grad_custom_pre_pass": JoinProducts(),
+}
 # Calls before the graph is captured: the first compiles, the second is watched for waits.
 _PLAIN_CALLS = 2
 

@@ -144,3 +144,15 @@ class Backend(ABC):
             ``[batch, 1, query_heads, head_dim]`` in the query's dtype.
         """
         return attend_by_sequence(self, query, kv, options)
+
+    def products(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """``x @ weight.T`` of weights that share their rows: what a decode step spends most of its time on.
+
+        Args:
+            x: ``[rows, channels]``.
+            weights: ``[features, channels]`` each.
+
+        Returns:
+            ``[rows, features]`` of each.
+        """
+        return [x @ weight.T for weight in weights]

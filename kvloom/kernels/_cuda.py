@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 
 from kvloom.errors import KernelError
-from kvloom.kernels import _cuda_pages, _nvrtc
+from kvloom.kernels import _cuda_pages, _cuda_products, _nvrtc
 from kvloom.kernels._base import AttendOptions, Backend, head_index, rows_of_a_head
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
@@ -116,6 +116,14 @@ class CudaBackend(TorchBackend):
             return super().attend_static(query, kv, **options)
         return self._unless_broken(
             lambda: attend_pages(query, kv, **options)[0], lambda other: other.attend_static(query, kv, **options)
+        )
+
+    def products(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Backend.products`."""
+        if not _cuda_products.multiplies(x, weights):
+            return super().products(x, weights)
+        return self._unless_broken(
+            lambda: _cuda_products.products(x, weights), lambda other: other.products(x, weights)
         )
 
     def _unless_broken(self, ours: Callable[[], _T], otherwise: Callable[[Backend], _T]) -> _T:

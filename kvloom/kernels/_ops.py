@@ -1,4 +1,4 @@
-"""The operations on caches of fixed size as torch operators, so that torch.compile and CUDA graphs take them whole."""
+"""The operations of decode steps as torch operators, so that torch.compile and CUDA graphs take them whole."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def attend_static(
 ) -> torch.Tensor:
     """`Backend.attend_static`, by the backend of the device."""
     out: torch.Tensor = torch.ops.kvloom.attend_static(query, scaling, mask, softcap, sink_logits, *_parts(kv))
+    return out
+
+
+def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """`Backend.products`, by the backend of the device."""
+    out: list[torch.Tensor] = torch.ops.kvloom.products(x, list(weights))
     return out
 
 
@@ -97,3 +103,13 @@ def _attend_static(
 def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
     batch, heads, queries, dim = query.shape
     return query.new_empty((batch, queries, heads, dim))
+
+
+@torch.library.custom_op("kvloom::products", mutates_args=(), schema="(Tensor x, Tensor[] weights) -> Tensor[]")
+def _products(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    return backend(x.device).products(x, weights)
+
+
+@_products.register_fake
+def _(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
