@@ -89,8 +89,9 @@ class BlockLayout:
 
 
 def part_of(plan: Plan, rank: int, world_size: int) -> Plan:
-    """The part of one rank, as vLLM splits KV heads: see `kvloom.Plan.shard`; ranks that are more than the heads hold
-    one head, each of them on as many ranks (``QKVParallelLinear``).
+    """The part of one rank, as vLLM splits KV heads (``QKVParallelLinear``): see `kvloom.Plan.shard`.
+
+    Ranks that are more than the heads hold one head, each of them on as many ranks.
 
     Args:
         plan: What each layer stores.
