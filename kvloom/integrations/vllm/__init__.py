@@ -35,8 +35,8 @@ KV heads, with their specs and matrices. Workers that are more than the KV heads
 them. A layer's blocks have the same bytes on all workers, as vLLM asks. Where heads differ those are the bytes of the
 worker whose heads need most; on the others the rest of a block holds nothing but exact tokens. With
 ``--pipeline-parallel-size`` a worker has the blocks of its own layers, and vLLM gives all workers as many as the one
-whose layers need most has room for. The plan and its matrices travel with vLLM's configuration to the workers it starts,
-which are the same as processes and under Ray; machines that are started one by one (``--nnodes``) each read the files.
+whose layers need most has room for. The plan and its matrices travel with vLLM's configuration to the workers that it
+starts, which are the same as processes and under Ray; machines started one by one (``--nnodes``) each read the files.
 
 **One step.** Sequences that decode one token each are appended, packed and attended to together, whatever their
 lengths: in every layer one write of exact tokens, one packing call and one attention launch for each page layout among
