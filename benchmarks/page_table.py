@@ -36,7 +36,8 @@ MOST_LONGER = 0.05
 def ways(grid: Grid, shape: Shape, pair: Pair, device: torch.device) -> dict[str, Way]:
     """Attention of one token of every sequence, by name."""
     kv, query = random_cache(grid, shape, pair, device), random_query(grid, shape, device)
-    layout = BlockLayout((grid.layout(pair),) * grid.kv_heads, 0, grid.itemsize)
+    page = grid.layout(pair)
+    layout = BlockLayout((page,) * grid.kv_heads, 0, grid.itemsize, page.nbytes * grid.kv_heads)
     width = kv.num_pages + layout.spare_blocks
     in_order = torch.arange(shape.batch * width, dtype=torch.int32, device=device).view(shape.batch, -1)
     shuffled = torch.randperm(shape.batch * width, device=device).int().view(shape.batch, -1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,18 +17,36 @@ import transformers
 from kvloom import kernels
 from kvloom.assets import model_dir
 from kvloom.cache import LoomCache, disable, enable
-from kvloom.plan import Evict, Fingerprint, LayerPlan, Plan, PlanTensors, TensorSpec, Window, preset, rotation_name
+from kvloom.errors import ModelError, PlanError
+from kvloom.plan import (
+    Evict,
+    Fingerprint,
+    HeadPlan,
+    LayerPlan,
+    Plan,
+    PlanTensors,
+    TensorSpec,
+    Window,
+    preset,
+    rotation_name,
+)
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: run `make test-vllm`")
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, but for one test
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every worker is to have a NUMA node of its own
 
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm.distributed import parallel_state  # noqa: E402
+from vllm.distributed.utils import get_pp_indices  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.linear import QKVParallelLinear  # noqa: E402
 
-from kvloom.integrations.vllm import block_layouts, block_nbytes, spare_blocks  # noqa: E402
+from kvloom.integrations.vllm import _config, block_layouts, block_nbytes, spare_blocks  # noqa: E402
+from kvloom.integrations.vllm._layout import part_of  # noqa: E402
 
 VOCABULARY = 512
 LENGTH = 1024
@@ -51,6 +72,11 @@ MIXED = {
     0: (spec(8, "per_channel"), spec(8, "per_token")),
     1: (spec(4, "per_channel", codec="clipped", rotation="hadamard"), spec(4, "per_token", rotation="hadamard")),
     2: (spec(8, "per_channel"), spec(2, "per_token")),
+}
+BY_HEAD = {  # of layer 0, for four heads: the first two take more bytes than the others
+    0: HeadPlan(key=spec(2, "per_channel", rotation="hadamard")),
+    1: HeadPlan(value=spec(16, "per_token")),
+    3: HeadPlan(value=spec(5, "per_token", rotation="calibrated")),
 }
 FEW = {layer: (spec(1, "per_channel"), spec(1, "per_token")) for layer in MIXED}
 
@@ -267,6 +293,99 @@ if __name__ == "__main__":
     assert json.loads(done.stdout.splitlines()[-1]) == expected(tiny[0], plan, ids, 20)
 
 
+# -- models split over workers ----------------------------------------------------------------------------------------
+
+# By seed; their best logit is never so near the next one (0.027) that sums in another order decide between them.
+LENGTHS = {6: 5, 5: 64, 3: 200, 7: 300}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A small random Llama of four KV heads, enabled, its folder, and a plan whose KV heads differ."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = make("Llama", folder, num_attention_heads=8, num_key_value_heads=4)
+    enable(model)
+    turns = torch.linalg.qr(torch.randn(4, 32, 32, generator=torch.Generator().manual_seed(5))).Q.half()
+    entries = [
+        LayerPlan(layers=layer, key=key, value=value, window=Window(sinks=4), heads={} if layer else BY_HEAD)
+        for layer, (key, value) in MIXED.items()
+    ]
+    tensors = PlanTensors.of({rotation_name(0, "value"): turns})
+    plan = Plan(model=Fingerprint.of(model), layers=tuple(entries), tensors=tensors)
+    plan.save(plan_file(folder))
+    return model, folder, plan
+
+
+@contextmanager
+def engine_of(folder, **changes):
+    """An engine whose workers end with it."""
+    engine = LLM(**options(folder, **changes))
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+
+
+def assert_served(engine, model, plan, stages):
+    """Tokens of one process; blocks and cache tokens as the bytes of the fullest of the workers' ``stages`` say."""
+    prompts = [prompt(tokens, seed) for seed, tokens in LENGTHS.items()]
+    config = engine.llm_engine.vllm_config.cache_config
+    blocks = (8 << 20) // max(stages)
+    of_longest = LENGTH // 64 + spare_blocks(block_layouts(plan, "float32"))
+    assert served(engine, prompts, 30) == [expected(model, plan, ids, 30) for ids in prompts]
+    assert (config.num_gpu_blocks, config.kv_cache_size_tokens) == (blocks, int(blocks / of_longest * LENGTH))
+
+
+def test_workers_that_share_the_heads_serve_the_tokens_of_one(wide):
+    model, folder, plan = wide
+    with engine_of(folder, tensor_parallel_size=2) as engine:
+        assert_served(engine, model, plan, [block_nbytes(plan, "float32", 2)])
+
+
+def test_workers_that_share_the_layers_serve_the_tokens_of_one(wide):
+    """vLLM's CPU worker sets its pipeline up only where it compiles."""
+    model, folder, plan = wide
+    layouts = list(block_layouts(plan, "float32").values())
+    stages = [sum(it.nbytes for it in layouts[slice(*get_pp_indices(3, rank, 2))]) for rank in range(2)]
+    compiled = {"enforce_eager": False, "compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "eager"}}
+    with engine_of(folder, pipeline_parallel_size=2, **compiled) as engine:
+        assert_served(engine, model, plan, stages)
+
+
+def be_rank(rank, world_size, monkeypatch):
+    """Let vLLM take this process for one of several workers."""
+    monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(rank_in_group=rank, world_size=world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_ranks_follow_the_heads_that_vllm_gives_them(wide, monkeypatch, world_size):
+    """A head's number is in its plan, as bits, and in the weights of its keys."""
+    heads = {head: HeadPlan(key=spec(bits, "per_channel")) for head, bits in enumerate((1, 2, 3, 4))}
+    entry = LayerPlan(layers="0-2", key=spec(8, "per_channel"), value=spec(8, "per_token"), heads=heads)
+    plan = Plan(model=wide[2].model, layers=(entry,))
+    weights = torch.arange(1, 5.0).repeat_interleave(32)[:, None].expand(-1, 8)
+    for rank in range(world_size):
+        be_rank(rank, world_size, monkeypatch)
+        layer = QKVParallelLinear(8, 32, 8, 4, bias=False, params_dtype=torch.float32)
+        layer.weight.data.zero_()
+        layer.weight_loader(layer.weight, weights, "k")
+        own = [own.key.fmt.bits for own in block_layouts(plan, "float32", rank, world_size)[0].layouts]
+        assert layer.weight[layer.num_heads * 32 :][: len(own) * 32 : 32, 0].tolist() == own
+
+
+def test_a_plan_travels_with_its_matrices(wide, tmp_path):
+    """To workers on machines that do not see its files."""
+    model, _, plan = wide
+    plan.save(tmp_path / "plan.json")
+    config = _config.KvloomConfig(str(tmp_path / "plan.json"))
+    config.maybe_update_config("wide", model.config)
+    sent = pickle.dumps(config)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    there = part_of(pickle.loads(sent).plan, 1, 2)
+    assert there.rotations()[0]["value"].equal(plan.rotations()[0]["value"][2:])
+
+
 # -- refused at start-up ----------------------------------------------------------------------------------------------
 
 
@@ -279,6 +398,14 @@ def test_a_missing_plan_is_refused(tiny):
     plan_file(tiny[1]).unlink(missing_ok=True)
     refused("cannot read the plan .*-plan.json: No such file", tiny[1])
     refused("quantization kvloom has no plan: name its file", tiny[1], hf_overrides={}, quantization="kvloom")
+
+
+def test_missing_matrices_are_refused(wide, tmp_path):
+    _, folder, plan = wide
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "plan.tensors.safetensors").unlink()
+    asked = {"quantization_config": {"quant_method": "kvloom", "plan": str(tmp_path / "plan.json")}}
+    refused("cannot read .*plan.tensors.safetensors, the plan's tensors: No such file", folder, hf_overrides=asked)
 
 
 def test_plans_that_blocks_cannot_hold_are_refused(tiny):
@@ -311,3 +438,32 @@ def test_what_packed_blocks_do_not_go_with_is_refused(tiny, changes, option):
     save(tiny, MIXED)
     with pytest.raises(ValueError, match=f"{option} does not go with quantization kvloom"):
         LLM(**options(tiny[1], **changes))
+
+
+def refused_by_a_worker(error, message, folder, monkeypatch, world_size=2, **changes):
+    """What a worker says to its first layer; an engine of several says so in its log and stops."""
+    be_rank(1, world_size, monkeypatch)
+    config = EngineArgs(**options(folder, tensor_parallel_size=world_size, **changes)).create_engine_config()
+    with set_current_vllm_config(config), pytest.raises(error, match=message):
+        config.quant_config.get_quant_method(torch.nn.Embedding(1, 1), "model.embed_tokens")
+
+
+def test_context_parallelism_is_refused(wide, monkeypatch):
+    """vLLM asks for it where KV heads are on several workers each."""
+    message = "--decode-context-parallel-size does not go with quantization kvloom"
+    refused_by_a_worker(ModelError, message, wide[1], monkeypatch, world_size=8, decode_context_parallel_size=2)
+
+
+def test_heads_that_cannot_be_split_are_refused(tmp_path, monkeypatch):
+    model = make("Llama", tmp_path, hidden_size=192, num_attention_heads=6, num_key_value_heads=3)
+    plan_of(model, MIXED).save(plan_file(tmp_path))
+    message = "^the 3 KV heads of LlamaForCausalLM cannot be split evenly over 2 processes: start a number"
+    refused_by_a_worker(ModelError, message, tmp_path, monkeypatch)
+
+
+def test_pages_that_hold_other_tokens_on_a_rank_are_refused(tiny, monkeypatch):
+    wide = TensorSpec(bits=8, grouping="per_channel", group_size=128)
+    key, value = MIXED[0]
+    entry = LayerPlan(layers="0-2", key=key, value=value, heads={0: HeadPlan(key=wide)})
+    Plan(model=Fingerprint.of(tiny[0]), layers=(entry,)).save(plan_file(tiny[1]))
+    refused_by_a_worker(PlanError, "KV heads 1 to 1 would hold 64 tokens on their rank", tiny[1], monkeypatch)

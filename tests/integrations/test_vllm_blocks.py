@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from kvloom import kernels
 from kvloom.cache import LoomCache
-from kvloom.errors import CacheError, PlanError
+from kvloom.errors import CacheError, ModelError, PlanError
 from kvloom.integrations.vllm import block_layouts, block_nbytes, spare_blocks
 from kvloom.integrations.vllm._blocks import Blocks
 from kvloom.integrations.vllm._decoding import Decoding
@@ -24,13 +24,13 @@ K4 = TensorSpec(bits=4, grouping="per_channel", group_size=64)
 V2 = TensorSpec(bits=2, grouping="per_token", group_size="head_dim")
 
 
-def config_of(head_dim=16, layers=1):
+def config_of(head_dim=16, layers=1, kv_heads=KV_HEADS):
     config = LlamaConfig(
         vocab_size=16,
-        hidden_size=2 * head_dim,
+        hidden_size=kv_heads * head_dim,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=KV_HEADS,
+        num_attention_heads=kv_heads,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
     )
     config._attn_implementation = "kvloom"
@@ -71,9 +71,9 @@ def plans(draw):
 class Pool:
     """Blocks of all sequences, given out as vLLM does: those of the tokens and the spare ones, in any order."""
 
-    def __init__(self, plan, blocks, seed=0):
+    def __init__(self, plan, blocks, seed=0, rank=0, world_size=1):
         self.plan = plan
-        self.layout = block_layouts(plan, "float32")[0]
+        self.layout = block_layouts(plan, "float32", rank, world_size)[0]
         self.storage = torch.randint(256, (blocks, self.layout.nbytes), dtype=torch.uint8)
         self.blocks = Blocks(self.layout, self.storage, torch.float32, torch.zeros(2, dtype=torch.int32))
         self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -103,7 +103,7 @@ class Pool:
 
 def states(plan, tokens, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, KV_HEADS, tokens, plan.model.head_dim)
+    shape = (1, plan.model.num_kv_heads, tokens, plan.model.head_dim)
     return tuple(torch.randn(shape, generator=generator) for _ in range(2))
 
 
@@ -291,6 +291,44 @@ def test_a_block_has_the_bytes_of_one_page_of_every_head():
     assert block_nbytes(plan) == 2 * of_keys + sum(of_values)
 
 
+def by_head(window=None):
+    """Four KV heads; the first two take more bytes than the others."""
+    heads = {0: HeadPlan(value=TensorSpec(bits=16, grouping="per_token")), 3: HeadPlan(key=V2)}
+    model = Fingerprint.of(config_of(kv_heads=4))
+    return Plan(model=model, layers=(LayerPlan(layers=0, key=K4, value=V2, window=window or Window(), heads=heads),))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_ranks_have_their_own_pages_and_the_bytes_of_the_fullest(world_size):
+    plan = by_head()
+    whole = block_layouts(plan, "float32")[0].layouts
+    ranks = [block_layouts(plan, "float32", rank, world_size)[0] for rank in range(world_size)]
+    copies = max(1, world_size // 4)  # ranks that hold the same head
+    assert [layout for rank in ranks[::copies] for layout in rank.layouts] == list(whole)
+    assert all(rank == ranks[i - i % copies] for i, rank in enumerate(ranks))
+    fullest = max(sum(layout.nbytes for layout in rank.layouts) for rank in ranks)
+    assert {rank.nbytes for rank in ranks} == {block_nbytes(plan, "float32", world_size)} == {fullest}
+    assert len({rank.spare_blocks for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("sinks", [0, 4, 20])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_what_a_cache_of_its_part_shows_it(rank, sinks):
+    """Also where its blocks have more bytes than its pages, and so room for more exact tokens."""
+    plan = by_head(Window(sinks=sinks))
+    part, pool = plan.shard(rank, 2), Pool(plan, 20, rank=rank, world_size=2)
+    assert (pool.layout.nbytes > sum(layout.nbytes for layout in pool.layout.layouts)) == (rank == 1)
+    cache, table, computed = LoomCache(part, config_of()), [], 0
+    for key, value in chunks_of(*states(part, 280), [1, 70, 5, 134, *[1] * 70]):
+        expected, _ = cache.update(key, value, 0)
+        if computed < 210:
+            got = pool.tokens_of(key, value, computed, table)
+        else:
+            (got,) = pool.decoded(key, value, [computed], [table])
+        assert_same(got, expected)
+        computed += key.shape[2]
+
+
 def test_exact_layers_need_no_spare_blocks():
     exact = TensorSpec(bits=16, grouping="per_token")
     assert spare_blocks(block_layouts(plan_of(exact, exact), "float32")) == 0
@@ -339,3 +377,17 @@ def test_layers_that_no_block_fits_together_are_refused(other, window, message):
     )
     with pytest.raises(PlanError, match=message):
         block_layouts(plan, "float32")
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "message"),
+    [
+        (0, 3, "^the 4 KV heads of .* cannot be split evenly over 3 processes"),
+        (0, 6, "^the 4 KV heads of .* cannot be split evenly over 6 processes"),
+        (0, 0, "^there is no rank 0 of 0"),
+        (8, 8, "^there is no rank 4 of 4"),
+    ],
+)
+def test_heads_that_cannot_be_split_are_refused(rank, world_size, message):
+    with pytest.raises(ModelError, match=message):
+        block_layouts(by_head(), "float32", rank, world_size)

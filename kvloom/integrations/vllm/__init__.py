@@ -7,7 +7,7 @@ a plan are not touched. Weights stay as they are; checkpoints of quantised weigh
 be served. The plan's file is kept outside the model's folder, where vLLM takes every safetensors file for weights.
 
 **Blocks are pages.** A block of vLLM is one page of every layer: the records of `kvloom.pages`, in each layer as many
-bytes as its entry says. The memory that vLLM gives its cache is so many times `block_nbytes`.
+bytes as its entry says. The memory that vLLM gives a worker's cache is so many times `block_nbytes`.
 
 **The exact tail lies in blocks, too.** The tokens of a page that is not full are exact, as in `kvloom.LoomCache`, and
 take more bytes than packed ones. A sequence therefore owns some blocks more than its tokens count for (`spare_blocks`):
@@ -27,7 +27,16 @@ packed, where a whole one reads it exactly; with ``"quantized"`` only the roundi
 
 **Refused at start-up**, in one sentence: plans that evict, keep a window of recent tokens, pack keys before RoPE, or
 whose layers differ in sinks or in the tokens of a page; models with other than full-attention layers, whose blocks vLLM
-would pad to the widest; tensor and context parallelism, speculative decoding, KV transfer.
+would pad to the widest; KV heads that workers cannot share evenly, context parallelism, speculative decoding, KV
+transfer. What a worker refuses stands in its log.
+
+**Several workers.** With ``--tensor-parallel-size`` each worker serves its part of the plan, `kvloom.Plan.shard`: its
+KV heads, with their specs and matrices. Workers that are more than the KV heads hold one head each, as vLLM splits
+them. A layer's blocks have the same bytes on all workers, as vLLM asks. Where heads differ those are the bytes of the
+worker whose heads need most; on the others the rest of a block holds nothing but exact tokens. With
+``--pipeline-parallel-size`` a worker has the blocks of its own layers, and vLLM gives all workers as many as the one
+whose layers need most has room for. The plan and its matrices travel with vLLM's configuration to the workers that it
+starts, which are the same as processes and under Ray; machines started one by one (``--nnodes``) each read the files.
 
 **One step.** Sequences that decode one token each are appended, packed and attended to together, whatever their
 lengths: in every layer one write of exact tokens, one packing call and one attention launch for each page layout among

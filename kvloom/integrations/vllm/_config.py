@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
@@ -16,7 +18,7 @@ from vllm.v1.attention.backend import AttentionType
 from kvloom import codecs
 from kvloom.errors import ModelError, PlanError
 from kvloom.integrations.vllm._backend import KvloomImpl, backend_of
-from kvloom.integrations.vllm._layout import block_layouts, spare_blocks
+from kvloom.integrations.vllm._layout import BlockLayout, block_layouts, part_of, spare_blocks
 from kvloom.pages import Role
 from kvloom.plan import Fingerprint, Plan
 
@@ -84,6 +86,7 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
         block_layouts(plan, model.dtype)
         for name in plan.codecs:
             codecs.get(name).prepare()
+        plan.rotations()  # read now: the plan travels to processes that may not see its files
         self.plan = plan
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -91,14 +94,14 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
 
         Raises:
             ModelError: The engine is asked for something that packed blocks do not go with.
+            PlanError: A rank cannot hold its part of the plan.
         """
+        layouts = self._layouts  # asked of the first layer, whatever it is, before vLLM splits any heads
         if isinstance(layer, Attention) and not isinstance(layer.impl, KvloomImpl):
-            self._serve(layer, extract_layer_index(prefix))
+            self._serve(layer, extract_layer_index(prefix), layouts)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
-    def _serve(self, layer: Attention, index: int) -> None:
-        layouts = block_layouts(self.plan, layer.dtype)
-        _refuse_engine(get_current_vllm_config(), layouts[index].page_tokens)
+    def _serve(self, layer: Attention, index: int, layouts: Mapping[int, BlockLayout]) -> None:
         _refuse_attention(layer, index)
         layer.attn_backend = backend_of(index, layouts[index], spare_blocks(layouts))
         layer.impl = KvloomImpl(
@@ -112,14 +115,26 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
         )
 
     @cached_property
+    def _layouts(self) -> dict[int, BlockLayout]:
+        """Those of this process's rank."""
+        config = get_current_vllm_config()
+        layouts = block_layouts(self.plan, config.model_config.dtype, *_rank())
+        _refuse_engine(config, next(iter(layouts.values())).page_tokens)
+        return layouts
+
+    @cached_property
     def _matrices(self) -> dict[int, dict[Role, torch.Tensor]]:
-        return self.plan.rotations()
+        return part_of(self.plan, *_rank()).rotations()
+
+
+def _rank() -> tuple[int, int]:
+    """Which of the processes that share the KV heads this is, and how many those are."""
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
 def _refuse_engine(config: VllmConfig, page_tokens: int) -> None:
     parallel, cache = config.parallel_config, config.cache_config
     refused = {
-        "--tensor-parallel-size": parallel.tensor_parallel_size > 1,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--speculative-config": config.speculative_config is not None,

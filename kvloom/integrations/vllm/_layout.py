@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from kvloom.plan import Plan, format_layers, head_layouts, itemsize
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """One layer's part of a block: the bytes of one page of every KV head.
+    """One layer's part of a block: the bytes of one page of every KV head of a rank.
 
     Sinks lie in the first block of a sequence; page ``p`` then lies in block ``p + 1``, and without sinks in block
     ``p``. The exact tokens of a page that is not full start in the block that will hold the page, and fill it and the
@@ -24,11 +24,13 @@ class BlockLayout:
         layouts: Page layout of each KV head.
         sinks: First tokens of a sequence, exact.
         itemsize: Bytes of the compute dtype.
+        nbytes: Bytes of the layer in a block: those of the pages, and more where another rank's pages have more.
     """
 
     layouts: tuple[PageLayout, ...]
     sinks: int
     itemsize: int
+    nbytes: int
 
     @property
     def kv_heads(self) -> int:
@@ -44,11 +46,6 @@ class BlockLayout:
     def page_tokens(self) -> int:
         """Tokens in a page, which are those of a block."""
         return self.layouts[0].page_tokens
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the layer in a block."""
-        return sum(layout.nbytes for layout in self.layouts)
 
     @property
     def token_nbytes(self) -> int:
@@ -91,24 +88,43 @@ class BlockLayout:
         return max(0, tokens - self.sinks) // self.page_tokens
 
 
-def block_layouts(plan: Plan, dtype: object) -> dict[int, BlockLayout]:
-    """Layouts by layer.
+def part_of(plan: Plan, rank: int, world_size: int) -> Plan:
+    """The part of one rank, as vLLM splits KV heads (``QKVParallelLinear``): see `kvloom.Plan.shard`.
+
+    Ranks that are more than the heads hold one head, each of them on as many ranks.
 
     Args:
         plan: What each layer stores.
-        dtype: Compute dtype (name or torch dtype).
+        rank: Which, from 0.
+        world_size: Number of ranks (``--tensor-parallel-size``).
 
     Raises:
+        ModelError: See `kvloom.Plan.shard`.
+        PlanError: See `kvloom.Plan.shard`.
+    """
+    heads = plan.model.num_kv_heads
+    copies = 1 if world_size % heads else max(1, world_size // heads)
+    return plan.shard(rank // copies, world_size // copies)
+
+
+def block_layouts(plan: Plan, dtype: object, rank: int = 0, world_size: int = 1) -> dict[int, BlockLayout]:
+    """Layouts by layer, of one of the ranks that share the KV heads (tensor parallelism).
+
+    A layer has the same bytes on all of them, as vLLM asks: those of the rank whose heads need most.
+
+    Args:
+        plan: What each layer stores, of all KV heads.
+        dtype: Compute dtype (name or torch dtype).
+        rank: Which, from 0.
+        world_size: Number of ranks (``--tensor-parallel-size``).
+
+    Raises:
+        ModelError: There is no such rank, or the KV heads cannot be split evenly.
         PlanError: Blocks cannot hold what the plan asks for; the message names the field.
     """
     _refuse_entries(plan)
-    model, size = plan.model, itemsize(dtype)
-    found = {
-        i: BlockLayout(
-            head_layouts(plan.spec(i), model.num_kv_heads, model.head_dim, size), plan.spec(i).window.sinks, size
-        )
-        for i in model.packed_layers
-    }
+    own, parts = part_of(plan, rank, world_size), [part_of(plan, each, world_size) for each in range(world_size)]
+    found = {i: _layout(i, own, parts, itemsize(dtype)) for i in plan.model.packed_layers}
     _refuse_layouts(found)
     return found
 
@@ -118,17 +134,32 @@ def spare_blocks(layouts: Mapping[int, BlockLayout]) -> int:
     return max(layout.spare_blocks for layout in layouts.values())
 
 
-def block_nbytes(plan: Plan, dtype: object = None) -> int:
-    """Bytes of a block of vLLM's cache, all layers together: every byte of it is one of these.
+def block_nbytes(plan: Plan, dtype: object = None, world_size: int = 1) -> int:
+    """Bytes of a block of vLLM's cache on one rank, all layers together: every byte of it is one of these.
+
+    All ranks have the same; where layers are split, too (pipeline parallelism), a rank has those of its own layers,
+    which `block_layouts` names.
 
     Args:
-        plan: What each layer stores.
+        plan: What each layer stores, of all KV heads.
         dtype: Compute dtype (name or torch dtype); None takes the model's.
+        world_size: Number of ranks that share the KV heads (``--tensor-parallel-size``).
 
     Raises:
+        ModelError: See `block_layouts`.
         PlanError: See `block_layouts`.
     """
-    return sum(layout.nbytes for layout in block_layouts(plan, dtype or plan.model.dtype).values())
+    layouts = block_layouts(plan, dtype or plan.model.dtype, world_size=world_size)
+    return sum(layout.nbytes for layout in layouts.values())
+
+
+def _layout(layer: int, own: Plan, parts: Sequence[Plan], size: int) -> BlockLayout:
+    nbytes = max(sum(page.nbytes for page in _pages(part, layer, size)) for part in parts)
+    return BlockLayout(_pages(own, layer, size), own.spec(layer).window.sinks, size, nbytes)
+
+
+def _pages(part: Plan, layer: int, size: int) -> tuple[PageLayout, ...]:
+    return head_layouts(part.spec(layer), part.model.num_kv_heads, part.model.head_dim, size)
 
 
 def _refuse_entries(plan: Plan) -> None:
