@@ -106,7 +106,7 @@ def _as_scripts(name: str) -> Kept:
     return Kept(*eviction_preset(f"qpruningkv/{name}"))
 
 
-POLICIES = (
+PUBLISHED = (
     *map(_as_scripts, ("streaming_llm", "h2o", "snapkv", "pyramidkv")),
     Kept("adakv", _as_scripts("snapkv").parameters),
     Kept("key_norm", {}, EIGHT),
@@ -141,7 +141,7 @@ def plans(model: Fingerprint, prompt: int) -> dict[str, Plan]:
             dtype=DTYPE,
             tokens=prompt,
         )
-        for kept in POLICIES
+        for kept in PUBLISHED
         for budget in BUDGETS
         for stored, whole in wholes.items()
         if not _fits(whole, prompt, budget)
@@ -281,7 +281,7 @@ class Results(AfterPrompts):
 
 
 def _cells() -> Iterator[tuple[Kept, int, str]]:
-    for kept in POLICIES:
+    for kept in PUBLISHED:
         for budget in BUDGETS:
             for stored in FORMATS:
                 yield kept, budget, stored
@@ -289,7 +289,7 @@ def _cells() -> Iterator[tuple[Kept, int, str]]:
 
 def body(found: Results, picture: str) -> str:
     """The picture, a table for each policy, and what must be known to read them."""
-    tables = [_table(found, kept.policy) for kept in POLICIES]
+    tables = [_table(found, kept.policy) for kept in PUBLISHED]
     return "\n\n".join([f"![Divergence and needles over bytes, for each policy]({picture})", *tables, _legend(found)])
 
 
@@ -340,9 +340,9 @@ def draw(found: Results, path: Path) -> None:
     require("plot", "The picture of tokens or bits")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(POLICIES), 9), layout="constrained")
-    grid = figure.subplots(len(_ROWS), len(POLICIES), sharex=True, sharey="row", squeeze=False)
-    for column, kept in zip(grid.T, POLICIES, strict=True):
+    figure = Figure(figsize=(3 * len(PUBLISHED), 9), layout="constrained")
+    grid = figure.subplots(len(_ROWS), len(PUBLISHED), sharex=True, sharey="row", squeeze=False)
+    for column, kept in zip(grid.T, PUBLISHED, strict=True):
         column[0].set(title=kept.policy, xscale="log", yscale="log")
         column[1].set(ylim=(-0.05, 1.05))
         column[-1].set(xlabel="share of the uncompressed bytes")

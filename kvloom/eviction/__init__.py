@@ -13,6 +13,7 @@ from kvloom.eviction._key_norm import KeyNorm
 from kvloom.eviction._presets import preset, presets
 from kvloom.eviction._pyramidkv import PyramidKV
 from kvloom.eviction._room import Room, slot_nbytes
+from kvloom.eviction._snap_expected import SnapExpected
 from kvloom.eviction._snapkv import SnapKV
 from kvloom.eviction._streaming_llm import StreamingLLM
 
@@ -42,6 +43,7 @@ __all__ = [
     "Reading",
     "Room",
     "Seen",
+    "SnapExpected",
     "SnapKV",
     "StreamingLLM",
     "best",

@@ -38,6 +38,11 @@ class ExpectedAttention(Policy):
 
     def scores(self, seen: Seen) -> torch.Tensor:
         """Expected weight times the norm of the value."""
+        worth: torch.Tensor = self.expected(seen) * seen.values.float().norm(dim=-1)
+        return worth
+
+    def expected(self, seen: Seen) -> torch.Tensor:
+        """Expected weights ``[batch, kv_heads, tokens]``, fp32; those of a head sum to one."""
         queries, is_real = seen.queries.float(), seen.is_real[:, :1, -seen.queries.shape[2] :, None]
         count = is_real.sum(2, keepdim=True).clamp_min(1)
         mean = (queries * is_real).sum(2, keepdim=True) / count
@@ -46,9 +51,8 @@ class ExpectedAttention(Policy):
         keys, scaling = seen.keys.float()[:, :, None], seen.reading.scaling
         expected = scaling * (keys * seen.of_heads(mean)).sum(-1)
         expected = expected + 0.5 * scaling**2 * (keys @ covariance * keys).sum(-1)
-        weights = expected.masked_fill(~seen.is_real[:, :, None], -float("inf")).softmax(-1)
-        worth: torch.Tensor = weights.mean(2) * seen.values.float().norm(dim=-1)
-        return worth
+        weights: torch.Tensor = expected.masked_fill(~seen.is_real[:, :, None], -float("inf")).softmax(-1).mean(2)
+        return weights
 
 
 register(ExpectedAttention)

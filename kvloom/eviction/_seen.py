@@ -71,9 +71,10 @@ class Seen:
         """The same shape."""
         return self._states[1]
 
-    def received(self) -> torch.Tensor:
-        """Attention that the tokens receive from `queries`; see `received`."""
-        return received(self.queries, self.keys, self.slots, None if self.all_real else self.is_real, self.reading)
+    def received(self, last: int | None = None) -> torch.Tensor:
+        """Attention that the tokens receive from `queries`, or from so many of the last ones; see `received`."""
+        queries = self.queries if last is None else self.queries[:, :, -last:]
+        return received(queries, self.keys, self.slots, None if self.all_real else self.is_real, self.reading)
 
     def pooled(self, scores: torch.Tensor, kernel: int, pooling: Pooling) -> torch.Tensor:
         """Each score as the largest, or the mean, of the ``kernel`` scores around it; ``kernel`` is odd.

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from benchmarks import essay_qa, joint, methods, tokens_or_bits
-from benchmarks.joint import BEGIN, BUDGETS, DENSE, END, GRID, Results, grid_name, joint_name
-from benchmarks.tokens_or_bits import POLICIES, PROMPT
+from benchmarks.joint import BEGIN, BUDGETS, DENSE, END, GRID, POLICIES, Results, grid_name, joint_name
+from benchmarks.tokens_or_bits import PROMPT
 from kvloom import Profile, TensorSpec
 from kvloom.assets import Text
 from kvloom.errors import DataError, PlanError
@@ -64,7 +64,7 @@ def results():
     made = [(DENSE, 16.0, 0.0)]
     for budget in BUDGETS:
         made += [
-            (grid_name(kept.policy, budget, stored), 16 * budget, 0.04 + 0.001 * n)
+            (grid_name(kept.policy, budget, stored), 16 * budget, 0.103 - 0.001 * n)
             for n, (kept, stored) in enumerate((kept, stored) for kept in POLICIES for stored in GRID)
         ]
         made += [(joint_name("auto", budget), 16 * budget, 0.02), (joint_name("snapkv", budget), 16 * budget, 0.03)]
@@ -102,16 +102,24 @@ def test_the_table_of_all_shares_goes_on_the_page(files):
     text = files.readme.read_text(encoding="utf-8")
     before, body, after = methods.between(text, BEGIN, END)
     assert (before, after) == (f"# A title\n\n{BEGIN}", f"{END}\n\nThe rest.\n")
-    rows = [line.strip("| ").split(" | ") for line in body.split("\n")[2:8]]
-    first = f"best of the grid: {POLICIES[0].policy}, {next(iter(GRID))}"
-    assert [row[1] for row in rows] == [first, "joint, auto", "joint, snapkv"] * 2
-    assert [row[0] for row in rows] == ["5 %"] * 3 + ["12.5 %"] * 3
-    assert rows[1][2].startswith("0.0200 [")
-    assert rows[1][3] == "0.50 [0.50, 0.50]"
-    assert rows[2][3] == "0.75 [0.75, 0.75]"
+    rows = [line.strip("|").split("|") for line in body.split("\n")[2:10]]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    bests = ["best published: expected_attention, K2V2", "best of the grid: snap_expected, kvloom/K3V3"]
+    assert [row[1] for row in rows] == [*bests, "joint, auto", "joint, snapkv"] * 2
+    assert [row[0] for row in rows] == ["5 %"] * 4 + ["12.5 %"] * 4
+    assert [row[2].split()[0] for row in rows[:4]] == ["0.0520", "0.0400", "0.0200", "0.0300"]
+    assert rows[0][3:5] == rows[1][3:5] == ["", ""]
+    assert rows[2][3:5] == ["0.38 [0.38, 0.38]", "0.50 [0.50, 0.50]"]
+    assert rows[3][3:5] == ["0.58 [0.58, 0.58]", "0.75 [0.75, 0.75]"]
     assert re.fullmatch(r"\d+/18; 0\.\d\d", rows[0][-1])
     legend = " ".join(body.split("\n\n")[-1].split())
-    for fact in ("a prompt of 2,048 tokens", "4,096 tokens decoded", "32 windows", "the least of 56 at each budget"):
+    for fact in (
+        "a prompt of 2,048 tokens",
+        "4,096 tokens decoded",
+        "32 windows",
+        "the least of 28 points",
+        "of 64, with",
+    ):
         assert fact in legend
     joint.write_page(files.kept, files.readme, files.kept)  # what was kept makes the same page
     assert files.readme.read_text(encoding="utf-8") == text

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import essay_qa, methods, tokens_or_bits
-from benchmarks.tokens_or_bits import BEGIN, BUDGETS, DENSE, END, FORMATS, POLICIES, PROMPT, Results, name_of
+from benchmarks.tokens_or_bits import BEGIN, BUDGETS, DENSE, END, FORMATS, PROMPT, PUBLISHED, Results, name_of
 from kvloom.assets import Text
 from kvloom.errors import DataError
 from tests.benchmarks.test_methods import SMOLLM2, Files, interval, record, write
@@ -28,7 +28,7 @@ def plans():
 def test_every_cell_has_a_plan_of_at_most_its_bytes(plans):
     whole = {name for name in plans if name in FORMATS}
     assert whole == {"K4V4", "K2V2", "kvloom/K4V4", "kvloom/K2V2"}
-    for kept in POLICIES:
+    for kept in PUBLISHED:
         for budget in BUDGETS:
             for stored in FORMATS:
                 name = name_of(kept.policy, budget, stored)
@@ -39,7 +39,7 @@ def test_every_cell_has_a_plan_of_at_most_its_bytes(plans):
 
 
 def test_plans_keep_what_the_policy_and_the_format_say(plans):
-    for kept in POLICIES:
+    for kept in PUBLISHED:
         for stored in FORMATS:
             plan = plans[name_of(kept.policy, 64, stored)]
             entry = plan.layers[0]
@@ -59,7 +59,7 @@ def test_plans_keep_what_the_policy_and_the_format_say(plans):
 
 
 def test_fewer_bits_keep_more_tokens(plans):
-    for kept in POLICIES:
+    for kept in PUBLISHED:
         names = [name_of(kept.policy, 16, stored) for stored in ("16 bits", "K8V8", "K4V4", "K2V2")]
         budgets = [plans[name].layers[0].evict.budget for name in names]
         assert budgets == sorted(set(budgets))
@@ -84,7 +84,7 @@ def results():
     made = [(name, bits, 0.01) for name, bits in (("dense", 16.0), *WHOLE.items())]
     made += [
         (name_of(kept.policy, budget, stored), 16 / budget, 0.05 / n)
-        for kept in POLICIES
+        for kept in PUBLISHED
         for budget in BUDGETS
         for n, stored in enumerate(FORMATS, 1)
         if stored not in WHOLE or budget * WHOLE[stored] > 16
@@ -118,7 +118,7 @@ def test_tables_and_picture_of_all_shares_go_on_the_page(files):
     assert (before, after) == (f"# A title\n\n{BEGIN}", f"{END}\n\nThe rest.\n")
     assert "(eviction.png)" in body
     assert files.readme.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    for kept in POLICIES:
+    for kept in PUBLISHED:
         table = body[body.index(f"| `{kept.policy}` |") :].split("\n")[: 2 + len(BUDGETS)]
         assert [line.split(" | ")[0] for line in table[2:]] == [f"| 1/{budget}" for budget in BUDGETS]
         first, last = (line.strip("| ").split(" | ") for line in (table[2], table[-1]))
@@ -156,7 +156,7 @@ def test_shares_score_every_contestant_once_by_every_score(monkeypatch, tmp_path
     monkeypatch.setattr(script, "load_model", lambda *_, **__: (model, Letters()))
     monkeypatch.setattr(script, "texts", lambda _: [Text("hay", hay)])
     monkeypatch.setattr(script, "token_windows", lambda _t, _x, window, count, seed: random_windows(count, window))
-    monkeypatch.setattr(script, "POLICIES", script.POLICIES[2:3])
+    monkeypatch.setattr(script, "PUBLISHED", script.PUBLISHED[2:3])
     monkeypatch.setattr(script, "BUDGETS", (4,))
     monkeypatch.setattr(script, "FORMATS", {name: FORMATS[name] for name in ("16 bits", "K4V4", "K2V2")})
     monkeypatch.setattr(script, "SEEDS", range(1))

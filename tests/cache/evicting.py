@@ -23,6 +23,7 @@ POLICIES = {
     "adakv": {"window": 5, "kernel": 3},
     "key_norm": {},
     "expected_attention": {"window": 40},
+    "snap_expected": {"window": 40, "observed": 5},
 }
 AT_PROMPTS_END = sorted(set(POLICIES) - {"h2o"})
 """Those that can let tokens go when a prompt ends, and then only."""

@@ -10,7 +10,18 @@ import torch
 
 from kvloom import eviction
 from kvloom.errors import PlanError
-from kvloom.eviction import H2O, AdaKV, ExpectedAttention, KeyNorm, Policy, PyramidKV, Reading, SnapKV, StreamingLLM
+from kvloom.eviction import (
+    H2O,
+    AdaKV,
+    ExpectedAttention,
+    KeyNorm,
+    Policy,
+    PyramidKV,
+    Reading,
+    SnapExpected,
+    SnapKV,
+    StreamingLLM,
+)
 from kvloom.eviction import _seen as room_of_seen
 from kvloom.testing import check_policy
 from tests.eviction.samples import KV_HEADS, QUERY_HEADS, SCALING, layer, seen, slow_received
@@ -123,6 +134,18 @@ def test_expected_attention_is_the_mean_over_many_drawn_queries() -> None:
     assert bool(scores[1, :, :4].eq(0).all())
 
 
+@pytest.mark.parametrize("observed", [1, 4, 12])
+def test_snap_expected_adds_what_is_observed_and_what_is_expected(observed: int) -> None:
+    parts, policy = layer(13, batch=2, padding=4), SnapExpected(window=12, observed=observed)
+    alone = slow_received(parts["queries"], parts["keys"], parts["real"], Reading(SCALING), observed)
+    alone[..., 13 - observed :] = 0
+    expected = ExpectedAttention(window=12)
+    shown = seen(expected, **parts)
+    worth = expected.scores(shown) / parts["values"].norm(dim=-1)
+    torch.testing.assert_close(policy.scores(shown), alone / observed + worth, atol=1e-6, rtol=1e-5, check_dtype=False)
+    assert policy.newest(999) == observed
+
+
 @pytest.mark.parametrize("layers", [1, 2, 5, 30])
 @pytest.mark.parametrize("budget", [40, 64, 333, 2048])
 @pytest.mark.parametrize("tokens", [300, 2500, 10**6])
@@ -146,6 +169,7 @@ def test_the_first_layer_of_a_pyramid_has_nearly_twice_the_mean() -> None:
     [
         ("topkek", {}, r"policy 'topkek' is unknown; choose one of .*'snapkv'"),
         ("snapkv", {"kernel": 4}, "policy 'snapkv': kernel: 4 is even"),
+        ("snap_expected", {"window": 8, "observed": 9}, "observed is 9, window 8"),
         ("snapkv", {"window": 0}, "policy 'snapkv': window: .*greater than or equal to 1"),
         ("snapkv", {"heads": 3}, r"heads: nothing is known by this name: it takes \['kernel', 'pooling', 'window'\]"),
         ("adakv", {"alpha": 2.0}, "policy 'adakv': alpha: .*less than or equal to 1"),

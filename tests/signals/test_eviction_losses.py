@@ -30,6 +30,7 @@ PARAMETERS = {
     "adakv": {"window": 5, "kernel": 3},
     "key_norm": {},
     "expected_attention": {"window": 40},
+    "snap_expected": {"window": 40, "observed": 5},
 }
 
 
@@ -198,7 +199,7 @@ def test_texts_that_are_too_short():
 
 
 def test_default_candidates():
-    assert {each.policy for each in default_candidates()} == {"snapkv", "adakv", "expected_attention"}
+    assert {each.policy for each in default_candidates()} == {"snapkv", "adakv", "expected_attention", "snap_expected"}
     assert all(0 < each.budget < 1 for each in default_candidates(["h2o"]))
     with pytest.raises(PlanError, match="policy 'nobody' is unknown"):
         default_candidates(["nobody"])
