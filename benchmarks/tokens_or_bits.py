@@ -351,7 +351,7 @@ def draw(found: Results, path: Path) -> None:
         axes.set(ylabel=said)
     grid[-1][0].set_xticks([1 / budget for budget in BUDGETS], [f"1/{budget}" for budget in BUDGETS], minor=False)
     grid[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def _lines(found: Results, policy: str, column: Sequence[Axes]) -> None:
@@ -362,8 +362,9 @@ def _lines(found: Results, policy: str, column: Sequence[Axes]) -> None:
             points = [records[found.name(policy, budget, stored)][key] for budget in BUDGETS]
             (line,) = axes.plot(budgets, [it["value"] for it in points], marker="o", markersize=3, label=stored)
             low, high = [it["low"] for it in points], [it["high"] for it in points]
-            axes.fill_between(budgets, low, high, alpha=0.15, color=line.get_color())
+            axes.fill_between(budgets, low, high, alpha=0.1, color=line.get_color(), linewidth=0)
         axes.grid(alpha=0.2)
+        axes.tick_params(which="minor", axis="x", bottom=False, labelbottom=False)
 
 
 def write_page(results: Path, page: Path = PAGE, kept: Path = KEPT) -> None:
