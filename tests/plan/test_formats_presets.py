@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
 
 from kvloom.errors import ModelError, PlanError
@@ -25,6 +27,7 @@ from kvloom.plan import (
     writable_formats,
 )
 from kvloom.plan.formats import _kvtuner_tables as tables
+from kvloom.plan.formats._presets import BIASED_KEYS
 from tests.plan.shapes import bits_of, notes_of, shape
 
 MODEL = shape()
@@ -141,6 +144,30 @@ def test_the_other_presets() -> None:
     assert ours.key == TensorSpec(grouping="per_channel", group_size=64, **turned)
     assert ours.value == TensorSpec(grouping="per_token", group_size="head_dim", **turned)
     assert ours.window == Window(sinks=4)
+
+
+def test_keys_that_have_a_bias_are_not_turned() -> None:
+    qwen = MODEL.model_copy(update={"architecture": "Qwen2ForCausalLM"})
+    ours, turned = preset("kvloom/K3V3", qwen).spec(3), preset("kvloom/K3V3", MODEL).spec(3)
+    assert ours.key == turned.key.model_copy(update={"rotation": None})
+    assert (ours.value, ours.window) == (turned.value, turned.window)
+    assert ours.value.rotation == "hadamard"
+
+
+FAMILIES = {
+    "Llama": False, "Mistral": False, "Qwen2": True, "Qwen3": False, "Gemma2": False, "GptOss": True, "Phi": True,
+    "Phi3": False, "Glm": True, "SeedOss": True, "Starcoder2": True, "GPTNeoX": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "has_bias"), FAMILIES.items())
+def test_which_keys_have_a_bias(family: str, has_bias: bool) -> None:
+    config = getattr(transformers, f"{family}Config")(num_hidden_layers=1)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    keys = ("k_proj.bias", "qkv_proj.bias", "query_key_value.bias")
+    assert any(name.endswith(keys) for name, _ in model.named_parameters()) == has_bias
+    assert type(model).__name__.startswith(BIASED_KEYS) == has_bias
 
 
 @pytest.mark.parametrize("ratios", ["paper", "repository"])

@@ -16,6 +16,11 @@ from kvloom.plan.formats import _kvtuner_tables as kvtuner
 from kvloom.plan.formats._import import import_plan
 from kvloom.plan.formats._kvmix import RATIOS
 
+BIASED_KEYS = ("GPTNeoX", "Glm", "GptOss", "Phi4Multimodal", "PhiForCausalLM", "Qwen2", "SeedOss", "Starcoder2")
+"""How the names of architectures begin whose keys have a bias. One of 150 in a single channel, as Qwen2.5 has in its
+first layers, makes that channel swing with the position; turned, all channels of the head swing, and every range is
+wide."""
+
 
 @dataclass(frozen=True)
 class _Preset:
@@ -40,7 +45,8 @@ def preset(name: str, model: Any) -> Plan:
     run); ``kvq/K4V2`` the default of KVQ 0.0.x (arXiv
     2502.15075). ``kvloom/...`` are the best uniform plans measured here (``benchmarks/LOG.md``): keys per channel and
     values per token, both turned by a Hadamard transform, clip ranges searched, four sinks; ``kvloom calibrate
-    --rotate`` (`kvloom.calibrate`) puts matrices calibrated for the model in the transform's place.
+    --rotate`` (`kvloom.calibrate`) puts matrices calibrated for the model in the transform's place. Keys that have a
+    bias are not turned, see `BIASED_KEYS`.
 
     Args:
         name: One of `presets`.
@@ -106,9 +112,10 @@ def _kvmix(bits: int, ratios: str, model: Fingerprint) -> dict[str, Any]:
 
 def _kvloom(bits: int, model: Fingerprint) -> dict[str, Any]:
     spec = {"bits": bits, "codec": "clipped", "rotation": "hadamard"}
+    turn = {"rotation": None} if model.architecture.startswith(BIASED_KEYS) else {}
     entry = {
         "layers": format_layers(list(model.packed_layers)),
-        "key": {**spec, "grouping": "per_channel", "group_size": 64},
+        "key": {**spec, **turn, "grouping": "per_channel", "group_size": 64},
         "value": {**spec, "grouping": "per_token", "group_size": "head_dim"},
         "window": {"sinks": 4},
     }
