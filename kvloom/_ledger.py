@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,14 @@ class Ledger:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self._pieces[key] = record
+
+    def fill(self, kind: str, keys: Sequence[str], work: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        """Do work that makes the pieces of all keys at once, unless they are there; those that are there stay."""
+        if all(key in self for key in keys):
+            return
+        for key, piece in zip(keys, work(), strict=True):
+            if key not in self:
+                self.add(kind, key, piece)
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()

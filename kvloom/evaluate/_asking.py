@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,15 +54,12 @@ def ask(
     answers: list[dict[int, Record]] = [{} for _ in contestants]
     done, total = 0, len(prompts) * len(contestants)
     for places in _of_one_length(prompts, batch):
-        prompt = Prompt(model, torch.tensor([list(prompts[place]) for place in places], device=model.device))
-        hashes = [tokens_hash(row[None]) for row in prompt.tokens]
+        tokens = torch.tensor([list(prompts[place]) for place in places])
+        hashes, prompt = [tokens_hash(row[None]) for row in tokens], Prompt(model, tokens.to(model.device))
         for contestant, answered in zip(contestants, answers, strict=True):
             progress(places[0], contestant, done, total)
             keys = [fingerprint({**shared, **contestant.identity, "prompt": each}) for each in hashes]
-            if any(key not in ledger for key in keys):
-                for key, piece in zip(keys, replies(model, tokenizer, contestant, prompt, request), strict=True):
-                    if key not in ledger:
-                        ledger.add("answer_piece", key, piece)
+            ledger.fill("answer_piece", keys, partial(replies, model, tokenizer, contestant, prompt, request))
             answered.update((place, ledger[key]) for place, key in zip(places, keys, strict=True))
             done += len(places)
     return [[answered[place] for place in range(len(prompts))] for answered in answers]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -184,19 +185,25 @@ def score_windows(
     ]
     done, total = 0, windows.shape[0] * len(contestants)
     for first, rows in zip(range(0, len(windows), batch), windows.to(model.device).split(batch), strict=True):
-        reference: Tensor | None = None
+        reference = lru_cache(maxsize=1)(partial(dense_logits, model, rows, protocol))
         for contestant, own in zip(contestants, keys, strict=True):
             progress(f"window {first + 1}, {contestant.name}", done, total)
             wanted = own[first : first + len(rows)]
-            if not all(key in ledger for key in wanted):
-                if reference is None:
-                    reference = dense_logits(model, rows, protocol)
-                for key, piece in zip(wanted, score_rows(model, rows, contestant, reference, protocol), strict=True):
-                    if key not in ledger:
-                        ledger.add(kind, key, kept(piece))
+            ledger.fill(kind, wanted, partial(_kept_scores, model, rows, contestant, reference, protocol, kept))
             done += len(rows)
     progress("scored", done, total)
     return [[ledger[key] for key in own] for own in keys]
+
+
+def _kept_scores(
+    model: PreTrainedModel,
+    rows: Tensor,
+    contestant: Contestant,
+    reference: Callable[[], Tensor],
+    protocol: Protocol,
+    kept: Callable[[Record], Record],
+) -> list[Record]:
+    return [kept(piece) for piece in score_rows(model, rows, contestant, reference(), protocol)]
 
 
 def piece_scores(pieces: Sequence[Record]) -> TokenScores:

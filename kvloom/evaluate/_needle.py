@@ -171,8 +171,8 @@ def needle(
     check_model(model)
     prompts: list[list[int]] = [needle_prompt(tokenizer, haystack, case)[0].tolist() for case in cases]
 
-    def tell(case: NeedleCase, contestant: Contestant, done: int, total: int) -> None:
-        progress(f"{case.tokens} tokens, depth {case.depth}, {contestant.name}", done, total)
+    def tell(place: int, contestant: Contestant, done: int, total: int) -> None:
+        progress(f"{cases[place].tokens} tokens, depth {cases[place].depth}, {contestant.name}", done, total)
 
     answers = ask(
         model,
@@ -181,7 +181,7 @@ def needle(
         contestants,
         Request(NEW_TOKENS),
         open_pieces(out, model),
-        lambda place, *told: tell(cases[place], *told),
+        tell,
         batch,
     )
     progress("answered", len(cases) * len(contestants), len(cases) * len(contestants))
