@@ -1,4 +1,4 @@
-"""Products of a compiled decode step with weights: those that share their rows become one `kvloom.kernels.products`."""
+"""Products of a compiled decode step with weights: those that share their rows become one `Backend.products`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-MAX_ROWS = 8
-MAX_WEIGHTS = 4
+from kvloom.kernels import PRODUCT_ROWS, PRODUCT_WEIGHTS
 
 _VIEWS = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
@@ -32,8 +31,8 @@ class JoinProducts(CustomGraphPass):
             if _weight_of(product) is not None and _is_few(count):
                 sharing.setdefault((_viewed(rows), count), []).append(product)
         for products in sharing.values():
-            for first in range(0, len(products), MAX_WEIGHTS):
-                _join(graph, products[first : first + MAX_WEIGHTS])
+            for first in range(0, len(products), PRODUCT_WEIGHTS):
+                _join(graph, products[first : first + PRODUCT_WEIGHTS])
 
     def uuid(self) -> Any:
         """Of this rewriting, for the compiler's cache."""
@@ -41,7 +40,7 @@ class JoinProducts(CustomGraphPass):
 
 
 def _is_few(rows: object) -> bool:
-    return isinstance(rows, int) and rows <= MAX_ROWS  # a number that is not known is a symbol
+    return isinstance(rows, int) and rows <= PRODUCT_ROWS  # a number that is not known is a symbol
 
 
 def _viewed(rows: Node) -> Node:
@@ -57,8 +56,9 @@ def _weight_of(product: Node) -> Node | None:
     if not isinstance(transposed, Node) or transposed.target is not torch.ops.aten.permute.default:
         return None
     weight, order = transposed.args
-    is_weight = isinstance(weight, Node) and weight.op in ("placeholder", "get_attr") and order == [1, 0]
-    return weight if is_weight and isinstance(weight, Node) else None
+    if not isinstance(weight, Node) or weight.op not in ("placeholder", "get_attr") or order != [1, 0]:
+        return None
+    return weight
 
 
 def _join(graph: Graph, products: Sequence[Node]) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from kvloom.codecs import OUT_OF_RANGE
-from kvloom.kernels._base import Backend
+from kvloom.kernels._base import PRODUCT_ROWS, PRODUCT_WEIGHTS, Backend
 from kvloom.kernels._between_pages import between_pages, is_between_pages
 from kvloom.kernels._invariant import INVARIANT, invariant_attention
-from kvloom.kernels._ops import append, attend_static, products
+from kvloom.kernels._ops import append, attend_static
 from kvloom.kernels._registry import backend, backends
 from kvloom.kernels._torch import dense_attention
 
 __all__ = [
     "INVARIANT",
     "OUT_OF_RANGE",
+    "PRODUCT_ROWS",
+    "PRODUCT_WEIGHTS",
     "Backend",
     "append",
     "attend_static",
@@ -22,5 +24,4 @@ __all__ = [
     "dense_attention",
     "invariant_attention",
     "is_between_pages",
-    "products",
 ]

@@ -13,6 +13,9 @@ from kvloom.codecs import rotated, signs
 from kvloom.kernels._static import append_by_sequence, attend_by_sequence
 from kvloom.pages import PagedKV, PageLayout, StaticKV
 
+PRODUCT_ROWS, PRODUCT_WEIGHTS = 8, 4
+"""Up to how many rows `Backend.products` gains by a kernel of its own, and how many weights one launch takes."""
+
 
 class AttendOptions(TypedDict):
     """Keyword arguments of `Backend.attend`, for backends that pass them on."""

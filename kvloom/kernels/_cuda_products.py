@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
+from kvloom.kernels._base import PRODUCT_ROWS, PRODUCT_WEIGHTS
 from kvloom.kernels._nvrtc import Defines, int64, module
 
-MAX_ROWS = 8
-MAX_WEIGHTS = 4
 _FEATURES = 16  # of a block
 _STEP = 64  # channels that a warp takes together
 _WARPS = 8
@@ -38,7 +37,7 @@ def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Ten
     parts: list[Any] = []
     for weight, out in zip(weights, outs, strict=True):
         parts += weight, int64(weight.stride(0)), out, weight.shape[0]
-    parts += [None, int64(0), None, 0] * (MAX_WEIGHTS - len(weights))
+    parts += [None, int64(0), None, 0] * (PRODUCT_WEIGHTS - len(weights))
     with torch.cuda.device(x.device):
         module("products.cu", _build(x.dtype)).launch(
             "products", (blocks, 1, 1), (32 * _WARPS, 1, 1), x, int64(x.stride(0)), rows, channels, *parts
@@ -50,9 +49,9 @@ def multiplies(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
     """Whether `products` takes these."""
     return (
         x.dtype in _KINDS
-        and 1 <= x.shape[0] <= MAX_ROWS
+        and 1 <= x.shape[0] <= PRODUCT_ROWS
         and x.shape[1] % _STEP == 0
-        and 1 <= len(weights) <= MAX_WEIGHTS
+        and 1 <= len(weights) <= PRODUCT_WEIGHTS
         and all(weight.dtype == x.dtype and weight.shape[0] % _FEATURES == 0 < weight.shape[0] for weight in weights)
         and all(map(_is_aligned, (x, *weights)))
     )

@@ -42,12 +42,6 @@ def attend_static(
     return out
 
 
-def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """`Backend.products`, by the backend of the device."""
-    out: list[torch.Tensor] = torch.ops.kvloom.products(x, list(weights))
-    return out
-
-
 def _parts(kv: StaticKV) -> tuple[Any, ...]:
     exact = (kv.sinks.key, kv.sinks.value, kv.tail.key, kv.tail.value)
     kept = [g.kept for g in kv.pages if g.kept is not None]
