@@ -166,8 +166,10 @@ def _end(text: str, start: int, tokenizer: Any, tokens: int) -> int:
     if len(ends) <= tokens:
         raise DataError(f"the essays have no {tokens} tokens behind character {start}: ask for fewer.")
     before, behind = AROUND
-    stops = [stop for _, stop in ends[tokens::-1]]
-    return start + next(stop for stop in stops if _count(tokenizer, before + longest[:stop] + behind) == tokens)
+    for _, stop in ends[tokens::-1]:
+        if _count(tokenizer, before + longest[:stop] + behind) == tokens:
+            return start + stop
+    raise DataError(f"no stretch behind character {start} of the essays has {tokens} tokens: ask for another number.")
 
 
 def _count(tokenizer: Any, text: str) -> int:

@@ -1,6 +1,6 @@
 """The table of docs/eviction.md: plans of tokens and bits together beside every policy with uniform bits.
 
-    kvloom profile smollm2-135m --rotated --evict auto -o profile.json
+    kvloom profile smollm2-135m --rotated --evict auto --evict-prompts 16 -o profile.json
     python -m benchmarks.joint --profile profile.json               # scores all; resumable
     python -m benchmarks.joint --profile profile.json --share 2/8   # every eighth of them from the second on
     python -m benchmarks.joint --readme                             # the table, from the results of all shares

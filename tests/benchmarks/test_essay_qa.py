@@ -55,3 +55,9 @@ def test_a_sentence_that_is_not_said_once_is_refused(monkeypatch, tokenizer, fou
 def test_essays_that_are_too_short_are_refused(tokenizer):
     with pytest.raises(DataError, match="have no"):
         essay_qa.rows(tokenizer, 10**6)
+
+
+def test_a_number_of_tokens_that_no_stretch_has_is_refused(monkeypatch, tokenizer):
+    monkeypatch.setattr(essay_qa, "_count", lambda *_: 0)
+    with pytest.raises(DataError, match="no stretch behind character"):
+        essay_qa.rows(tokenizer, 40)

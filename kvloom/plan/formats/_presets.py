@@ -111,12 +111,12 @@ def _kvmix(bits: int, ratios: str, model: Fingerprint) -> dict[str, Any]:
 
 
 def _kvloom(bits: int, model: Fingerprint) -> dict[str, Any]:
-    spec = {"bits": bits, "codec": "clipped", "rotation": "hadamard"}
-    turn = {"rotation": None} if model.architecture.startswith(BIASED_KEYS) else {}
+    spec = {"bits": bits, "codec": "clipped"}
+    turn = None if model.architecture.startswith(BIASED_KEYS) else "hadamard"
     entry = {
         "layers": format_layers(list(model.packed_layers)),
-        "key": {**spec, **turn, "grouping": "per_channel", "group_size": 64},
-        "value": {**spec, "grouping": "per_token", "group_size": "head_dim"},
+        "key": {**spec, "rotation": turn, "grouping": "per_channel", "group_size": 64},
+        "value": {**spec, "rotation": "hadamard", "grouping": "per_token", "group_size": "head_dim"},
         "window": {"sinks": 4},
     }
     return {"model": model, "layers": [entry]}
