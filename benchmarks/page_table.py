@@ -39,28 +39,43 @@ def ways(grid: Grid, shape: Shape, pair: Pair, device: torch.device) -> dict[str
     page = grid.layout(pair)
     layout = BlockLayout((page,) * grid.kv_heads, 0, grid.itemsize, page.nbytes * grid.kv_heads)
     width = kv.num_pages + layout.spare_blocks
-    in_order = torch.arange(shape.batch * width, dtype=torch.int32, device=device).view(shape.batch, -1)
-    shuffled = torch.randperm(shape.batch * width, device=device).int().view(shape.batch, -1)
+    in_order = 1 + torch.arange(shape.batch * width, dtype=torch.int32, device=device).view(shape.batch, -1)
+    shuffled = 1 + torch.randperm(shape.batch * width, device=device).int().view(shape.batch, -1)
     backend = kernels.backend(device)
     found: dict[str, Way] = {"contiguous": partial(backend.attend, query, kv, scaling=grid.scaling)}
     for name, table in (("in order", in_order), ("shuffled", shuffled)):
         blocks = _blocks(kv, layout, table)
         through = replace(kv, pages=blocks.pages, table=table[:, : kv.num_pages])
         found[name] = partial(backend.attend, query, through, scaling=grid.scaling)
-    decoding = Decoding(range(shape.batch), [kv.length - 1] * shape.batch, shuffled, 0, kv.page_tokens)
+    decoding = _decoding(kv, shuffled, kv.length)
     return {**found, "plugin": partial(_layer, query, kv, blocks, decoding, grid.scaling)}
 
 
 def _blocks(kv: PagedKV, layout: BlockLayout, table: torch.Tensor) -> Blocks:
     """The pages and exact tokens of a cache, the newest excepted, in blocks."""
-    storage = torch.zeros(table.numel(), layout.nbytes, dtype=torch.uint8, device=kv.device)
+    storage = torch.zeros(1 + table.numel(), layout.nbytes, dtype=torch.uint8, device=kv.device)
     storage[table[:, : kv.num_pages].flatten()] = kv.pages[0].data.transpose(1, 2).flatten(0, 1).flatten(1)
     blocks = Blocks(layout, storage, kv.dtype, torch.zeros(2, dtype=torch.int32, device=kv.device))
     for token in range(kv.tail.tokens):
         length = kv.num_pages * kv.page_tokens + token
-        decoding = Decoding(range(len(table)), [length] * len(table), table, 0, kv.page_tokens)
-        decoding.append(blocks, *(x[:, :, token : token + 1] for x in (kv.tail.key, kv.tail.value)))
+        _decoding(kv, table, length + 1).append(
+            blocks, *(x[:, :, token : token + 1] for x in (kv.tail.key, kv.tail.value))
+        )
     return blocks
+
+
+def _decoding(kv: PagedKV, table: torch.Tensor, length: int) -> Decoding:
+    lengths = torch.full((len(table),), length, dtype=torch.int32, device=table.device)
+    return Decoding(
+        slice(0, len(table)),
+        lengths,
+        table,
+        most=length,
+        capacity=kv.length,
+        kv_heads=kv.shape[1],
+        sinks=0,
+        page_tokens=kv.page_tokens,
+    )
 
 
 def _layer(query: torch.Tensor, kv: PagedKV, blocks: Blocks, decoding: Decoding, scaling: float) -> torch.Tensor:

@@ -13,9 +13,6 @@ from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, StaticKV
 from kvloom.plan import Window, head_layouts, itemsize
 
-# A ticket for appending, and one for each tile of 8 query rows of a KV head: enough for 32 query heads a KV head.
-_TICKETS_A_HEAD = 4
-
 
 class FixedLayer(LoomLayer):
     """Room for a fixed number of tokens in tensors that stay where they are (`store`), so that steps replay as graphs.
@@ -197,8 +194,3 @@ def ring_tokens(window: Window, max_tokens: int, page_tokens: int) -> int:
     """Exact tokens that a cache of fixed size has room for besides the sinks: the window and a page, in whole pages."""
     recent = max(window.recent, -int(-window.recent_ratio * max_tokens // 1))
     return (min(recent, max_tokens) + 2 * page_tokens - 1) // page_tokens * page_tokens
-
-
-def state_numbers(batch: int, kv_heads: int) -> int:
-    """Levels of every sequence, then counters."""
-    return 2 * batch + 1 + _TICKETS_A_HEAD * batch * kv_heads

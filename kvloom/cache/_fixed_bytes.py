@@ -6,9 +6,10 @@ from math import ceil
 
 import torch
 
-from kvloom.cache._fixed import ring_tokens, state_numbers
+from kvloom.cache._fixed import ring_tokens
 from kvloom.errors import PlanError
 from kvloom.eviction import slot_nbytes
+from kvloom.pages import state_numbers
 from kvloom.plan import Plan, Window, full_pages, head_layouts, itemsize, shared_nbytes
 
 # The first record of a KV head, how many pages it keeps in the storage, and how many outside it: int32.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from kvloom import kernels
-from kvloom.cache._fixed import FixedLayer, ring_tokens, state_numbers
+from kvloom.cache._fixed import FixedLayer, ring_tokens
 from kvloom.cache._layer import filled
 from kvloom.cache._storage import live_nbytes
-from kvloom.pages import ExactKV, HeadPages, StaticKV
+from kvloom.pages import ExactKV, HeadPages, StaticKV, state_numbers
 from kvloom.plan import full_pages
 
 

@@ -12,14 +12,14 @@ import torch
 
 from kvloom import kernels
 from kvloom.cache._evicting import EvictingLayer
-from kvloom.cache._fixed import FixedLayer, ring_tokens, state_numbers
+from kvloom.cache._fixed import FixedLayer, ring_tokens
 from kvloom.cache._fixed_bytes import new_pages
 from kvloom.cache._index import numbers, of_heads
 from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._slots import slot_dtype
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError
-from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, stored_run
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, state_numbers, stored_run
 from kvloom.plan import Window
 
 

@@ -144,7 +144,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
         KernelError: The kernels do not cover one of the layouts.
     """
     key, value = _aligned(key), _aligned(value)
-    batch, kv_heads = key.shape[:2]
+    batch = len(key)
     with torch.cuda.device(key.device):
         for group in kv.pages:
             _check_encoded(group.layout, key.dtype)
@@ -158,13 +158,14 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
                 *strides(key)[:2],
                 value,
                 *strides(value)[:2],
-                kv_heads,
                 head_index(group.heads, key.device) if len(kv.pages) > 1 else None,
                 kv.sinks.key,
                 kv.sinks.value,
+                *strides(kv.sinks.key),
                 kv.sinks.tokens,
                 kv.tail.key,
                 kv.tail.value,
+                *strides(kv.tail.key),
                 kv.tail.tokens,
                 data,
                 *strides(data),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvloom import codecs
@@ -72,10 +73,13 @@ class TorchBackend(Backend):
             kv, mask = padded(kv, mask, query.shape[1], query.shape[2])
         if kv.num_pages == 0:
             return dense_attention(query, *_exact_states(kv), mask=mask, **options)
-        columns = column_mask(kv, mask, query.shape[2])
         is_readable = all(group.layout.is_readable for group in kv.pages)
         if rows_of_a_head(query, kv) > kv.page_tokens or not is_readable:
+            if mask is None and _is_without_overlap(kv):
+                return dense_attention(query, *self.all_states(kv, in_order=True), **options)
+            columns = column_mask(kv, mask, query.shape[2])
             return dense_attention(query, *self.all_states(kv), mask=columns, **options)
+        columns = column_mask(kv, mask, query.shape[2])
         return self._folded_attention(query, *_exact_states(kv), kv.in_order(), columns, **options)
 
     def is_graph_safe_between_pages(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
@@ -152,13 +156,18 @@ class TorchBackend(Backend):
         order = [head for group in kv.pages for head in group.heads]
         return torch.cat(parts, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
 
-    def all_states(self, kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values by column [sinks, tail, pages], the pages decoded."""
+    def all_states(self, kv: PagedKV, *, in_order: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values by column [sinks, tail, pages], or as slots follow each other; the pages decoded."""
         shape = (*kv.shape[:2], kv.num_pages * kv.page_tokens, kv.shape[-1])
         key, value = (torch.empty(shape, dtype=kv.dtype, device=kv.device) for _ in range(2))
         for group in kv.pages:
             heads = list(group.heads)
             key[:, heads], value[:, heads] = self.decode(group.data, group.layout, kv.dtype, kv.table)
+        if in_order:
+            return (
+                torch.cat([kv.sinks.key, key, kv.tail.key], -2),
+                torch.cat([kv.sinks.value, value, kv.tail.value], -2),
+            )
         exact_key, exact_value = _exact_states(kv)
         return torch.cat([exact_key, key], -2), torch.cat([exact_value, value], -2)
 
@@ -190,7 +199,7 @@ def dense_attention(
     queries, tokens = query.shape[2], key.shape[2]
     if softcap is None and sink_logits is None:
         if mask is None and 1 < queries < tokens:
-            mask = _causal(queries, tokens, query.device)
+            mask = causal_lower_right(queries, tokens)  # no mask in memory, where a kernel knows the case
         causal = mask is None and queries > 1
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True
@@ -254,6 +263,12 @@ def _exact_states(kv: PagedKV | StaticKV) -> tuple[torch.Tensor, torch.Tensor]:
     if not kv.sinks.tokens:
         return kv.tail.key, kv.tail.value
     return torch.cat([kv.sinks.key, kv.tail.key], -2), torch.cat([kv.sinks.value, kv.tail.value], -2)
+
+
+def _is_without_overlap(kv: PagedKV) -> bool:
+    """Whether no slot is in a page and in the tail: every query then reads all pages."""
+    is_kept = any(group.kept is not None for group in kv.pages)
+    return not is_kept and kv.sinks.tokens + kv.num_pages * kv.page_tokens + kv.tail.tokens == kv.length
 
 
 def column_mask(kv: PagedKV, mask: torch.Tensor | None, queries: int) -> torch.Tensor | None:

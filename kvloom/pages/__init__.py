@@ -24,7 +24,16 @@ from kvloom.pages._fragment import Plane, source_index
 from kvloom.pages._layout import PageLayout, SideLayout, num_outliers, page_layout, page_nbytes, side_nbytes
 
 if TYPE_CHECKING:
-    from kvloom.pages._handle import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, layouts_of, records_of
+    from kvloom.pages._handle import (
+        ExactKV,
+        HeadPages,
+        KeptRecords,
+        PagedKV,
+        StaticKV,
+        layouts_of,
+        records_of,
+        state_numbers,
+    )
     from kvloom.pages._outliers import pack_outliers, unpack_outliers
     from kvloom.pages._pack import (
         RowRuns,
@@ -54,6 +63,7 @@ _TENSOR_HOMES = {
     "RowRuns": "kvloom.pages._pack",
     "row_runs": "kvloom.pages._pack",
     "side_matrix": "kvloom.pages._pack",
+    "state_numbers": "kvloom.pages._handle",
     "stored": "kvloom.pages._places",
     "stored_run": "kvloom.pages._places",
     "unpack_outliers": "kvloom.pages._outliers",
@@ -102,6 +112,7 @@ __all__ = [
     "side_matrix",
     "side_nbytes",
     "source_index",
+    "state_numbers",
     "stored",
     "stored_run",
     "unpack_outliers",

@@ -280,6 +280,15 @@ class StaticKV(_Handle):
             group.data[0][:, self.table[rows, page:stop].long()] = records.transpose(0, 1)
 
 
+def state_numbers(batch: int, kv_heads: int) -> int:
+    """Numbers of `StaticKV.state`: levels of every sequence, then counters."""
+    return 2 * batch + 1 + _COUNTERS_A_HEAD * batch * kv_heads
+
+
+# A ticket for appending, and one for each tile of 8 query rows of a KV head: enough for 32 query heads a KV head.
+_COUNTERS_A_HEAD = 4
+
+
 def _of_rows(kept: KeptRecords | None, rows: slice) -> KeptRecords | None:
     return None if kept is None else KeptRecords(kept.extents[rows], kept.places[rows])
 

@@ -69,14 +69,14 @@ def plans(draw):
 
 
 class Pool:
-    """Blocks of all sequences, given out as vLLM does: those of the tokens and the spare ones, in any order."""
+    """Blocks of all sequences, given out as vLLM does: for tokens and spare ones, in any order, never block 0."""
 
     def __init__(self, plan, blocks, seed=0, rank=0, world_size=1):
         self.plan = plan
         self.layout = block_layouts(plan, "float32", rank, world_size)[0]
         self.storage = torch.randint(256, (blocks, self.layout.nbytes), dtype=torch.uint8)
         self.blocks = Blocks(self.layout, self.storage, torch.float32, torch.zeros(2, dtype=torch.int32))
-        self.free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+        self.free = (1 + torch.randperm(blocks - 1, generator=torch.Generator().manual_seed(seed))).tolist()
 
     def tokens_of(self, key, value, computed, table):
         """Append tokens of a sequence whose blocks ``table`` names, and grows; what they attend to."""
@@ -92,13 +92,26 @@ class Pool:
             self.grow(table, tokens + 1)
         width = max(map(len, tables))
         table = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
-        rows = range(len(tables))
-        kv = Decoding(rows, computed, table, self.layout.sinks, self.layout.page_tokens).append(self.blocks, key, value)
-        return [kv.paged(slice(row, row + 1), *kv.levels()[row].tolist()) for row in rows]
+        kv = decoding_of(self.layout, computed, table).append(self.blocks, key, value)
+        return [kv.paged(slice(row, row + 1), *kv.levels()[row].tolist()) for row in range(len(tables))]
 
     def grow(self, table, tokens):
         while len(table) < -(-tokens // self.layout.page_tokens) + self.layout.spare_blocks:
             table.append(self.free.pop())
+
+
+def decoding_of(layout, computed, table, capacity=1000):
+    """Of sequences that fill a pass, with ``computed`` tokens before it."""
+    return Decoding(
+        slice(0, len(computed)),
+        torch.tensor([tokens + 1 for tokens in computed], dtype=torch.int32, device=table.device),
+        table,
+        most=max(computed) + 1,
+        capacity=capacity,
+        kv_heads=layout.kv_heads,
+        sinks=layout.sinks,
+        page_tokens=layout.page_tokens,
+    )
 
 
 def states(plan, tokens, seed=0):
@@ -167,7 +180,7 @@ def test_sequences_that_decode_together_read_what_caches_of_their_own_show_them(
         computed = [run["cache"].get_seq_length() for run in some]
         now = [[x[:, :, n : n + 1] for x in run["states"]] for run, n in zip(some, computed, strict=True)]
         key, value = (torch.cat(x) for x in zip(*now, strict=True))
-        others = sorted(set(range(200)) - {block for run in some for block in run["table"]} - set(pool.free))
+        others = sorted(set(range(1, 200)) - {block for run in some for block in run["table"]} - set(pool.free))
         before = pool.storage[others].clone()
         got = pool.decoded(key, value, computed, [run["table"] for run in some])
         for run, own, ours in zip(some, now, got, strict=True):
@@ -175,8 +188,8 @@ def test_sequences_that_decode_together_read_what_caches_of_their_own_show_them(
         assert pool.storage[others].equal(before)
 
 
-def test_a_decoding_pass_packs_once_and_copies_no_page(monkeypatch):
-    """The pages handed over are the blocks themselves; two sequences whose pages fill at once are packed together."""
+def test_a_decoding_pass_packs_what_is_full_and_copies_no_page(monkeypatch):
+    """The pages handed over are the blocks themselves."""
     plan = plan_of(window=Window(sinks=4))
     pool, (key, value) = Pool(plan, 60), states(plan, 200)
     lengths, tables = [67, 131, 90, 2], [[] for _ in range(4)]
@@ -191,8 +204,8 @@ def test_a_decoding_pass_packs_once_and_copies_no_page(monkeypatch):
     width = max(map(len, tables))
     table = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
     new = key[:, :, :1].expand(4, -1, -1, -1)
-    kv = Decoding(range(4), lengths, table, 4, 64).append(pool.blocks, new, new)
-    assert packed == [(2, KV_HEADS, 64, 16)]
+    kv = decoding_of(pool.layout, lengths, table).append(pool.blocks, new, new)
+    assert packed == [(1, KV_HEADS, 64, 16)] * 2
     assert kv.levels().tolist() == [[68, 0], [132, 1], [91, 1], [3, 0]]
     assert kv.table.data_ptr() == table[:, 1:].data_ptr()
     held = pool.storage.untyped_storage().data_ptr()
@@ -200,6 +213,70 @@ def test_a_decoding_pass_packs_once_and_copies_no_page(monkeypatch):
     sequence = Sequence(pool.blocks, torch.tensor(tables[1], dtype=torch.int32))
     several = sequence.cache(sequence.append(key[:, :, :2], value[:, :, :2], 132), 132, 134, plan.prefill)
     assert [group.data.untyped_storage().data_ptr() for group in several.pages] == [held]
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_rows_that_only_fill_up_a_batch_change_nothing(sinks):
+    """Their tables name the null block, or, in vLLM's other runner, no block."""
+    plan = plan_of(window=Window(sinks=sinks))
+    pool, (key, value) = Pool(plan, 40), states(plan, 200)
+    tables = [[], []]
+    for tokens, table in zip((67, 63 + sinks), tables, strict=True):
+        pool.tokens_of(key[:, :, :tokens], value[:, :, :tokens], 0, table)
+        pool.grow(table, tokens + 1)
+    width, fillers = max(map(len, tables)), [0, -1]
+    table = torch.tensor([*(t + [0] * (width - len(t)) for t in tables), *([n] * width for n in fillers)]).int()
+    held = pool.storage.clone()
+    two, four = ([x[:, :, :count].transpose(0, 2) for x in (key, value)] for count in (2, 4))
+    alone = decoding_of(pool.layout, [67, 63 + sinks], table[:2]).append(pool.blocks, *two)
+    wanted = pool.storage.clone()
+    pool.storage.copy_(held)
+    kv = decoding_of(pool.layout, [67, 63 + sinks, -1, -1], table).append(pool.blocks, *four)
+    assert pool.storage[1:].equal(wanted[1:])
+    assert kv.levels()[:2].equal(alone.levels())
+    assert not wanted[1:].equal(held[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_graph_decodes_what_steps_do(sinks):
+    """Captured over null blocks, replayed with other lengths and tables, the last row a filler; pages fill."""
+    plan = plan_of(head_dim=64, window=Window(sinks=sinks))
+    layout, device, rows = block_layouts(plan, "float16")[0], torch.device("cuda"), 4
+    backend, width = kernels.backend(device), 5 + layout.spare_blocks
+    own = 1 + torch.randperm(3 * width, generator=torch.Generator().manual_seed(0)).view(3, -1).int().to(device)
+    prompts = [1, 60 + sinks, 130]
+    pools = []
+    for _ in range(2):
+        storage = torch.zeros(1 + 3 * width, layout.nbytes, dtype=torch.uint8, device=device)
+        pools.append(Blocks(layout, storage, torch.float16, torch.zeros(2, dtype=torch.int32, device=device)))
+        for row, tokens in enumerate(prompts):
+            key, value = (x.half().to(device) for x in states(plan, tokens, row))
+            Sequence(pools[-1], own[row]).append(key, value, 0)
+    lengths = torch.ones(rows, dtype=torch.int32, device=device)
+    table = torch.zeros(rows, width, dtype=torch.int32, device=device)
+    key, value, query = (torch.zeros(rows, heads, 1, 64, dtype=torch.float16, device=device) for heads in (2, 2, 8))
+
+    def step(blocks, count, graph):
+        most = 300 if graph else int(lengths.max())
+        options = {"most": most, "capacity": 300, "kv_heads": 2, "sinks": sinks, "page_tokens": layout.page_tokens}
+        decoding = Decoding(slice(0, count), lengths[:count], table[:count], **options)
+        kv = decoding.append(blocks, key[:count], value[:count])
+        return backend.attend_static(query[:count], kv, scaling=0.125)
+
+    step(pools[0], rows, graph=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(pools[0], rows, graph=True)
+    table[:3] = own
+    for count in range(8):
+        lengths.copy_(torch.tensor([tokens + count + 1 for tokens in prompts] + [0]))
+        for x in (key, value, query):
+            x.normal_()
+        graph.replay()
+        expected = step(pools[1], 3, graph=False)
+        assert float((out[:3] - expected).float().norm() / expected.float().norm()) < 2e-3
+    assert pools[0].storage[1:].equal(pools[1].storage[1:])
 
 
 @pytest.mark.gpu
@@ -210,10 +287,10 @@ def test_on_a_gpu_nothing_waits_and_blocks_and_outputs_are_those_of_the_cpu(sink
     plan = plan_of(head_dim=64, heads=heads, window=Window(sinks=sinks))
     layout, lengths = block_layouts(plan, "float16")[0], [1, 2, 62, 66, 130, 190]
     width = 5 + layout.spare_blocks
-    table = torch.randperm(6 * width, generator=torch.Generator().manual_seed(0)).view(6, -1).int()
+    table = 1 + torch.randperm(6 * width, generator=torch.Generator().manual_seed(0)).view(6, -1).int()
     sides = {}
     for device in (CPU, torch.device("cuda")):
-        storage = torch.zeros(6 * width, layout.nbytes, dtype=torch.uint8, device=device)
+        storage = torch.zeros(1 + 6 * width, layout.nbytes, dtype=torch.uint8, device=device)
         sides[device] = Blocks(layout, storage, torch.float16, torch.zeros(2, dtype=torch.int32, device=device))
         for row, tokens in enumerate(lengths):
             key, value = (x.half().to(device) for x in states(plan, tokens, row))
@@ -225,13 +302,12 @@ def test_on_a_gpu_nothing_waits_and_blocks_and_outputs_are_those_of_the_cpu(sink
         for device, blocks in sides.items():
             own = [x.to(device) for x in (key, value, query, table)]
             torch.cuda.set_sync_debug_mode("error" if device.type == "cuda" and step else "default")
-            decoding = Decoding(range(6), computed, own[3], sinks, layout.page_tokens)
-            kv = decoding.append(blocks, own[0], own[1])
+            kv = decoding_of(layout, computed, own[3]).append(blocks, own[0], own[1])
             outputs.append(kernels.backend(device).attend_static(own[2], kv, scaling=0.125))
             torch.cuda.set_sync_debug_mode("default")
         wanted, got = (x.float().cpu() for x in outputs)
         assert float((got - wanted).norm() / wanted.norm()) < 4e-3
-    wanted, got = (blocks.storage.cpu() for blocks in sides.values())
+    wanted, got = (blocks.storage[1:].cpu() for blocks in sides.values())
     assert got.equal(wanted)
 
 

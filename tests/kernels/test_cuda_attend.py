@@ -180,6 +180,25 @@ def test_codebooks_are_float64s(number: int, head_dim: int, dtype: torch.dtype, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("queries", "held"), [(300, 0), (300, 37), (129, 5)])
+def test_a_prompt_that_goes_on_behind_pages(dim: int, queries: int, held: int) -> None:
+    """More queries than a page has tokens; the last ``held`` tokens before them are exact."""
+    formats = Format(4, "per_channel", 64, False), Format(3, "per_token", dim, False)
+    layout = page_layout(*formats, dim, 2, page_tokens_of(*formats))
+    case = Case(
+        layout, torch.bfloat16, False, None, 4, queries, 2, 2, 7, 4, queries + held, 1.0, False, False, seed=dim
+    )
+    kv, query, key, value = states(case)
+    scaling = dim**-0.5
+    got = backend(query.device).attend(query, kv, scaling=scaling).double()
+    scores = query.double().unflatten(1, (2, 4)) @ key[:, :, None].transpose(-1, -2) * scaling
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cuda").triu(key.shape[2] - queries + 1)
+    wanted = (scores.masked_fill(hidden, -math.inf).softmax(-1) @ value[:, :, None]).flatten(1, 2).transpose(1, 2)
+    assert float((got - wanted).norm() / wanted.norm()) < 8e-3
+
+
+@pytest.mark.gpu
 def test_layers_differ_by_their_points_alone() -> None:
     """One module serves every codebook."""
     fmt = Format(3, "per_token", 128, codec="nuq", codebook=tuple(i / 3.5 - 1 for i in range(8)))

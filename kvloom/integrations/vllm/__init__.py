@@ -39,12 +39,15 @@ whose layers need most has room for. The plan and its matrices travel with vLLM'
 starts, which are the same as processes and under Ray; machines started one by one (``--nnodes``) each read the files.
 
 **One step.** Sequences that decode one token each are appended, packed and attended to together, whatever their
-lengths: in every layer one write of exact tokens, one packing call and one attention launch for each page layout among
-its heads. Kernels read packed pages where they lie, through vLLM's block table; exact tokens, at most the sinks and a
-page of each sequence, are gathered by one operation. Passes of several tokens (prompts, or their parts) go sequence by
-sequence, and read earlier pages through the table, too. Lengths come from vLLM's numbers on the host, and nothing waits
-for the device: what a GPU packs out of range is raised some passes later. vLLM's CUDA graphs are captured between
-layers' attention, not across it. Tests of the engine run on a CPU, where the reference copies the pages that it reads.
+lengths: in every layer one gathering of exact tokens (at most the sinks and a page of each sequence), one launch that
+appends and packs for each page layout among its heads, one that writes the new exact tokens, and one of attention for
+each layout. Kernels read packed pages where they lie, through vLLM's block table. Where tokens lie is computed on the
+device from vLLM's lengths and table by the same operations at every step, so that on a GPU vLLM's CUDA graphs hold a
+whole step, attention included; for plans whose formats have no kernels that are safe in a graph they are captured
+between layers' attention, and such layers wait for the device. Passes of several tokens (prompts, or their parts) go
+sequence by sequence, by lengths that vLLM has on the host, and read earlier pages through the table, too. What a GPU
+packs out of range is raised some passes later. Tests of the engine run on a CPU, where the reference copies the pages
+that it reads.
 """
 
 from __future__ import annotations

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvloom import kernels
 from kvloom.cache import SideRotation, side_rotation, turned
-from kvloom.integrations.vllm._blocks import Blocks, index
+from kvloom.integrations.vllm._blocks import Blocks, Index, index
 from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.integrations.vllm._sequence import Sequence
@@ -52,21 +59,36 @@ class _Metadata(AttentionMetadata):  # type: ignore[misc]
     decoding: Decoding | None
 
 
-def _metadata(common: Any, spec: KvloomSpec) -> _Metadata:
+def _metadata(common: Any, spec: KvloomSpec, capacity: int) -> _Metadata:
     """From vLLM's metadata, as far as the host has it: lengths are exact, since nothing is speculated."""
+    if common.max_query_len == 1:  # rows that only fill up a graph's batch are computed, too
+        return _Metadata([], _decoding(common, spec, capacity, slice(0, common.num_reqs), slice(0, common.num_reqs)))
     starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
-    table = common.block_table_tensor
     several, rows = [], []
     for row, (start, stop, length) in enumerate(zip(starts, starts[1:], lengths, strict=False)):
         if stop == start + 1:
             rows.append(row)
         elif stop > start:  # rows of padding have no token
-            several.append(_Several(length - (stop - start), length, slice(start, stop), table[row]))
+            table = common.block_table_tensor[row]
+            several.append(_Several(length - (stop - start), length, slice(start, stop), table))
     if not rows:
         return _Metadata(several, None)
-    own = table[index(rows, table.device)]
-    computed = [lengths[row] - 1 for row in rows]
-    return _Metadata(several, Decoding([starts[row] for row in rows], computed, own, spec.sinks, spec.block_size))
+    device = common.seq_lens.device
+    tokens = index([starts[row] for row in rows], device)
+    return _Metadata(several, _decoding(common, spec, capacity, tokens, index(rows, device)))
+
+
+def _decoding(common: Any, spec: KvloomSpec, capacity: int, tokens: Index, rows: Index) -> Decoding:
+    return Decoding(
+        tokens,
+        common.seq_lens[rows],
+        common.block_table_tensor[rows],
+        most=common.max_seq_len,
+        capacity=capacity,
+        kv_heads=spec.num_kv_heads,
+        sinks=spec.sinks,
+        page_tokens=spec.block_size,
+    )
 
 
 class _MetadataBuilder(AttentionMetadataBuilder[_Metadata]):  # type: ignore[misc]
@@ -76,6 +98,15 @@ class _MetadataBuilder(AttentionMetadataBuilder[_Metadata]):  # type: ignore[mis
 
     def __init__(self, kv_cache_spec: KvloomSpec, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._capacity = vllm_config.model_config.max_model_len
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:  # noqa: ARG003
+        """Whether a pass of sequences that decode can be one graph, attention included."""
+        specs = getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec})  # of one layer, or by layer
+        if all(spec.is_graph_safe for spec in specs.values()):
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> _Metadata:
         """Metadata of a pass.
@@ -86,7 +117,7 @@ class _MetadataBuilder(AttentionMetadataBuilder[_Metadata]):  # type: ignore[mis
         newest = _MetadataBuilder._newest
         if newest is None or newest[0] is not common_attn_metadata:
             watch(common_attn_metadata.block_table_tensor.device).check()
-            newest = common_attn_metadata, _metadata(common_attn_metadata, self.kv_cache_spec)
+            newest = common_attn_metadata, _metadata(common_attn_metadata, self.kv_cache_spec, self._capacity)
             _MetadataBuilder._newest = newest
         return newest[1]
 
@@ -137,6 +168,9 @@ class KvloomBackend(AttentionBackend):  # type: ignore[misc]
             tokens_per_state=cls.layout.page_tokens,
             spare_blocks=cls.spare_blocks,
             sinks=cls.layout.sinks,
+            is_graph_safe=kernels.backend(torch.device(current_platform.device_type)).is_graph_safe(
+                cls.layout.layouts, spec.dtype
+            ),
         )
 
 
@@ -204,40 +238,43 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         """
         if attn_metadata is None:
             return output.zero_()
-        query, key, value = self._turned(*(x.transpose(0, 1)[None] for x in (query, key, value)))
         blocks = Blocks(self.layout, kv_cache.flatten(1), key.dtype, watch(key.device).flags)
+        several, decoding = attn_metadata.several, attn_metadata.decoding
         tails = [
-            Sequence(blocks, each.table).append(key[:, :, each.own], value[:, :, each.own], each.computed)
-            for each in attn_metadata.several
+            Sequence(blocks, each.table).append(*self._cached(_of_one(key, each), _of_one(value, each)), each.computed)
+            for each in several
         ]
-        decoding = attn_metadata.decoding
         if decoding is not None:
-            now = decoding.append(blocks, *(_one_each(x, decoding) for x in (key, value)))
+            now = decoding.append(blocks, *self._appended(_one_each(key, decoding), _one_each(value, decoding)))
         # Reading comes after all appends: a sequence may share new blocks.
         backend, options = kernels.backend(query.device), self._options
-        for each, tail in zip(attn_metadata.several, tails, strict=True):
+        for each, tail in zip(several, tails, strict=True):
             kv = Sequence(blocks, each.table).cache(tail, each.computed, each.length, self.prefill)
-            output[each.own] = self._restored(backend.attend(query[:, :, each.own], kv, **options)[0])
+            output[each.own] = self._restored(backend.attend(self._turned(_of_one(query, each)), kv, **options))[0]
         if decoding is not None:
-            out = backend.attend_static(_one_each(query, decoding), now, **options)
-            output[decoding.tokens] = self._restored(out[:, 0])
+            out = backend.attend_static(self._turned(_one_each(query, decoding)), now, **options)
+            output[decoding.tokens] = self._restored(out)[:, 0]
         return output
 
-    def _turned(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States as they are cached, and queries to match, ``[1, heads, tokens, head_dim]``."""
+    def _cached(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States ``[batch, kv_heads, tokens, head_dim]`` as they are cached."""
         for_keys, for_values = (self._rotation(side, key) for side in ("key", "value"))
-        if for_keys:
-            query, key = turned(query, for_keys.dual), for_keys.cached(key)
-        return query, key, for_values.cached(value) if for_values else value
+        return for_keys.cached(key) if for_keys else key, for_values.cached(value) if for_values else value
+
+    def _appended(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States as `kvloom.kernels.Backend.append` takes them."""
+        for_keys, for_values = (self._rotation(side, key) for side in ("key", "value"))
+        return for_keys.appended(key) if for_keys else key, for_values.appended(value) if for_values else value
+
+    def _turned(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries ``[batch, num_heads, tokens, head_dim]`` to match the cached keys."""
+        rotation = self._rotation("key", query)
+        return turned(query, rotation.dual) if rotation else query
 
     def _restored(self, out: torch.Tensor) -> torch.Tensor:
-        """What attention returns, ``[tokens, num_heads, head_dim]``, turned back."""
-        rotation = self._rotations["value"]
-        if not rotation:
-            return out
-        return turned(out.transpose(0, 1)[None], rotation.dual.transpose(-1, -2))[0].transpose(0, 1)
+        """What attention returns, ``[batch, tokens, num_heads, head_dim]``, turned back."""
+        rotation = self._rotation("value", out)
+        return rotation.restored(out.transpose(1, 2)).transpose(1, 2) if rotation else out
 
     def _rotation(self, side: Role, states: torch.Tensor) -> SideRotation | None:
         if side not in self._rotations:
@@ -246,6 +283,11 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         return self._rotations[side]
 
 
+def _of_one(states: torch.Tensor, several: _Several) -> torch.Tensor:
+    """``[1, heads, tokens, head_dim]`` of the tokens of one sequence, of all ``[tokens, heads, head_dim]``."""
+    return states[several.own].transpose(0, 1)[None]
+
+
 def _one_each(states: torch.Tensor, decoding: Decoding) -> torch.Tensor:
-    """``[sequences, heads, 1, head_dim]`` of the tokens that are decoded, of all ``[1, heads, tokens, head_dim]``."""
-    return states[0].transpose(0, 1)[decoding.tokens][:, :, None]
+    """``[sequences, heads, 1, head_dim]`` of the tokens that are decoded, of all ``[tokens, heads, head_dim]``."""
+    return states[decoding.tokens][:, :, None]

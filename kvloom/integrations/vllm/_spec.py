@@ -18,10 +18,12 @@ class KvloomSpec(FullAttentionSpec):  # type: ignore[misc]
     Attributes:
         spare_blocks: Blocks of a sequence besides those of its tokens.
         sinks: First tokens of a sequence, exact.
+        is_graph_safe: Whether a step can be a CUDA graph, see `kvloom.kernels.Backend`.
     """
 
     spare_blocks: int
     sinks: int
+    is_graph_safe: bool
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of the longest sequence."""

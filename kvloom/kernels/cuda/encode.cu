@@ -621,31 +621,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
 
 // Appends one token to every sequence of a cache of fixed size and packs the page that is full with it. Grid (2, heads of
-// records, batch). key, value [batch, kv_heads, 1, D] by strides in elements; sinks [batch, kv_heads, num_sinks, D]; ring
-// [batch, kv_heads, ring, D]: the token of slot s lies at (s - num_sinks) % ring. heads: KV head of each head of records.
-// Records by strides in bytes, in order, or through table [batch, table_stride] of page numbers. state: (tokens, pages that
+// records, batch). key, value [batch, kv_heads, 1, D], sinks [batch, kv_heads, num_sinks, D] and ring [batch, kv_heads, ring, D]
+// by strides in elements: the token of slot s lies at (s - num_sinks) % ring. heads: KV head of each head of records. Records by
+// strides in bytes, in order, or through table [batch, table_stride] of page numbers. state: (tokens, pages that
 // the newest token reads) of each sequence, then a ticket for each, zero between launches. flags become 1: what was packed is
 // out of range; the cache was full and the token is lost. filled [capacity + 1]: full pages by number of tokens. is_last: no
 // launch for other heads of this token follows, so the sequences grow. extents [batch, heads of records, 2]: the first record
 // of a head, and how many pages it has before those that are counted. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head, int kv_heads,
-                 const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, int num_sinks, ELEMENT* ring_key, ELEMENT* ring_value,
-                 int ring, u8* records, i64 record_batch, i64 record_head, i64 record_page, const int* table, int table_stride,
+    append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head,
+                 const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, i64 sink_batch, i64 sink_head, i64 sink_token,
+                 int num_sinks, ELEMENT* ring_key, ELEMENT* ring_value, i64 ring_batch, i64 ring_head, i64 ring_token, int ring,
+                 u8* records, i64 record_batch, i64 record_head, i64 record_page, const int* table, int table_stride,
                  int* state, int* flags, const int* filled, int capacity, int is_last, const int2* extents, u64 key_low0, u64 key_low1,
                  u64 key_high0, u64 key_high1, u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1) {
     extern __shared__ __align__(16) u8 shared[];
     const bool is_key = blockIdx.x == 0;
     const int head = heads ? heads[blockIdx.y] : blockIdx.y;
-    const i64 batch = blockIdx.z, row = batch * kv_heads + head;
+    const i64 batch = blockIdx.z;
     const int length = state[2 * batch];
     int page = 0;
     if (length < capacity) {
         page = filled[length];
         const int pages = filled[length + 1], at = length - num_sinks;
         const ELEMENT* from = is_key ? key + batch * key_batch + head * key_head : value + batch * value_batch + head * value_head;
-        ELEMENT* own = (is_key ? ring_key : ring_value) + row * ring * D;
-        ELEMENT* to = at < 0 ? (is_key ? sink_key : sink_value) + (row * num_sinks + length) * D : own + at % ring * D;
+        ELEMENT* own = (is_key ? ring_key : ring_value) + batch * ring_batch + head * ring_head;
+        ELEMENT* sinks = (is_key ? sink_key : sink_value) + batch * sink_batch + head * sink_head;
+        ELEMENT* to = at < 0 ? sinks + length * sink_token : own + at % ring * ring_token;
 #if KEY_ROTATED || VALUE_ROTATED
         if (is_key ? Keys::ROTATED : Values::ROTATED) {
             if (threadIdx.x < 32) hadamard_turn(from, to, threadIdx.x, threadIdx.x < HADAMARD_LANES);
@@ -661,9 +663,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const int2 kept = extents[batch * gridDim.y + blockIdx.y];
                 record += (i64)(kept.x + kept.y) * record_page;
             }
-            const ELEMENT* x = own + page * P % ring * D;
-            if (is_key) encode_side<Keys>(x, D, record, shared, flags, {{key_low0, key_low1}, {key_high0, key_high1}});
-            else encode_side<Values>(x, D, record + VALUE_OFFSET, shared, flags, {{value_low0, value_low1}, {value_high0, value_high1}});
+            const ELEMENT* x = own + page * P % ring * ring_token;
+            if (is_key) encode_side<Keys>(x, ring_token, record, shared, flags, {{key_low0, key_low1}, {key_high0, key_high1}});
+            else
+                encode_side<Values>(x, ring_token, record + VALUE_OFFSET, shared, flags,
+                                    {{value_low0, value_low1}, {value_high0, value_high1}});
         }
     }
     __syncthreads();  // everybody has read the length
