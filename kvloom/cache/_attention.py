@@ -74,7 +74,8 @@ def loom_attention(
         query: ``[batch, query_heads, queries, head_dim]``.
         key: A layer's `PagedKV` or `StaticKV`, or a tensor ``[batch, kv_heads, tokens, head_dim]``.
         value: Likewise.
-        attention_mask: 4-D, boolean or additive, or None for causal.
+        attention_mask: 4-D, boolean or additive, or None for causal; with no columns it hides nothing, and keeps
+            transformers from making one.
         dropout: Must be 0; packed caches are for inference.
         scaling: Factor of the scores; ``head_dim ** -0.5`` if None.
         softcap: Soft cap of the scores (Gemma 2).
@@ -93,7 +94,7 @@ def loom_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {
         "scaling": scale,
-        "mask": attention_mask,
+        "mask": attention_mask if attention_mask is None or attention_mask.shape[-1] else None,
         "softcap": softcap,
         "sink_logits": s_aux,
     }

@@ -52,7 +52,8 @@ class Step:
 
     def __init__(self, model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tensor, compiled: bool) -> None:
         batch, device = pads.shape[0], model.device
-        mask_shape = (batch, 1, 1, int(cache.max_tokens or 0))
+        self._is_padded = bool(pads.any())
+        mask_shape = (batch, 1, 1, int(cache.max_tokens or 0) if self._is_padded else 0)
         self.token = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.token)
         self._mask = torch.ones(mask_shape, dtype=torch.bool, device=device)
@@ -76,12 +77,14 @@ class Step:
     def start(self, cache: LoomCache, pads: Tensor) -> None:
         """Begin behind another prompt; see the class."""
         self._tokens = int(cache.get_seq_length())
-        self._mask.fill_(True)
-        self._mask[:, 0, 0, : pads.shape[1]] = ~pads
+        if self._is_padded:
+            self._mask.fill_(True)
+            self._mask[:, 0, 0, : pads.shape[1]] = ~pads
 
-    def fits(self, model: PreTrainedModel, cache: LoomCache, batch: int, compiled: bool) -> bool:
+    def fits(self, model: PreTrainedModel, cache: LoomCache, pads: Tensor, compiled: bool) -> bool:
         """Whether this is the step of these: a graph writes to the tensors that layers had when it was captured."""
-        same = self._of == (model, compiled) and self.token.shape[0] == batch
+        same = self._of == (model, compiled) and self.token.shape[0] == len(pads)
+        same = same and self._is_padded == bool(pads.any())
         return same and all(known() is now for known, now in zip(self._stores, _stores(cache), strict=True))
 
     def __call__(self, cache: LoomCache) -> None:
@@ -120,7 +123,7 @@ class Step:
 def step_of(model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tensor, compiled: bool) -> Step:
     """The step of this cache, from an earlier generation if its tensors are still the same ones."""
     known = _steps.get(cache)
-    if known is not None and known.fits(model, cache, pads.shape[0], compiled):
+    if known is not None and known.fits(model, cache, pads, compiled):
         known.start(cache, pads)
         return known
     made = _steps[cache] = Step(model, cache, pads, scores, compiled)

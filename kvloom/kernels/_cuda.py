@@ -152,7 +152,7 @@ def _is_covered(layouts: Sequence[PageLayout], dtype: torch.dtype, shared_limit:
         layout.is_readable
         and layout.head_dim <= MAX_HEAD_DIM
         and layout.page_tokens in PAGE_TOKENS
-        and block_warps(layout, 0, shared_limit) > 0
+        and block_warps(layout, 1, 0, shared_limit) > 0
         for layout in layouts
     )
 
@@ -267,7 +267,8 @@ def _launch(
     row_tiles = -(-rows_of_a_head(query, kv) // ROWS)
     device = query.device.index
     tiles, pages = query.shape[0] * len(group.heads) * row_tiles, _pages_of_a_head(group, kv)
-    warps = block_warps(group.layout, tiles * pages // _multiprocessors(device), _nvrtc.shared_limit(device))
+    each = -(-tiles // _multiprocessors(device)), tiles * pages // _multiprocessors(device)
+    warps = block_warps(group.layout, *each, _nvrtc.shared_limit(device))
     units = pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
     splits = max(1, min(_multiprocessors(device) // tiles, -(-units // warps)))
     masked = 1 if query.shape[2] > 1 else 0 if mask is None else 2
@@ -307,22 +308,39 @@ _MAX_CLUSTER = 16
 
 
 @lru_cache(maxsize=1024)
-def block_warps(layout: PageLayout, pages: int, shared_limit: int) -> int:
-    """Warps of a block, one block a multiprocessor, as they are fastest on an H100 (benchmarks/LOG.md).
+def block_warps(layout: PageLayout, tiles: int, pages: int, shared_limit: int) -> int:
+    """Warps of a block as they are fastest on an H100 (benchmarks/LOG.md).
+
+    A multiprocessor that reads one row tile has one block. One that reads several has as many small blocks side by side
+    as make eight warps: while one of them begins or merges, the others load.
 
     Args:
         layout: Of the pages.
-        pages: That a multiprocessor has to read.
+        tiles: Row tiles that a multiprocessor reads, rounded up.
+        pages: That it reads for all of them.
         shared_limit: Bytes of shared memory that a block may have.
 
     Returns:
         12, 8, 4, 2 or 1; or 0 where not even one warp's pages fit.
     """
-    most = 12 if pages >= _BULK_PAGES and _is_small(layout) else 8 if pages >= _BUSY_PAGES else 4
+    most = _lone_warps(layout, pages) if tiles <= 1 else _shared_warps(tiles, pages)
     return next((n for n in (12, 8, 4, 2, 1) if n <= most and _shared_bytes(layout, n) <= shared_limit), 0)
 
 
+def _lone_warps(layout: PageLayout, pages: int) -> int:
+    return 12 if pages >= _BULK_PAGES and _is_small(layout) else 8 if pages >= _BUSY_PAGES else 4
+
+
 _BUSY_PAGES, _BULK_PAGES = 2, 160
+
+
+def _shared_warps(tiles: int, pages: int) -> int:
+    if tiles > _MANY_TILES and pages >= tiles * _MANY_PAGES:
+        return 2
+    return 4 if tiles <= 2 else 2 if tiles <= 4 else 1
+
+
+_MANY_TILES, _MANY_PAGES = 16, 16
 
 
 def _is_small(layout: PageLayout) -> bool:

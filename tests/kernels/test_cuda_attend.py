@@ -22,6 +22,10 @@ LAYOUTS = 24
 CASES = int(os.environ.get("KVLOOM_CASES", 10 * LAYOUTS))
 
 
+# As if a multiprocessor had so many row tiles and pages to read: blocks of 12 or 8 warps, of 2, and of 1.
+LOADS = (None, (1, 1000), (4, 100), (8, 100))
+
+
 @dataclass(frozen=True)
 class Case:
     layout: PageLayout
@@ -128,9 +132,9 @@ def rounding(query: torch.Tensor, key: torch.Tensor, case: Case, scaling: float)
 @pytest.mark.parametrize("seed", range(CASES))
 def test_attention_is_float64s(seed: int, monkeypatch) -> None:
     case = random_case(seed)
-    if seed % 2:  # as if there were much to read
+    if load := LOADS[(seed + seed // LAYOUTS) % len(LOADS)]:
         own = _cuda.block_warps
-        monkeypatch.setattr(_cuda, "block_warps", lambda layout, pages, limit: own(layout, 1000, limit))
+        monkeypatch.setattr(_cuda, "block_warps", lambda layout, tiles, pages, limit: own(layout, *load, limit))
     kv, query, key, value = states(case)
     mask = case_mask(case, kv.length)
     given = mask if case.masked and (case.padded or case.queries == 1) else None
@@ -266,7 +270,7 @@ def test_codebook_kernels_compile_without_a_device(number: int, head_dim: int) -
 def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int) -> None:
     pytest.importorskip("cuda.core")
     case = random_case(seed)
-    warps = _cuda.block_warps(case.layout, 100, 227 * 1024)
+    warps = _cuda.block_warps(case.layout, 1, 100, 227 * 1024)
     bf16 = case.dtype == torch.bfloat16
     defines = _cuda.attend_defines(
         case.layout, warps, bf16, seed % 3, case.softcap is not None, seed % 3 * 2, clustered
@@ -299,10 +303,12 @@ def test_blocks_fit_the_device() -> None:
     wide, raw = Format(4, "per_channel", 64), Format(16, "per_channel", 64)
     usual, largest = page_layout(wide, Format(4, "per_token", 128), 128), page_layout(raw, raw, 256)
     small = page_layout(wide, Format(2, "per_token", 128), 128)
-    assert [_cuda.block_warps(small, pages, 227 * 1024) for pages in (1, 100, 200)] == [4, 8, 12]
-    assert _cuda.block_warps(usual, 200, 227 * 1024) == 8
-    assert _cuda.block_warps(usual, 100, 99 * 1024) == 4
-    assert [_cuda.block_warps(largest, 100, limit * 1024) for limit in (227, 99)] == [1, 0]
+    assert [_cuda.block_warps(small, 1, pages, 227 * 1024) for pages in (1, 100, 200)] == [4, 8, 12]
+    assert _cuda.block_warps(usual, 1, 200, 227 * 1024) == 8
+    assert _cuda.block_warps(usual, 1, 100, 99 * 1024) == 4
+    loads = [(2, 500), (4, 500), (8, 500), (40, 100), (40, 1000)]
+    assert [_cuda.block_warps(usual, *load, 227 * 1024) for load in loads] == [4, 2, 1, 1, 2]
+    assert [_cuda.block_warps(largest, 1, 100, limit * 1024) for limit in (227, 99)] == [1, 0]
 
 
 def test_a_source_that_does_not_compile_is_one_sentence() -> None:

@@ -131,7 +131,9 @@ template <class S> struct Params {
             zero = __float2half_rn(0.f);
         } else {
             zero = __float2half_rd(__fadd_rn(low, 0.f));  // -0 becomes +0, as in the reference
-            step = __fdiv_rn(__fsub_rn(high, __half2float(zero)), (float)S::LEVELS);
+            constexpr float PART = 1.f / S::LEVELS;  // corrected once: the rounded quotient, for every significand
+            const float whole = __fsub_rn(high, __half2float(zero)), near = __fmul_rn(whole, PART);
+            step = __fmaf_rn(__fmaf_rn(-near, (float)S::LEVELS, whole), PART, near);
         }
         scale = __float2half_ru(fminf(step, FP16_MAX));
     }
@@ -394,10 +396,18 @@ template <class S> struct ClipSearch {
             best_high = to;
         }
     }
+    // Shares of the range to cut off, as constants: divided in fp64 for every grid, they take an eighth of the search.
+    __host__ __device__ static constexpr float share(int place) { return (float)(LARGEST * place / (PLACES - 1)); }
+    static __device__ __forceinline__ float share_of(int place) {
+        constexpr float S1 = share(1), S2 = share(2), S3 = share(3), S4 = share(4), S5 = share(5), S6 = share(6), S7 = share(7);
+        const float few = place & 1 ? (place & 2 ? S3 : S1) : (place & 2 ? S2 : 0.f);
+        const float more = place & 1 ? (place & 2 ? S7 : S5) : (place & 2 ? S6 : S4);
+        return place & 4 ? more : few;
+    }
     __device__ __forceinline__ void move(bool moves_low, bool moves_high, int first) {
 #pragma unroll 1
         for (int place = first; place < PLACES; place++) {
-            const float cut = __fmul_rn((float)(LARGEST * place / (PLACES - 1)), spread);
+            const float cut = __fmul_rn(share_of(place), spread);
             attempt(moves_low ? __fadd_rn(low, cut) : best_low, moves_high ? __fsub_rn(high, cut) : best_high);
         }
     }
