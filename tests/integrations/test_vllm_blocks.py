@@ -305,7 +305,9 @@ def test_on_a_gpu_nothing_waits_and_blocks_and_outputs_are_those_of_the_cpu(sink
         sides[device] = Blocks(layout, storage, torch.float16, torch.zeros(2, dtype=torch.int32, device=device))
         for row, tokens in enumerate(lengths):
             key, value = (x.half().to(device) for x in states(plan, tokens, row))
-            Sequence(sides[device], table[row].to(device)).append(key, value, 0)
+            sequence = Sequence(sides[device], table[row].to(device))
+            with no_waits() if device.type == "cuda" and row else nullcontext():
+                sequence.cache(sequence.append(key, value, 0), 0, tokens, plan.prefill)
     for step in range(6):
         key, value = (x.transpose(0, 2).half() for x in states(plan, 6, 100 + step))
         query = torch.randn(6, 8, 1, 64, generator=torch.Generator().manual_seed(step)).half()

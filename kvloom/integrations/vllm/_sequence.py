@@ -57,11 +57,13 @@ class Sequence:
             length: Tokens, this pass's own included.
             prefill: See `kvloom.Plan`.
         """
-        layout = self.blocks.layout
-        visible = torch.full((length - computed,), layout.full_pages(computed))
+        layout, device = self.blocks.layout, self.table.device
         if prefill == "quantized":
-            visible = (torch.arange(computed, length) - layout.sinks).clamp(min=0) // layout.page_tokens
-        pages = int(visible[-1])
+            pages = layout.full_pages(length - 1)
+            visible = (torch.arange(computed, length, device=device) - layout.sinks).clamp(min=0) // layout.page_tokens
+        else:
+            pages = layout.full_pages(computed)
+            visible = torch.full((length - computed,), pages, device=device)
         return PagedKV(
             self.blocks.pages,
             self._read(0, min(length, layout.sinks)),
@@ -69,7 +71,7 @@ class Sequence:
             length,
             layout.page_tokens,
             pages,
-            visible.to(self.table.device, non_blocking=True),
+            visible,
             table=self._of_pages(0, pages)[None],
         )
 
@@ -88,7 +90,8 @@ class Sequence:
 
     def _write(self, column: int, token: int, exact: ExactKV) -> None:
         """Put exact tokens behind the ``token`` first ones of those that start in a block."""
-        self.blocks.rows[self._places(column, token, exact.tokens)] = rows_of(exact)[0]
+        if exact.tokens:
+            self.blocks.rows[self._places(column, token, exact.tokens)] = rows_of(exact)[0]
 
     def _places(self, column: int, token: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks and rows of ``count`` exact tokens behind the ``token`` first ones of those that start in a block."""
