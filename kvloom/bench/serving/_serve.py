@@ -72,7 +72,7 @@ def bench_serve(
     if new_tokens < 1:
         raise DataError(f"{new_tokens} new tokens: give 1 at least.")
     run = _Run(prompts, traffic, requests, new_tokens, seed, out, progress)
-    records = _against_first(asyncio.run(run.records(servers, model)))
+    records = against_first(asyncio.run(run.records(servers, model)))
     if out:
         write_records(out, records)
         pieces_path(out).unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     return {f"p{name}": value for name, value in zip(PERCENTILES, found, strict=True)}
 
 
-def _against_first(records: list[Record]) -> list[Record]:
+def against_first(records: Sequence[Record]) -> list[Record]:
     """Records with ``times_first``: rates over the first server's under the same traffic, its times over these."""
     first: dict[str, Record] = {}
     for record in records:
