@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from kvloom import kernels
 from kvloom.assets import model_dir
@@ -291,6 +292,52 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == expected(tiny[0], plan, ids, 20)
+
+
+def quantise_weights(folder, model):
+    """Rewrite a model's folder with weights of 8 bits by output channel, as compressed-tensors stores them."""
+    held = dict(model.state_dict())
+    for name in [name for name in held if name.endswith("proj.weight")]:
+        scale = held[name].abs().amax(dim=1, keepdim=True) / 127
+        held |= {name: (held[name] / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": scheme},
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def test_quantised_weights_are_served_as_the_checkpoint_says(tmp_path):
+    """With an exact plan as without one; and with a plan of few bits not as without."""
+    model = make("Llama", tmp_path / "model")
+    folder, exact = tmp_path / "model", spec(16, "per_token")
+    quantise_weights(folder, model)
+    prompts = [prompt(tokens, seed) for seed, tokens in enumerate((20, 100, 150))]
+    wanted = served(LLM(**options(folder, hf_overrides={})), prompts, 30)
+    got = {}
+    for name, specs in {"exact": dict.fromkeys(MIXED, (exact, exact)), "few bits": FEW}.items():
+        plan_of(model, specs).save(plan_file(folder))
+        got[name] = served(LLM(**options(folder)), prompts, 30)
+    assert got["exact"] == wanted != got["few bits"]
+
+
+def test_weights_of_an_unknown_kind_are_refused(tmp_path):
+    model = make("Llama", tmp_path / "model")
+    plan_of(model, MIXED).save(plan_file(tmp_path / "model"))
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "by hand"}}))
+    refused("the weights of .*model are quantised by 'by hand', which vLLM does not know", tmp_path / "model")
 
 
 # -- models split over workers ----------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
     vllm serve MODEL --hf-overrides '{"quantization_config": {"quant_method": "kvloom", "plan": "kv_plan.json"}}'
 
 vLLM finds `register` by its entry point ``vllm.general_plugins``; nothing of vLLM is patched, and models served without
-a plan are not touched. Weights stay as they are; checkpoints of quantised weights need the same slot of vLLM and cannot
-be served. The plan's file is kept outside the model's folder, where vLLM takes every safetensors file for weights.
+a plan are not touched. Weights are served as their checkpoint says: quantised ones by the method of vLLM's that it
+names, whose slot the plan takes and hands on. The plan's file is kept outside the model's folder, where vLLM takes
+every safetensors file for weights.
 
 **Blocks are pages.** A block of vLLM is one page of every layer: the records of `kvloom.pages`, in each layer as many
 bytes as its entry says. The memory that vLLM gives a worker's cache is so many times `block_nbytes`.

@@ -11,8 +11,15 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import QuantizationConfig, register_quantization_config
+from vllm.model_executor.layers.quantization import (
+    QUANTIZATION_METHODS,
+    QuantizationConfig,
+    get_quantization_config,
+    register_quantization_config,
+)
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.attention.backend import AttentionType
 
 from kvloom import codecs
@@ -24,16 +31,22 @@ from kvloom.plan import Fingerprint, Plan
 
 
 class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
-    """A plan as vLLM's quantisation configuration: weights stay as they are, the cache is packed.
+    """A plan as vLLM's quantisation configuration: the cache is packed, weights are served as their checkpoint says.
 
     Args:
         path: The plan's file.
+
+    Attributes:
+        plan: Read by `maybe_update_config`.
+        weights: vLLM's configuration of the checkpoint's quantised weights, whose place this one takes; None if they
+            are not quantised.
 
     Raises:
         PlanError: There is none.
     """
 
     plan: Plan
+    weights: QuantizationConfig | None = None
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
@@ -68,12 +81,13 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(config.get("plan"))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Read the plan and compare it with the model.
+        """Read the plan and compare it with the model; read how the checkpoint quantises its weights.
 
         Raises:
             PlanError: The plan cannot be read, or not be served.
             ModelError: It is another model's, or the model cannot be served.
         """
+        self.weights = weights_config(model_name, hf_config, revision)
         plan = Plan.load(self.path)
         model = Fingerprint.of(hf_config)
         plan.model.check(model)
@@ -90,16 +104,36 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
         self.plan = plan
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """What makes a layer's weights: vLLM's own. Attention layers get the backend of their entry.
+        """What makes a layer's weights: what the checkpoint says. Attention layers get the backend of their entry.
 
         Raises:
             ModelError: The engine is asked for something that packed blocks do not go with.
             PlanError: A rank cannot hold its part of the plan.
         """
         layouts = self._layouts  # asked of the first layer, whatever it is, before vLLM splits any heads
-        if isinstance(layer, Attention) and not isinstance(layer.impl, KvloomImpl):
-            self._serve(layer, extract_layer_index(prefix), layouts)
+        if isinstance(layer, Attention):
+            if not isinstance(layer.impl, KvloomImpl):
+                self._serve(layer, extract_layer_index(prefix), layouts)
+            return None
+        if self.weights is not None:
+            return self.weights.get_quant_method(layer, prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    @property
+    def packed_modules_mapping(self) -> dict[str, list[str]]:
+        """Layers that vLLM makes one of, which it tells those that quantise weights."""
+        return self._packed_modules if self.weights is None else self.weights.packed_modules_mapping
+
+    @packed_modules_mapping.setter
+    def packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
+        self._packed_modules = mapping
+        if self.weights is not None:
+            self.weights.packed_modules_mapping = mapping
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Tell those that quantise weights how vLLM names them."""
+        if self.weights is not None:
+            self.weights.apply_vllm_mapper(hf_to_vllm_mapper)
 
     def _serve(self, layer: Attention, index: int, layouts: Mapping[int, BlockLayout]) -> None:
         _refuse_attention(layer, index)
@@ -118,13 +152,48 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
     def _layouts(self) -> dict[int, BlockLayout]:
         """Those of this process's rank."""
         config = get_current_vllm_config()
-        layouts = block_layouts(self.plan, config.model_config.dtype, *_rank())
+        dtype = config.model_config.dtype
+        layouts = block_layouts(self.plan, dtype, *_rank())
         _refuse_engine(config, next(iter(layouts.values())).page_tokens)
+        if self.weights is not None and dtype not in self.weights.get_supported_act_dtypes():
+            raise ModelError(
+                f"weights quantised by {self.weights.get_name()} do not go with {dtype}: choose another --dtype."
+            )
         return layouts
 
     @cached_property
     def _matrices(self) -> dict[int, dict[Role, torch.Tensor]]:
         return part_of(self.plan, *_rank()).rotations()
+
+
+def weights_config(model_name: str, hf_config: Any, revision: str | None) -> QuantizationConfig | None:
+    """How vLLM itself would serve a checkpoint's quantised weights; None if they are not quantised.
+
+    Raises:
+        ModelError: vLLM does not know the method, or not on this device.
+    """
+    own = _weights_fields(model_name, revision)
+    if own is None:
+        return None
+    methods = {name: get_quantization_config(name) for name in QUANTIZATION_METHODS if name != "kvloom"}
+    found = (it.override_quantization_method(own, None, hf_config=hf_config) for it in methods.values())
+    name = next((it for it in found if it), None) or own.get("quant_method")
+    if name not in methods:
+        raise ModelError(f"the weights of {model_name} are quantised by {name!r}, which vLLM does not know.")
+    current_platform.verify_quantization(name)
+    made = methods[name].from_config(own)
+    capability = current_platform.get_device_capability()
+    if capability is not None and capability.to_int() < made.get_min_capability():
+        raise ModelError(f"the weights of {model_name} are quantised by {name}, and this device is too old for that.")
+    made.maybe_update_config(model_name, hf_config=hf_config, revision=revision)
+    return made
+
+
+def _weights_fields(model_name: str, revision: str | None) -> dict[str, Any] | None:
+    """What a checkpoint's files say of its quantised weights; in vLLM's config the plan's name stands there."""
+    config = get_hf_file_to_dict("config.json", model_name, revision) or {}
+    own: dict[str, Any] | None = config.get("quantization_config") or config.get("compression_config")
+    return own or get_hf_file_to_dict("hf_quant_config.json", model_name, revision)
 
 
 def _rank() -> tuple[int, int]:
