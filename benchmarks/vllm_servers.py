@@ -39,6 +39,7 @@ from kvloom.evaluate import Record
 from kvloom.plan import Plan, preset
 
 OWN_CACHES = ("auto", "fp8")
+ENTRY = ("-m", "vllm.entrypoints.openai.api_server")
 STARTS_WITHIN_S = 900
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's servers
 
@@ -71,7 +72,7 @@ def cache_arguments(cache: str, config: Any, folder: Path) -> list[str]:
 def server(name: str, arguments: list[str], log: Path) -> Iterator[str]:
     """The address of a server that answers; ended on leaving."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *arguments]
+    command = [sys.executable, *ENTRY, "--port", str(port), *arguments]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
