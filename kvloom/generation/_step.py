@@ -83,8 +83,7 @@ class Step:
 
     def fits(self, model: PreTrainedModel, cache: LoomCache, pads: Tensor, compiled: bool) -> bool:
         """Whether this is the step of these: a graph writes to the tensors that layers had when it was captured."""
-        same = self._of == (model, compiled) and self.token.shape[0] == len(pads)
-        same = same and self._is_padded == bool(pads.any())
+        same = self._of == (model, compiled) and len(self.token) == len(pads) and self._is_padded == bool(pads.any())
         return same and all(known() is now for known, now in zip(self._stores, _stores(cache), strict=True))
 
     def __call__(self, cache: LoomCache) -> None:

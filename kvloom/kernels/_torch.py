@@ -75,10 +75,9 @@ class TorchBackend(Backend):
             return dense_attention(query, *_exact_states(kv), mask=mask, **options)
         is_readable = all(group.layout.is_readable for group in kv.pages)
         if rows_of_a_head(query, kv) > kv.page_tokens or not is_readable:
-            if mask is None and _is_without_overlap(kv):
-                return dense_attention(query, *self.all_states(kv, in_order=True), **options)
-            columns = column_mask(kv, mask, query.shape[2])
-            return dense_attention(query, *self.all_states(kv), mask=columns, **options)
+            in_order = mask is None and _is_without_overlap(kv)
+            columns = None if in_order else column_mask(kv, mask, query.shape[2])
+            return dense_attention(query, *self.all_states(kv, in_order=in_order), mask=columns, **options)
         columns = column_mask(kv, mask, query.shape[2])
         return self._folded_attention(query, *_exact_states(kv), kv.in_order(), columns, **options)
 

@@ -314,7 +314,6 @@ def test_on_a_gpu_nothing_waits_and_blocks_and_outputs_are_those_of_the_cpu(sink
         computed, outputs = [n + step for n in lengths], []
         for device, blocks in sides.items():
             own = [x.to(device) for x in (key, value, query, table)]
-            own = [x.to(device) for x in (key, value, query, table)]
             decoding = decoding_of(layout, computed, own[3])
             with no_waits() if device.type == "cuda" and step else nullcontext():
                 kv = decoding.append(blocks, own[0], own[1])
