@@ -11,7 +11,7 @@ import torch
 
 from kvloom.codecs import rotated, signs
 from kvloom.kernels._static import append_by_sequence, attend_by_sequence
-from kvloom.pages import PagedKV, PageLayout, StaticKV
+from kvloom.pages import PagedKV, PageLayout, PooledKV, StaticKV
 
 PRODUCT_ROWS, PRODUCT_WEIGHTS = 8, 4
 """Up to how many rows `Backend.products` gains by a kernel of its own, and how many weights one launch takes."""
@@ -26,7 +26,7 @@ class AttendOptions(TypedDict):
     sink_logits: NotRequired[torch.Tensor | None]
 
 
-def rows_of_a_head(query: torch.Tensor, kv: PagedKV | StaticKV) -> int:
+def rows_of_a_head(query: torch.Tensor, kv: PagedKV | StaticKV | PooledKV) -> int:
     """Query rows that read one KV head: query heads of its group x queries."""
     return query.shape[1] // kv.shape[1] * query.shape[2]
 
@@ -147,6 +147,29 @@ class Backend(ABC):
             ``[batch, 1, query_heads, head_dim]`` in the query's dtype.
         """
         return attend_by_sequence(self, query, kv, options)
+
+    def append_pooled(self, key: torch.Tensor, value: torch.Tensor, kv: PooledKV) -> None:
+        """`append` where sequences share blocks; what ``kv`` says of levels stays true."""
+        held = kv.gathered(with_new=False)
+        self.append(key, value, held)
+        kv.put_newest(held)
+
+    def attend_pooled(
+        self, query: torch.Tensor, kv: PooledKV, out: torch.Tensor | None = None, **options: Unpack[AttendOptions]
+    ) -> torch.Tensor:
+        """`attend_static` where sequences share blocks.
+
+        Args:
+            query: ``[batch, query_heads, 1, head_dim]``, of the tokens that `append_pooled` took.
+            kv: The layer's cache.
+            out: Contiguous, what is returned; None makes one.
+            **options: See `attend`; no mask.
+
+        Returns:
+            ``[batch, 1, query_heads, head_dim]`` in the query's dtype.
+        """
+        made = self.attend_static(query, kv.gathered(with_new=True), **options)
+        return made if out is None else out.copy_(made)
 
     def products(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """``x @ weight.T`` of weights that share their rows: what a decode step spends most of its time on.

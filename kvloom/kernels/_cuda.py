@@ -17,7 +17,7 @@ from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
 from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.kernels._torch import TORCH, TorchBackend
-from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, SideLayout, StaticKV
+from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, PooledKV, SideLayout, StaticKV
 
 # movmatrix, redux and cp.async: Ampere and later.
 MIN_CAPABILITY = (8, 0)
@@ -118,6 +118,31 @@ class CudaBackend(TorchBackend):
             lambda: attend_pages(query, kv, **options)[0], lambda other: other.attend_static(query, kv, **options)
         )
 
+    def append_pooled(self, key: torch.Tensor, value: torch.Tensor, kv: PooledKV) -> None:
+        """See `Backend.append_pooled`."""
+        if not self._pools(kv):
+            return super().append_pooled(key, value, kv)
+        return self._unless_broken(
+            lambda: _cuda_pages.append(key, value, kv), lambda other: other.append_pooled(key, value, kv)
+        )
+
+    def attend_pooled(
+        self, query: torch.Tensor, kv: PooledKV, out: torch.Tensor | None = None, **options: Unpack[AttendOptions]
+    ) -> torch.Tensor:
+        """See `Backend.attend_pooled`."""
+        if not self._pools(kv) or rows_of_a_head(query, kv) > kv.page_tokens:
+            return super().attend_pooled(query, kv, out, **options)
+        return self._unless_broken(
+            lambda: attend_pages(query, kv, out=out, **options)[0],
+            lambda other: other.attend_pooled(query, kv, out, **options),
+        )
+
+    def _pools(self, kv: PooledKV) -> bool:
+        """Whether the kernels read and write such blocks in place."""
+        exact = kv.exact
+        is_graph_safe = self.is_graph_safe([group.layout for group in kv.pages], exact.key.dtype)
+        return is_graph_safe and _aligned(exact) is exact
+
     def products(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See `Backend.products`."""
         if not _cuda_products.multiplies(x, weights):
@@ -159,26 +184,28 @@ def _is_covered(layouts: Sequence[PageLayout], dtype: torch.dtype, shared_limit:
 
 def attend_pages(
     query: torch.Tensor,
-    kv: PagedKV | StaticKV,
+    kv: PagedKV | StaticKV | PooledKV,
     *,
     scaling: float,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     lse: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over sinks, pages and tail, one launch for each layout among the heads.
 
     Args:
         query: fp16 or bf16 ``[batch, query_heads, queries, head_dim]``.
-        kv: The layer's cache; it has pages. Of a `StaticKV` the last query's token is the newest, and every
-            query reads the pages that one reads.
+        kv: The layer's cache; it has pages. Of a `StaticKV` or `PooledKV` the last query's token is the newest, and
+            every query reads the pages that one reads.
         scaling: Factor of the scores.
         mask: None for causal, or boolean ``[batch or 1, 1, queries, slots]``, for every slot held; by place where
             ``kv`` has ``places``.
         softcap: See `Backend.attend`.
         sink_logits: See `Backend.attend`.
         lse: Whether to return the log-sum-exp too.
+        out: Contiguous, of the shape returned; None makes one.
 
     Returns:
         ``[batch, queries, query_heads, head_dim]`` in the query's dtype, and the natural log-sum-exp of the scores,
@@ -186,15 +213,16 @@ def attend_pages(
     """
     query = _last_contiguous(query)
     batch, query_heads, queries, dim = query.shape
-    out = query.new_empty((batch, queries, query_heads, dim))
+    if out is None:
+        out = query.new_empty((batch, queries, query_heads, dim))
     sums = query.new_empty((batch, query_heads, queries), dtype=torch.float32) if lse else None
     if mask is not None:
         mask = _last_contiguous(mask.expand(batch, -1, -1, -1))
     logits = None if sink_logits is None else sink_logits.float()
-    sinks, tail = _aligned(kv.sinks), _aligned(kv.tail)
-    static = kv if isinstance(kv, StaticKV) else None
+    exact = _exact_of(kv)
+    static = None if isinstance(kv, PagedKV) else kv
     for group in kv.pages:
-        launch = _launch(group, query, kv, mask, softcap is not None)
+        launch = _launch(group, query, kv, exact, mask, softcap is not None)
         sides = (group.layout.key, group.layout.value)
         data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
         launch.module.launch(
@@ -208,20 +236,20 @@ def attend_pages(
             query_heads,
             data,
             *_nvrtc.strides(data),
-            kv.table,
-            0 if kv.table is None else kv.table.stride(0),
+            exact.table,
+            0 if exact.table is None else exact.table.stride(0),
             head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
-            sinks.key,
-            sinks.value,
-            *_nvrtc.strides(sinks.key),
-            sinks.tokens,
-            tail.key,
-            tail.value,
-            *_nvrtc.strides(tail.key),
-            0 if static is None else tail.tokens,
+            exact.sinks.key,
+            exact.sinks.value,
+            *_nvrtc.strides(exact.sinks.key),
+            exact.num_sinks,
+            exact.tail.key,
+            exact.tail.value,
+            *_nvrtc.strides(exact.tail.key),
+            0 if static is None else exact.tail.tokens,
             None if static is None else static.state,
             kv.num_pages,
-            tail.tokens,
+            exact.tail.tokens,
             kv.length,
             mask,
             _nvrtc.int64(0 if mask is None else mask.stride(0)),
@@ -234,12 +262,29 @@ def attend_pages(
             *_workspace(launch, batch * len(group.heads), dim, query.device, static),
             out,
             sums,
-            *(() if mask is None else _places(group, kv)),
+            *(() if mask is None or isinstance(kv, PooledKV) else _places(group, kv)),
             *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
             shared=launch.shared,
             cluster=launch.cluster,
         )
     return out, sums
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """Sinks and tail, how many of each there may be, and where blocks are found."""
+
+    sinks: ExactKV
+    tail: ExactKV
+    num_sinks: int
+    num_tail: int
+    table: torch.Tensor | None
+
+
+def _exact_of(kv: PagedKV | StaticKV | PooledKV) -> _Exact:
+    if isinstance(kv, PooledKV):
+        return _Exact(kv.exact, kv.exact, kv.num_sinks, kv.page_tokens, kv.page_table)
+    return _Exact(_aligned(kv.sinks), _aligned(kv.tail), kv.sinks.tokens, kv.tail.tokens, kv.table)
 
 
 @dataclass(frozen=True)
@@ -262,18 +307,24 @@ def _places(group: HeadPages, kv: PagedKV | StaticKV) -> tuple[Any, ...]:
 
 
 def _launch(
-    group: HeadPages, query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | None, capped: bool
+    group: HeadPages,
+    query: torch.Tensor,
+    kv: PagedKV | StaticKV | PooledKV,
+    exact: _Exact,
+    mask: torch.Tensor | None,
+    capped: bool,
 ) -> _Launch:
     row_tiles = -(-rows_of_a_head(query, kv) // ROWS)
     device = query.device.index
     tiles, pages = query.shape[0] * len(group.heads) * row_tiles, _pages_of_a_head(group, kv)
     each = -(-tiles // _multiprocessors(device)), tiles * pages // _multiprocessors(device)
     warps = block_warps(group.layout, *each, _nvrtc.shared_limit(device))
-    units = pages + -(-kv.sinks.tokens // 16) + -(-kv.tail.tokens // 16)
+    units = pages + -(-exact.num_sinks // 16) + -(-exact.num_tail // 16)
     splits = max(1, min(_multiprocessors(device) // tiles, -(-units // warps)))
     masked = 1 if query.shape[2] > 1 else 0 if mask is None else 2
-    place = 0 if mask is None or kv.places is None else kv.places.itemsize
-    kernel = (group.layout, warps, query.dtype == torch.bfloat16, masked, capped, place)
+    pooled = isinstance(kv, PooledKV)
+    place = 0 if mask is None or isinstance(kv, PooledKV) or kv.places is None else kv.places.itemsize
+    kernel = (group.layout, warps, query.dtype == torch.bfloat16, masked, capped, place, pooled)
     shared = _shared_bytes(group.layout, warps)
     if _merges_in_cluster(kernel, splits, tiles, shared, device):
         return _Launch(
@@ -283,13 +334,13 @@ def _launch(
     return _Launch(_nvrtc.module("attend.cu", attend_defines(*kernel, False)), warps, splits, row_tiles, shared, 0)
 
 
-def _pages_of_a_head(group: HeadPages, kv: PagedKV | StaticKV) -> int:
+def _pages_of_a_head(group: HeadPages, kv: PagedKV | StaticKV | PooledKV) -> int:
     return kv.num_pages if group.kept is None else group.mean_pages(kv.shape[0])
 
 
 @lru_cache(maxsize=1024)
 def _merges_in_cluster(
-    kernel: tuple[PageLayout, int, bool, int, bool, int], splits: int, tiles: int, shared: int, device: int
+    kernel: tuple[PageLayout, int, bool, int, bool, int, bool], splits: int, tiles: int, shared: int, device: int
 ) -> bool:
     """Whether the splits of a row tile can be one cluster, and all clusters run at the same time.
 
@@ -354,9 +405,9 @@ _SMALL_PAGE, _SMALL_HEAD_DIM = 8 << 10, 128
 
 @lru_cache(maxsize=1024)
 def attend_defines(
-    layout: PageLayout, warps: int, bf16: bool, masked: int, capped: bool, place: int, clustered: bool
+    layout: PageLayout, warps: int, bf16: bool, masked: int, capped: bool, place: int, pooled: bool, clustered: bool
 ) -> Defines:
-    """Macros of ``attend.cu`` for a layout; ``masked`` and ``place`` as there."""
+    """Macros of ``attend.cu`` for a layout; ``masked``, ``place`` and ``pooled`` as there."""
     key, value = layout.key, layout.value
     numbers = {
         "D": layout.head_dim,
@@ -374,6 +425,7 @@ def attend_defines(
         "BF16": bf16,
         "MASKED": masked,
         "PLACE": place,
+        "POOLED": pooled,
         "SOFTCAP": capped,
         "WARPS": warps,
         "CLUSTER": clustered,
@@ -413,7 +465,7 @@ def _turns(device: int, stream: int, capacity: int) -> torch.Tensor:
 
 
 def _workspace(
-    launch: _Launch, tiles: int, dim: int, device: torch.device, static: StaticKV | None
+    launch: _Launch, tiles: int, dim: int, device: torch.device, static: StaticKV | PooledKV | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What merging without clusters needs: partial results, their maxima and sums, and a counter for every row tile."""
     if launch.cluster:

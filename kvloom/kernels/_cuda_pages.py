@@ -7,6 +7,7 @@ the reference's bytes and numbers; codecs that search for a grid may choose anot
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -16,7 +17,7 @@ from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._base import head_index
 from kvloom.kernels._nvrtc import Defines, module, strides
 from kvloom.kernels._points import has_codebook, point_arguments
-from kvloom.pages import PageLayout, SideLayout, StaticKV
+from kvloom.pages import ExactKV, PageLayout, PooledKV, SideLayout, StaticKV
 
 MAX_HEAD_DIM = 256
 _BLOCK_TOKENS = 64  # a warp's, in per_channel groups
@@ -132,24 +133,27 @@ def rotates(x: torch.Tensor) -> bool:
     return x.dtype in _ELEMENTS and x.shape[-1] <= MAX_HEAD_DIM and x.shape[-1] % _ALIGNMENT == 0
 
 
-def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV) -> None:
     """Append one token to every sequence, turned, and pack the page that is full with it: a launch for each layout.
 
     Args:
         key: fp32, fp16 or bf16 ``[batch, kv_heads, 1, head_dim]``, any strides.
         value: The same shape and dtype.
-        kv: The layer's cache, changed in place; what goes wrong on the device sets its flags.
+        kv: The layer's cache, changed in place; what goes wrong on the device sets its flags. Exact tokens of a
+            `PooledKV` lie at multiples of 16 bytes.
 
     Raises:
         KernelError: The kernels do not cover one of the layouts.
     """
     key, value = _aligned(key), _aligned(value)
-    batch = len(key)
+    batch, target = len(key), _target(kv, key)
     with torch.cuda.device(key.device):
         for group in kv.pages:
             _check_encoded(group.layout, key.dtype)
             data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
-            defines, warps, shared = _encode_build(group.layout, key.dtype, append=True)
+            defines, warps, shared = _encode_build(
+                group.layout, key.dtype, append=True, pooled=bool(target.block_tokens)
+            )
             module("encode.cu", defines).launch(
                 "append_token",
                 (2, len(group.heads), batch),
@@ -159,28 +163,60 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
                 value,
                 *strides(value)[:2],
                 head_index(group.heads, key.device) if len(kv.pages) > 1 else None,
-                kv.sinks.key,
-                kv.sinks.value,
-                *strides(kv.sinks.key),
-                kv.sinks.tokens,
-                kv.tail.key,
-                kv.tail.value,
-                *strides(kv.tail.key),
-                kv.tail.tokens,
+                target.sinks.key,
+                target.sinks.value,
+                *strides(target.sinks.key),
+                target.num_sinks,
+                target.ring.key,
+                target.ring.value,
+                *strides(target.ring.key),
+                target.ring.tokens,
                 data,
                 *strides(data),
-                kv.table,
-                0 if kv.table is None else kv.table.stride(0),
-                kv.state,
+                target.table,
+                0 if target.table is None else target.table.stride(0),
+                target.levels,
                 kv.flags,
                 kv.filled,
                 kv.length,
-                int(group is kv.pages[-1]),
+                int(target.grows and group is kv.pages[-1]),
                 None if group.kept is None else group.kept.extents,
                 *point_arguments(group.layout.key),
                 *point_arguments(group.layout.value),
+                *target.block_tokens,
                 shared=shared,
             )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a token is appended to.
+
+    Attributes:
+        sinks: The sinks; all exact tokens of all blocks where they lie in blocks.
+        num_sinks: How many there are.
+        ring: The tail; room for the page that is packed where exact tokens lie in blocks.
+        table: Of pages.
+        levels: Read, and grown in place if ``grows``.
+        grows: See ``levels``.
+        block_tokens: Exact tokens that a block has room for, where they lie in blocks.
+    """
+
+    sinks: ExactKV
+    num_sinks: int
+    ring: ExactKV
+    table: torch.Tensor | None
+    levels: torch.Tensor
+    grows: bool
+    block_tokens: tuple[int, ...]
+
+
+def _target(kv: StaticKV | PooledKV, key: torch.Tensor) -> _Target:
+    if isinstance(kv, StaticKV):
+        return _Target(kv.sinks, kv.sinks.tokens, kv.tail, kv.table, kv.state, True, ())
+    shape = (*key.shape[:2], kv.page_tokens, key.shape[3])
+    page = ExactKV(key.new_empty(shape), key.new_empty(shape))
+    return _Target(kv.exact, kv.num_sinks, page, kv.page_table, kv.before, False, (kv.rows.shape[1],))
 
 
 def decode(
@@ -233,7 +269,9 @@ def decode(
 
 
 @lru_cache(maxsize=1024)
-def _encode_build(layout: PageLayout, dtype: torch.dtype, *, append: bool) -> tuple[Defines, int, int]:
+def _encode_build(
+    layout: PageLayout, dtype: torch.dtype, *, append: bool, pooled: bool = False
+) -> tuple[Defines, int, int]:
     """Defines, warps of a block and bytes of shared memory of ``encode.cu``."""
     sides = (layout.key, layout.value)
     tile = 32 if dtype.itemsize == 2 and layout.head_dim % 32 == 0 else 16
@@ -245,6 +283,7 @@ def _encode_build(layout: PageLayout, dtype: torch.dtype, *, append: bool) -> tu
         *_defines(layout, dtype, warps),
         ("CHANNEL_TILE", tile),
         ("APPEND", int(append)),
+        ("POOLED", int(pooled)),
         *((f"{name}_ROTATED", int(is_turned)) for name, is_turned in zip(("KEY", "VALUE"), turned, strict=True)),
         *((f"{name}_CODEC", side.fmt.codec.upper()) for name, side in zip(("KEY", "VALUE"), sides, strict=True)),
         *(_hadamard_defines(layout.head_dim) if any(turned) else ()),

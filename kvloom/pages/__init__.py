@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         unpack_side,
     )
     from kvloom.pages._places import places, stored, stored_run
+    from kvloom.pages._pooled import PooledKV
 
 # The arithmetic is for plans, which need no torch; what touches tensors loads on first use.
 _TENSOR_HOMES = {
@@ -53,6 +54,7 @@ _TENSOR_HOMES = {
     "HeadPages": "kvloom.pages._handle",
     "KeptRecords": "kvloom.pages._handle",
     "PagedKV": "kvloom.pages._handle",
+    "PooledKV": "kvloom.pages._pooled",
     "StaticKV": "kvloom.pages._handle",
     "codebook_points": "kvloom.pages._pack",
     "layouts_of": "kvloom.pages._handle",
@@ -90,6 +92,7 @@ __all__ = [
     "PageLayout",
     "PagedKV",
     "Plane",
+    "PooledKV",
     "Role",
     "Rotation",
     "RowRuns",

@@ -258,7 +258,7 @@ def test_a_graph_replays_attention() -> None:
 def test_codebook_kernels_compile_without_a_device(number: int, head_dim: int) -> None:
     pytest.importorskip("cuda.core")
     layout = page_layout(*codebook_formats(number, head_dim), head_dim)
-    defines = _cuda.attend_defines(layout, 4, number == 1, number, False, 0, number == 2)
+    defines = _cuda.attend_defines(layout, 4, number == 1, number, False, 0, False, number == 2)
     assert _nvrtc.cubin("attend.cu", defines, "sm_90")[:4] == b"\x7fELF"
     for tabled in (False, True):
         defines = _cuda_pages._decode_build(layout, torch.float16, tabled)[0]
@@ -272,10 +272,11 @@ def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int)
     case = random_case(seed)
     warps = _cuda.block_warps(case.layout, 1, 100, 227 * 1024)
     bf16 = case.dtype == torch.bfloat16
-    defines = _cuda.attend_defines(
-        case.layout, warps, bf16, seed % 3, case.softcap is not None, seed % 3 * 2, clustered
-    )
-    assert _nvrtc.cubin("attend.cu", defines, arch)[:4] == b"\x7fELF"
+    for masked, pooled in ((seed % 3, False), (0, True)):
+        kernel = (case.layout, warps, bf16, masked, case.softcap is not None, 2 * masked, pooled)
+        assert _nvrtc.cubin("attend.cu", _cuda.attend_defines(*kernel, clustered), arch)[:4] == b"\x7fELF"
+        defines = _cuda_pages._encode_build(case.layout, case.dtype, append=True, pooled=pooled)[0]
+        assert _nvrtc.cubin("encode.cu", defines, arch)[:4] == b"\x7fELF"
 
 
 def test_kernels_that_cannot_be_built_give_way(monkeypatch, caplog) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kvloom.kernels import _cuda
 
-KERNEL = (None, 4, True, 0, False, 0)
+KERNEL = (None, 4, True, 0, False, 0, False)
 GROUPS = (16, 16, 18, 18, 18, 18, 18, 10)
 """Multiprocessors of a device's groups, 132 together: a cluster lies within one of them."""
 

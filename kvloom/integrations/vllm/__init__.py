@@ -12,10 +12,10 @@ bytes as its entry says. The memory that vLLM gives a worker's cache is so many 
 
 **The exact tail lies in blocks, too.** The tokens of a page that is not full are exact, as in `kvloom.LoomCache`, and
 take more bytes than packed ones. A sequence therefore owns some blocks more than its tokens count for (`spare_blocks`):
-its exact tokens start in the block that will hold their page and go on in those that follow. A full page is packed over
-the first of them, and the exact tokens of the next one start a block later. So all bytes are counted and given out by
-vLLM, and the block table of a sequence leads to everything it has: requests that are preempted or aborted leave nothing
-behind, those that resume have blocks of their own, and prefixes are shared in blocks that hold nothing but full pages.
+its exact tokens start behind the block that will hold their page, so that the page can be packed into it from where
+they lie, and the exact tokens of the next page start a block later. So all bytes are counted and given out by vLLM, and
+the block table of a sequence leads to everything it has: requests that are preempted or aborted leave nothing behind,
+those that resume have blocks of their own, and prefixes are shared in blocks that hold nothing but full pages.
 
 **Sinks** lie, exact, in the first block of a sequence, and page ``p`` in block ``p + 1``, which has some tokens when
 the page is full. A prefix of ``n`` shared blocks so ends at the last page that is full within it, less than a page
@@ -40,15 +40,14 @@ whose layers need most has room for. The plan and its matrices travel with vLLM'
 starts, which are the same as processes and under Ray; machines started one by one (``--nnodes``) each read the files.
 
 **One step.** Sequences that decode one token each are appended, packed and attended to together, whatever their
-lengths: in every layer one gathering of exact tokens (at most the sinks and a page of each sequence), one launch that
-appends and packs for each page layout among its heads, one that writes the new exact tokens, and one of attention for
-each layout. Kernels read packed pages where they lie, through vLLM's block table. Where tokens lie is computed on the
-device from vLLM's lengths and table by the same operations at every step, so that on a GPU vLLM's CUDA graphs hold a
-whole step, attention included; for plans whose formats have no kernels that are safe in a graph they are captured
-between layers' attention, and such layers wait for the device. Passes of several tokens (prompts, or their parts) go
-sequence by sequence, by lengths that vLLM has on the host, and read earlier pages through the table, too. What a GPU
-packs out of range is raised some passes later. Tests of the engine run on a CPU, where the reference copies the pages
-that it reads.
+lengths: in every layer one launch that appends and packs for each page layout among its heads, and one of attention for
+each. Kernels read and write packed pages and exact tokens where they lie, through vLLM's block table. Where tokens lie
+is computed on the device from vLLM's lengths and table by the same operations at every step, so that on a GPU vLLM's
+CUDA graphs hold a whole step, attention included; for plans whose formats have no kernels that are safe in a graph they
+are captured between layers' attention, and such layers wait for the device. Passes of several tokens (prompts, or their
+parts) go sequence by sequence, by lengths that vLLM has on the host, and read earlier pages through the table, too.
+What a GPU packs out of range is raised some passes later. Tests of the engine run on a CPU, where the reference copies
+the pages that it reads.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.integrations.vllm._sequence import Sequence
 from kvloom.integrations.vllm._spec import KvloomSpec
 from kvloom.integrations.vllm._watch import watch
-from kvloom.pages import Role
+from kvloom.pages import PooledKV, Role
 from kvloom.plan import Prefill
 
 
@@ -252,9 +252,17 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
             kv = Sequence(blocks, each.table).cache(tail, each.computed, each.length, self.prefill)
             output[each.own] = self._restored(backend.attend(self._turned(_of_one(query, each)), kv, **options))[0]
         if decoding is not None:
-            out = backend.attend_static(self._turned(_one_each(query, decoding)), now, **options)
-            output[decoding.tokens] = self._restored(out)[:, 0]
+            self._attend_one_each(query, decoding, now, output)
         return output
+
+    def _attend_one_each(self, query: torch.Tensor, decoding: Decoding, kv: PooledKV, output: torch.Tensor) -> None:
+        """Attention of the tokens that are decoded; straight into ``output`` where that is one piece of it."""
+        turned_query = self._turned(_one_each(query, decoding))
+        own = output[decoding.tokens][:, None] if isinstance(decoding.tokens, slice) else None
+        is_there = own is not None and own.is_contiguous() and self._rotation("value", query) is None
+        out = kernels.backend(query.device).attend_pooled(turned_query, kv, own if is_there else None, **self._options)
+        if not is_there:
+            output[decoding.tokens] = self._restored(out)[:, 0]
 
     def _cached(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States ``[batch, kv_heads, tokens, head_dim]`` as they are cached."""

@@ -40,6 +40,13 @@ class Blocks:
         return rows
 
     @property
+    def tokens(self) -> torch.Tensor:
+        """Exact tokens, ``[blocks, layout.block_tokens, 2, kv_heads, head_dim]``; a view."""
+        shape = (2, self.layout.kv_heads, self.layout.head_dim)
+        tokens: torch.Tensor = self.rows.view(self.dtype).unflatten(-1, shape)
+        return tokens
+
+    @property
     def pages(self) -> tuple[HeadPages, ...]:
         """The records of all blocks, ``data [1, heads, blocks, layout.nbytes]`` to be read by a table; views."""
         return tuple(

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 
 from kvloom import kernels
 from kvloom.integrations.vllm._blocks import Blocks, Index
-from kvloom.pages import StaticKV, state_numbers
-
-_NULL_BLOCK = 0  # vLLM gives it to no sequence
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where exact tokens lie in the blocks of layers that hold as many of them in a block.
-
-    Attributes:
-        held: Blocks and rows of the sinks, then of as many tokens as a page has, int64 ``[sequences, tokens]`` each;
-            any block of the sequence where it holds fewer.
-        new: Blocks and rows of the newest tokens, int64 ``[sequences]`` each; in the null block where their page is
-            full with them.
-    """
-
-    held: tuple[torch.Tensor, torch.Tensor]
-    new: tuple[torch.Tensor, torch.Tensor]
+from kvloom.pages import PooledKV, state_numbers
 
 
 class Decoding:
@@ -61,13 +43,10 @@ class Decoding:
         self.tokens, self.sinks, self.page_tokens = tokens, sinks, page_tokens
         self._counters = state_numbers(len(lengths), kv_heads) - 2 * len(lengths)
         self._lengths, self._table = lengths, table
-        self._first_page = 1 if sinks else 0
-        pages = max(0, most - sinks) // page_tokens
-        self._of_pages = table[:, self._first_page : self._first_page + pages]
+        self._pages = max(0, most - sinks) // page_tokens
         self._filled = _filled(capacity, sinks, page_tokens, table.device)
-        self._places: dict[int, _Places] = {}
 
-    def append(self, blocks: Blocks, key: torch.Tensor, value: torch.Tensor) -> StaticKV:
+    def append(self, blocks: Blocks, key: torch.Tensor, value: torch.Tensor) -> PooledKV:
         """Append each sequence's token to a layer's blocks, and pack the pages that are full with it.
 
         Args:
@@ -78,59 +57,37 @@ class Decoding:
         Returns:
             What the tokens are to attend to.
         """
-        places = self._places_of(blocks.layout.block_tokens)
-        held = blocks.rows[places.held]  # a copy: a page is packed over them
-        sinks, tail = (blocks.exact(rows) for rows in held.split([self.sinks, self.page_tokens], dim=1))
-        state = self._state.clone()  # appending changes it
-        kv = StaticKV(
-            blocks.pages, sinks, tail, state, blocks.flags, self._filled, self.page_tokens, table=self._of_pages
+        kv = PooledKV(
+            blocks.pages,
+            blocks.tokens,
+            self._table,
+            self.sinks,
+            self._pages,
+            self.page_tokens,
+            self._before,
+            self._state,
+            blocks.flags,
+            self._filled,
         )
-        kernels.backend(key.device).append(key, value, kv)
-        blocks.rows[places.new] = held[self._newest]
+        kernels.backend(key.device).append_pooled(key, value, kv)
         return kv
 
     @cached_property
-    def _state(self) -> torch.Tensor:
-        """See `kvloom.pages.StaticKV`."""
-        return torch.nn.functional.pad(self._levels.flatten(), (0, self._counters))
-
-    @cached_property
-    def _levels(self) -> torch.Tensor:
-        """int32 ``[sequences, 2]``: tokens before the new one, and pages that are full with them."""
+    def _levels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 ``[sequences]`` each: tokens before the new one, and pages that are full with them."""
         computed = (self._lengths - 1).clamp_min(0)
-        return torch.stack([computed, (computed - self.sinks).clamp_min(0) // self.page_tokens], dim=1)
+        return computed, (computed - self.sinks).clamp_min(0) // self.page_tokens
 
     @cached_property
-    def _exact(self) -> torch.Tensor:
-        """int64 ``[sequences]``: exact tokens that follow the full pages; negative where sinks are missing."""
-        computed, pages = self._levels.long().unbind(1)
-        return computed - self.sinks - pages * self.page_tokens
+    def _before(self) -> torch.Tensor:
+        """See `kvloom.pages.PooledKV`."""
+        return torch.stack(self._levels, dim=1)
 
     @cached_property
-    def _newest(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each sequence, and the place of its new token among its sinks and tail."""
-        return torch.arange(len(self._table), device=self._table.device), self._exact + self.sinks
-
-    def _places_of(self, block_tokens: int) -> _Places:
-        if block_tokens not in self._places:
-            self._places[block_tokens] = self._located(block_tokens)
-        return self._places[block_tokens]
-
-    def _located(self, block_tokens: int) -> _Places:
-        device, exact = self._table.device, self._exact[:, None]
-        first = self._levels[:, 1:].long() + self._first_page
-        sink = torch.arange(self.sinks, device=device).expand(len(exact), -1)
-        token = torch.arange(self.page_tokens, device=device).minimum(exact - 1).clamp_min(0)
-        held = self._blocks(torch.cat([sink * 0, first + token // block_tokens], dim=1))
-        rows = torch.cat([sink, token % block_tokens], dim=1)
-        is_sink, fills = exact < 0, exact == self.page_tokens - 1
-        at = torch.where(is_sink, exact + self.sinks, exact)
-        new = self._blocks(torch.where(is_sink, 0, first + at // block_tokens)).masked_fill(fills, _NULL_BLOCK)
-        return _Places((held, rows), (new[:, 0], (at % block_tokens)[:, 0]))
-
-    def _blocks(self, columns: torch.Tensor) -> torch.Tensor:
-        """Numbers of the blocks in columns of the table, int64; of some block where a sequence has too few."""
-        return self._table.gather(1, columns.clamp_max(self._table.shape[1] - 1)).long().clamp_min(_NULL_BLOCK)
+    def _state(self) -> torch.Tensor:
+        """See `kvloom.pages.PooledKV`."""
+        computed, pages = self._levels
+        return torch.nn.functional.pad(torch.stack([computed + 1, pages], dim=1).flatten(), (0, self._counters))
 
 
 @lru_cache(maxsize=16)

@@ -16,9 +16,9 @@ class BlockLayout:
     """One layer's part of a block: the bytes of one page of every KV head of a rank.
 
     Sinks lie in the first block of a sequence; page ``p`` then lies in block ``p + 1``, and without sinks in block
-    ``p``. The exact tokens of a page that is not full start in the block that will hold the page, and fill it and the
-    blocks after it, as many whole tokens as each has room for, a token as ``[2, kv_heads, head_dim]``, its keys before
-    its values. Sinks likewise.
+    ``p``. The exact tokens of a page that is not full lie in the blocks after the one that will hold the page, as many
+    whole tokens as each has room for, a token as ``[2, kv_heads, head_dim]``, its keys before its values: the page can
+    be packed from where they are. Sinks likewise.
 
     Attributes:
         layouts: Page layout of each KV head.
@@ -62,12 +62,16 @@ class BlockLayout:
         """Number of the block, within a sequence, that holds page 0."""
         return 1 if self.sinks else 0
 
+    def exact_column(self, pages: int) -> int:
+        """Number of the block, within a sequence, where the exact tokens behind so many full pages begin."""
+        return self.first_page + pages + 1
+
     @cached_property
     def spare_blocks(self) -> int:
         """Most blocks that a sequence needs besides those vLLM counts, one for every ``page_tokens`` tokens."""
         return max(
-            self.first_page - (-exact // self.block_tokens) + (-(self.sinks + exact) // self.page_tokens)
-            for exact in range(self.page_tokens)
+            self.exact_column(0) - (-exact // self.block_tokens) + (-(self.sinks + exact) // self.page_tokens)
+            for exact in range(1, self.page_tokens + 1)
         )
 
     @cached_property

@@ -40,12 +40,12 @@ class Sequence:
         self._write(0, min(computed, layout.sinks), _part(key, value, 0, missing))
         new = _part(key, value, missing, length)
         held = max(0, computed - layout.sinks) - before * layout.page_tokens
-        tail = _joined(self._read(layout.first_page + before, held), new)
+        tail = _joined(self._read(layout.exact_column(before), held), new)
         if after > before:
             packed = (after - before) * layout.page_tokens
             self._pack(_part(tail.key, tail.value, 0, packed), before, after)
             held, new = 0, _part(tail.key, tail.value, packed, length)
-        self._write(layout.first_page + after, held, new)
+        self._write(layout.exact_column(after), held, new)
         return tail
 
     def cache(self, tail: ExactKV, computed: int, length: int, prefill: Prefill) -> PagedKV:

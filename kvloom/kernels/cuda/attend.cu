@@ -440,7 +440,8 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // Pages: by strides in bytes, in order, or through table [batch, table_stride] of page numbers. heads: KV head of each
 // head of `pages`. Sinks and tail [batch, kv_heads, tokens, D] by strides in elements. state: (tokens, pages) of each
 // sequence, read on the device in place of the four numbers; the tail is then a ring, in which the token of slot s lies at
-// (s - num_sinks) % tail_ring, a multiple of P. mask [batch, query, slot]. visible: pages each query
+// (s - num_sinks) % tail_ring, a multiple of P. With POOLED exact tokens lie in the blocks of the pages, tail_ring of them in
+// each, tail_batch elements apart: those behind page p from block table[p + 2] on, sinks in the one before table[0]. mask [batch, query, slot]. visible: pages each query
 // may read. extents [batch, heads of `pages`, 2]: first record of a head, and how many pages it has before those that have
 // slots. With PLACE there is a mask [batch, query, place]; page_places: of the records, by strides in elements; exact_places
 // [batch, kv_heads, slot] by strides. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
@@ -612,22 +613,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     for (int unit = first_unit; unit < last_unit; unit++) {
         const bool is_sink = unit < sink_units;
         const int begin = (unit - (is_sink ? 0 : sink_units)) * 16, count = is_sink ? num_sinks : num_tail;
+        const u8* const k = is_sink ? sink_k : tail_k;
+        const u8* const v = is_sink ? sink_v : tail_v;
+#if POOLED
+        auto place = [&](int token) {
+            const int block = max(0, table[(i64)batch * table_stride + (is_sink ? -1 : num_pages + 1 + token / tail_ring)]);
+            return 2 * (block * tail_batch + head * tail_head + (is_sink ? token : token % tail_ring) * tail_token);
+        };
+#else
         int row = begin;
         if (tail_ring && !is_sink) { row += tail_start; if (row >= tail_ring) row -= tail_ring; }
         const i64 stride = is_sink ? sink_token : tail_token;
         const i64 at = is_sink ? batch * sink_batch + head * sink_head : batch * tail_batch + head * tail_head;
-        const u8* k = (is_sink ? sink_k : tail_k) + 2 * at;
-        const u8* v = (is_sink ? sink_v : tail_v) + 2 * at;
+        auto place = [&](int token) { return 2 * (at + (row + token - begin) * stride); };
+#endif
         constexpr int LOADS = D / 8;  // of 16 bytes, a row; two rows' worth or more at a time
         uint4 x[LOADS / 2];
 #pragma unroll
         for (int i = 0; i < LOADS / 2; i++) {
-            const int n = i * 32 + lane, next = n / LOADS;
-            x[i] = begin + next < count ? *reinterpret_cast<const uint4*>(v + 2 * ((row + next) * stride + n % LOADS * 8)) : make_uint4(0, 0, 0, 0);
+            const int n = i * 32 + lane, token = begin + n / LOADS;
+            x[i] = token < count ? *reinterpret_cast<const uint4*>(v + place(token) + n % LOADS * 16) : make_uint4(0, 0, 0, 0);
         }
         float s[1][4] = {};
-        const int lo = row + min(g, count - 1 - begin), hi = row + min(g + 8, count - 1 - begin);
-        raw_scores(s[0], k + 2 * (lo * stride + t * (D / 4)), k + 2 * (hi * stride + t * (D / 4)), q2);
+        const int lo = begin + min(g, count - 1 - begin), hi = begin + min(g + 8, count - 1 - begin);
+        raw_scores(s[0], k + place(lo) + t * (D / 2), k + place(hi) + t * (D / 2), q2);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < LOADS / 2; i++)

@@ -638,13 +638,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // out of range; the cache was full and the token is lost. filled [capacity + 1]: full pages by number of tokens. is_last: no
 // launch for other heads of this token follows, so the sequences grow. extents [batch, heads of records, 2]: the first record
 // of a head, and how many pages it has before those that are counted. The rest: see Points.
+// With POOLED exact tokens lie in the blocks of the records, block_tokens of them in each, sink_batch elements apart: those of
+// page p from block table[p + 1] on, so that the page can be packed into block table[p], and sinks in the block before
+// table[0]; the ring is room for one page.
 extern "C" __global__ void __launch_bounds__(THREADS)
     append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head,
                  const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, i64 sink_batch, i64 sink_head, i64 sink_token,
                  int num_sinks, ELEMENT* ring_key, ELEMENT* ring_value, i64 ring_batch, i64 ring_head, i64 ring_token, int ring,
                  u8* records, i64 record_batch, i64 record_head, i64 record_page, const int* table, int table_stride,
                  int* state, int* flags, const int* filled, int capacity, int is_last, const int2* extents, u64 key_low0, u64 key_low1,
-                 u64 key_high0, u64 key_high1, u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1) {
+                 u64 key_high0, u64 key_high1, u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1
+#if POOLED
+                 , int block_tokens
+#endif
+    ) {
     extern __shared__ __align__(16) u8 shared[];
     const bool is_key = blockIdx.x == 0;
     const int head = heads ? heads[blockIdx.y] : blockIdx.y;
@@ -657,7 +664,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const ELEMENT* from = is_key ? key + batch * key_batch + head * key_head : value + batch * value_batch + head * value_head;
         ELEMENT* own = (is_key ? ring_key : ring_value) + batch * ring_batch + head * ring_head;
         ELEMENT* sinks = (is_key ? sink_key : sink_value) + batch * sink_batch + head * sink_head;
+#if POOLED
+        sinks -= batch * sink_batch;
+        auto place = [&](int token) {
+            const int block = max(0, table[batch * table_stride + (at < 0 ? -1 : page + 1 + token / block_tokens)]);
+            return sinks + block * sink_batch + token % block_tokens * sink_token;
+        };
+        ELEMENT* to = place(at < 0 ? length : at - page * P);
+#else
         ELEMENT* to = at < 0 ? sinks + length * sink_token : own + at % ring * ring_token;
+#endif
 #if KEY_ROTATED || VALUE_ROTATED
         if (is_key ? Keys::ROTATED : Values::ROTATED) {
             if (threadIdx.x < 32) hadamard_turn(from, to, threadIdx.x, threadIdx.x < HADAMARD_LANES);
@@ -673,6 +689,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const int2 kept = extents[batch * gridDim.y + blockIdx.y];
                 record += (i64)(kept.x + kept.y) * record_page;
             }
+#if POOLED
+            for (int v = threadIdx.x; v < P * D / V; v += THREADS)
+                reinterpret_cast<uint4*>(own + v / (D / V) * ring_token)[v % (D / V)] =
+                    reinterpret_cast<const uint4*>(place(v / (D / V)))[v % (D / V)];
+            __syncthreads();
+#endif
             const ELEMENT* x = own + page * P % ring * ring_token;
             if (is_key) encode_side<Keys>(x, ring_token, record, shared, flags, {{key_low0, key_low1}, {key_high0, key_high1}});
             else
