@@ -250,7 +250,7 @@ def test_many_requests_with_shared_prefixes_get_the_tokens_they_get_alone(tiny, 
     alone = LLM(**options(tiny[1], enable_prefix_caching=False, max_num_seqs=1))
     wanted = {n: served(alone, [prompts[n]], new[n])[0] for n in range(64) if n not in aborted}
 
-    small = {"num_gpu_blocks_override": 70, "max_num_batched_tokens": 160, "disable_log_stats": False}
+    small = {"num_gpu_blocks_override": 78, "max_num_batched_tokens": 160, "disable_log_stats": False}
     crowded = LLM(**options(tiny[1], **small))
     got = crowd(crowded.llm_engine, prompts, new, aborted)
     assert got == wanted
