@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -58,7 +59,7 @@ class Blocks:
         """
         device = self.storage.device
         for heads, own, start, stop in self.layout.groups:
-            theirs = index(heads, device)
+            theirs = _of_heads(heads, device)
             records = kernels.backend(device).encode(exact.key[:, theirs], exact.value[:, theirs], own, self.flags)
             words = slice(start // _WORD.itemsize, stop // _WORD.itemsize)
             self.storage.view(_WORD)[numbers, words] = records.flatten(1).view(_WORD)
@@ -85,3 +86,8 @@ def index(numbers: Sequence[int], device: torch.device) -> Index:
     if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(numbers[0], numbers[-1] + 1)
     return on_device(numbers, torch.int64, device)
+
+
+@lru_cache(maxsize=1024)
+def _of_heads(heads: tuple[int, ...], device: torch.device) -> Index:
+    return index(heads, device)
