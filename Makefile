@@ -51,7 +51,7 @@ $(OLDEST)/ready: pyproject.toml constraints.txt
 
 # vLLM asks for another transformers and for one torch; a processor is enough.
 test-vllm: $(VLLM)/ready assets
-	env OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py
+	env OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_prompts.py
 
 $(VLLM)/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)

@@ -37,6 +37,13 @@ def head_index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(heads, dtype=torch.int32, device=device)
 
 
+def exact_states(kv: PagedKV | StaticKV) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the sinks and the tail."""
+    if not kv.sinks.tokens:
+        return kv.tail.key, kv.tail.value
+    return torch.cat([kv.sinks.key, kv.tail.key], -2), torch.cat([kv.sinks.value, kv.tail.value], -2)
+
+
 class Backend(ABC):
     """Encode, decode and attend over pages.
 
@@ -84,6 +91,40 @@ class Backend(ABC):
         Returns:
             Keys and values ``[batch, heads, pages * page_tokens, head_dim]`` of ``dtype``.
         """
+
+    def all_states(self, kv: PagedKV, *, in_order: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of sinks, pages and tail, the pages unpacked.
+
+        Args:
+            kv: The layer's cache.
+            in_order: Whether as slots follow each other, for pages and a tail that do not overlap; else by column
+                [sinks, tail, pages].
+
+        Returns:
+            ``[batch, kv_heads, tokens, head_dim]`` each, in the compute dtype.
+        """
+        if kv.num_pages == 0:
+            return exact_states(kv)
+        key, value = self._decoded(kv)
+        if in_order:
+            return (
+                torch.cat([kv.sinks.key, key, kv.tail.key], -2),
+                torch.cat([kv.sinks.value, value, kv.tail.value], -2),
+            )
+        exact_key, exact_value = exact_states(kv)
+        return torch.cat([exact_key, key], -2), torch.cat([exact_value, value], -2)
+
+    def _decoded(self, kv: PagedKV) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the pages, ``[batch, kv_heads, num_pages * page_tokens, head_dim]``."""
+        shape = (*kv.shape[:2], kv.num_pages * kv.page_tokens, kv.shape[-1])
+        if len(kv.pages) == 1:
+            key, value = self.decode(kv.pages[0].data, kv.pages[0].layout, kv.dtype, kv.table)
+            return key.expand(shape), value.expand(shape)
+        key, value = (torch.empty(shape, dtype=kv.dtype, device=kv.device) for _ in range(2))
+        for group in kv.pages:
+            heads = head_index(group.heads, kv.device)
+            key[:, heads], value[:, heads] = self.decode(group.data, group.layout, kv.dtype, kv.table)
+        return key, value
 
     @abstractmethod
     def attend(

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvloom import codecs
 from kvloom.codecs import Encoded, Outliers, wide
-from kvloom.kernels._base import AttendOptions, Backend, rows_of_a_head
+from kvloom.kernels._base import AttendOptions, Backend, exact_states, rows_of_a_head
 from kvloom.kernels._between_pages import append_token, is_between_pages, mask_of_room
 from kvloom.kernels._folded import packed_scores, packed_values
 from kvloom.kernels._kept import padded
@@ -72,14 +72,14 @@ class TorchBackend(Backend):
         if kv.places is not None:
             kv, mask = padded(kv, mask, query.shape[1], query.shape[2])
         if kv.num_pages == 0:
-            return dense_attention(query, *_exact_states(kv), mask=mask, **options)
+            return dense_attention(query, *exact_states(kv), mask=mask, **options)
         is_readable = all(group.layout.is_readable for group in kv.pages)
         if rows_of_a_head(query, kv) > kv.page_tokens or not is_readable:
             in_order = mask is None and _is_without_overlap(kv)
             columns = None if in_order else column_mask(kv, mask, query.shape[2])
             return dense_attention(query, *self.all_states(kv, in_order=in_order), mask=columns, **options)
         columns = column_mask(kv, mask, query.shape[2])
-        return self._folded_attention(query, *_exact_states(kv), kv.in_order(), columns, **options)
+        return self._folded_attention(query, *exact_states(kv), kv.in_order(), columns, **options)
 
     def is_graph_safe_between_pages(self, layouts: Sequence[PageLayout], dtype: torch.dtype) -> bool:
         """See `Backend.is_graph_safe_between_pages`."""
@@ -104,8 +104,8 @@ class TorchBackend(Backend):
             "sink_logits": options.get("sink_logits"),
         }
         if not kv.pages[0].data.numel():
-            return dense_attention(query, *_exact_states(kv), mask=mask, **others)
-        return self._folded_attention(query, *_exact_states(kv), kv, mask, **others)
+            return dense_attention(query, *exact_states(kv), mask=mask, **others)
+        return self._folded_attention(query, *exact_states(kv), kv, mask, **others)
 
     def packed_scores(self, x: torch.Tensor, pages: torch.Tensor, side: SideLayout, dtype: torch.dtype) -> torch.Tensor:
         """See `kvloom.kernels._folded.packed_scores`."""
@@ -154,21 +154,6 @@ class TorchBackend(Backend):
             return parts[0]
         order = [head for group in kv.pages for head in group.heads]
         return torch.cat(parts, dim=1)[:, sorted(range(len(order)), key=order.__getitem__)]
-
-    def all_states(self, kv: PagedKV, *, in_order: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values by column [sinks, tail, pages], or as slots follow each other; the pages decoded."""
-        shape = (*kv.shape[:2], kv.num_pages * kv.page_tokens, kv.shape[-1])
-        key, value = (torch.empty(shape, dtype=kv.dtype, device=kv.device) for _ in range(2))
-        for group in kv.pages:
-            heads = list(group.heads)
-            key[:, heads], value[:, heads] = self.decode(group.data, group.layout, kv.dtype, kv.table)
-        if in_order:
-            return (
-                torch.cat([kv.sinks.key, key, kv.tail.key], -2),
-                torch.cat([kv.sinks.value, value, kv.tail.value], -2),
-            )
-        exact_key, exact_value = _exact_states(kv)
-        return torch.cat([exact_key, key], -2), torch.cat([exact_value, value], -2)
 
 
 def dense_attention(
@@ -255,13 +240,6 @@ def _softmax(
         return torch.softmax(scores, dim=-1)
     extra = sink_logits.to(scores.dtype).view(1, scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
     return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]
-
-
-def _exact_states(kv: PagedKV | StaticKV) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the sinks and the tail."""
-    if not kv.sinks.tokens:
-        return kv.tail.key, kv.tail.value
-    return torch.cat([kv.sinks.key, kv.tail.key], -2), torch.cat([kv.sinks.value, kv.tail.value], -2)
 
 
 def _is_without_overlap(kv: PagedKV) -> bool:

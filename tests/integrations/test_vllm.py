@@ -8,6 +8,8 @@ import pickle
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -213,6 +215,24 @@ def test_a_pass_of_sequences_that_decode_is_one_call_a_layer(tiny, monkeypatch):
             engine.add_request("3", {"prompt_token_ids": prompt(50, 3)}, sampling(12))
     layers = len(MIXED)
     assert calls == [3] * 4 * layers + [4] * layers
+
+
+def dense(impl, calls, *, q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """What vLLM's FlashAttention is on a GPU."""
+    calls.append(cu_seqlens_q.diff().tolist())
+    for queries, states in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+        own = [x[slice(*at)].transpose(0, 1)[None] for x, at in ((q, queries), (k, states), (v, states))]
+        out[slice(*queries)] = kernels.dense_attention(*own, scaling=impl.scale)[0]
+
+
+def test_prompts_are_read_by_the_function_that_vllm_has_for_them(tiny, monkeypatch):
+    """One call a layer for all that begin in a pass."""
+    plan, calls = save(tiny, MIXED, window=Window(sinks=4)), []
+    monkeypatch.setattr(_config, "varlen_of", lambda impl: partial(dense, impl, calls))
+    prompts = [prompt(tokens, seed) for seed, tokens in enumerate((5, 63, 160, 200))]
+    engine = LLM(**options(tiny[1]))
+    assert served(engine, prompts, 20) == [expected(tiny[0], plan, ids, 20) for ids in prompts]
+    assert calls == [[5, 63, 160, 200]] * len(MIXED)
 
 
 def test_tokens_depend_on_what_is_stored(tiny):

@@ -84,9 +84,8 @@ class Pool:
         """Append tokens of a sequence whose blocks ``table`` names, and grows; what they attend to."""
         length = computed + key.shape[2]
         self.grow(table, length)
-        sequence = Sequence(self.blocks, torch.tensor(table, dtype=torch.int32))
-        tail = sequence.append(key, value, computed)
-        return sequence.cache(tail, computed, length, self.plan.prefill)
+        sequence = sequence_of(torch.tensor(table, dtype=torch.int32), computed, length)
+        return sequence.cache(self.blocks, sequence.append(self.blocks, key, value), self.plan.prefill)
 
     def decoded(self, key, value, computed, tables):
         """Append a token to every sequence ``[sequences, kv_heads, 1, head_dim]``; what each attends to."""
@@ -100,6 +99,11 @@ class Pool:
     def grow(self, table, tokens):
         while len(table) < -(-tokens // self.layout.page_tokens) + self.layout.spare_blocks:
             table.append(self.free.pop())
+
+
+def sequence_of(table, computed, length):
+    """That fills a pass."""
+    return Sequence(slice(0, length - computed), computed, table)
 
 
 def decoding_of(layout, computed, table, capacity=1000):
@@ -212,8 +216,9 @@ def test_a_decoding_pass_packs_what_is_full_and_copies_no_page(monkeypatch):
     assert kv.table.data_ptr() == table[:, 1:].data_ptr()
     held = pool.storage.untyped_storage().data_ptr()
     assert [group.data.untyped_storage().data_ptr() for group in kv.pages] == [held]
-    sequence = Sequence(pool.blocks, torch.tensor(tables[1], dtype=torch.int32))
-    several = sequence.cache(sequence.append(key[:, :, :2], value[:, :, :2], 132), 132, 134, plan.prefill)
+    sequence = sequence_of(torch.tensor(tables[1], dtype=torch.int32), 132, 134)
+    tail = sequence.append(pool.blocks, key[:, :, :2], value[:, :, :2])
+    several = sequence.cache(pool.blocks, tail, plan.prefill)
     assert [group.data.untyped_storage().data_ptr() for group in several.pages] == [held]
 
 
@@ -254,7 +259,7 @@ def test_a_graph_decodes_what_steps_do(sinks):
         pools.append(Blocks(layout, storage, torch.float16, torch.zeros(2, dtype=torch.int32, device=device)))
         for row, tokens in enumerate(prompts):
             key, value = (x.half().to(device) for x in states(plan, tokens, row))
-            Sequence(pools[-1], own[row]).append(key, value, 0)
+            sequence_of(own[row], 0, tokens).append(pools[-1], key, value)
     lengths = torch.ones(rows, dtype=torch.int32, device=device)
     table = torch.zeros(rows, width, dtype=torch.int32, device=device)
     key, value, query = (torch.zeros(rows, heads, 1, 64, dtype=torch.float16, device=device) for heads in (2, 2, 8))
@@ -305,9 +310,9 @@ def test_on_a_gpu_nothing_waits_and_blocks_and_outputs_are_those_of_the_cpu(sink
         sides[device] = Blocks(layout, storage, torch.float16, torch.zeros(2, dtype=torch.int32, device=device))
         for row, tokens in enumerate(lengths):
             key, value = (x.half().to(device) for x in states(plan, tokens, row))
-            sequence = Sequence(sides[device], table[row].to(device))
+            sequence = sequence_of(table[row].to(device), 0, tokens)
             with no_waits() if device.type == "cuda" and row else nullcontext():
-                sequence.cache(sequence.append(key, value, 0), 0, tokens, plan.prefill)
+                sequence.cache(sides[device], sequence.append(sides[device], key, value), plan.prefill)
     for step in range(6):
         key, value = (x.transpose(0, 2).half() for x in states(plan, 6, 100 + step))
         query = torch.randn(6, 8, 1, 64, generator=torch.Generator().manual_seed(step)).half()

@@ -44,10 +44,15 @@ lengths: in every layer one launch that appends and packs for each page layout a
 each. Kernels read and write packed pages and exact tokens where they lie, through vLLM's block table. Where tokens lie
 is computed on the device from vLLM's lengths and table by the same operations at every step, so that on a GPU vLLM's
 CUDA graphs hold a whole step, attention included; for plans whose formats have no kernels that are safe in a graph they
-are captured between layers' attention, and such layers wait for the device. Passes of several tokens (prompts, or their
-parts) go sequence by sequence, by lengths that vLLM has on the host, and read earlier pages through the table, too.
-What a GPU packs out of range is raised some passes later. Tests of the engine run on a CPU, where the reference copies
-the pages that it reads.
+are captured between layers' attention, and such layers wait for the device. What a GPU packs out of range is raised
+some passes later. Tests of the engine run on a CPU, where the reference copies the pages that it reads.
+
+**Prompts**, or their parts, are appended and packed sequence by sequence, by lengths that vLLM has on the host; where
+their tokens lie is computed once a pass. Where vLLM itself would read a layer by its FlashAttention and ``prefill`` is
+``"exact"``, that function reads them, too: prompts that begin in the pass in one call over the model's own states, not
+turned, since no rotation changes what attention gives; a part that follows an earlier one in a call of its own, over
+that sequence's pages unpacked. Elsewhere kvloom's backend reads them sequence by sequence, as it does parts of so few
+tokens that packed pages are read faster.
 """
 
 from __future__ import annotations

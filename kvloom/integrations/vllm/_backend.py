@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
 )
+from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvloom import kernels
@@ -24,26 +27,10 @@ from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.integrations.vllm._sequence import Sequence
 from kvloom.integrations.vllm._spec import KvloomSpec
+from kvloom.integrations.vllm._stretch import Stretch, Varlen, stretches
 from kvloom.integrations.vllm._watch import watch
-from kvloom.pages import PooledKV, Role
+from kvloom.pages import PagedKV, PooledKV, Role
 from kvloom.plan import Prefill
-
-
-@dataclass(frozen=True)
-class _Several:
-    """A sequence of which a pass computes several tokens.
-
-    Attributes:
-        computed: Its tokens before this pass.
-        length: Its tokens, those of the pass included.
-        own: Those of the pass among all of the pass.
-        table: int32 ``[blocks]``, numbers of blocks.
-    """
-
-    computed: int
-    length: int
-    own: slice
-    table: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -51,11 +38,11 @@ class _Metadata(AttentionMetadata):  # type: ignore[misc]
     """The sequences of a pass.
 
     Attributes:
-        several: Those with several tokens.
+        stretches: Those with several tokens.
         decoding: Those with one; None if there are none.
     """
 
-    several: list[_Several]
+    stretches: list[Stretch]
     decoding: Decoding | None
 
 
@@ -70,12 +57,12 @@ def _metadata(common: Any, spec: KvloomSpec, capacity: int) -> _Metadata:
             rows.append(row)
         elif stop > start:  # rows of padding have no token
             table = common.block_table_tensor[row]
-            several.append(_Several(length - (stop - start), length, slice(start, stop), table))
+            several.append(Sequence(slice(start, stop), length - (stop - start), table))
     if not rows:
-        return _Metadata(several, None)
+        return _Metadata(stretches(several), None)
     device = common.seq_lens.device
     tokens = index([starts[row] for row in rows], device)
-    return _Metadata(several, _decoding(common, spec, capacity, tokens, index(rows, device)))
+    return _Metadata(stretches(several), _decoding(common, spec, capacity, tokens, index(rows, device)))
 
 
 def _decoding(common: Any, spec: KvloomSpec, capacity: int, tokens: Index, rows: Index) -> Decoding:
@@ -190,6 +177,7 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         scale: Factor of the scores.
         softcap: Soft cap of the scores, or None.
         sink_logits: ``[num_heads]`` extra logits of the softmax, or None.
+        varlen: What computes the same over plain tensors, see `varlen_of`; None leaves it to kvloom's backend.
     """
 
     kv_cache_dtype = "auto"
@@ -204,10 +192,11 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         scale: float,
         softcap: float | None,
         sink_logits: torch.Tensor | None,
+        varlen: Varlen | None = None,
     ) -> None:
         self.layout, self.prefill, self.matrices = layout, prefill, matrices
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, layout.kv_heads, layout.head_dim
-        self.scale = scale
+        self.scale, self.varlen = scale, varlen
         self._options: dict[str, Any] = {"scaling": scale, "softcap": softcap, "sink_logits": sink_logits}
         self._rotations: dict[Role, SideRotation | None] = {}
 
@@ -239,18 +228,23 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         if attn_metadata is None:
             return output.zero_()
         blocks = Blocks(self.layout, kv_cache.flatten(1), key.dtype, watch(key.device).flags)
-        several, decoding = attn_metadata.several, attn_metadata.decoding
-        tails = [
-            Sequence(blocks, each.table).append(*self._cached(_of_one(key, each), _of_one(value, each)), each.computed)
-            for each in several
-        ]
+        stretches, decoding = attn_metadata.stretches, attn_metadata.decoding
+        tails = {
+            each: each.append(blocks, *self._cached(_of_one(key, each), _of_one(value, each)))
+            for stretch in stretches
+            for each in stretch.sequences
+        }
         if decoding is not None:
             now = decoding.append(blocks, *self._appended(_one_each(key, decoding), _one_each(value, decoding)))
         # Reading comes after all appends: a sequence may share new blocks.
-        backend, options = kernels.backend(query.device), self._options
-        for each, tail in zip(several, tails, strict=True):
-            kv = Sequence(blocks, each.table).cache(tail, each.computed, each.length, self.prefill)
-            output[each.own] = self._restored(backend.attend(self._turned(_of_one(query, each)), kv, **options))[0]
+        for stretch in stretches:
+            if self.varlen is not None and self._reads_begun(stretch):
+                own = stretch.own
+                stretch.attend(self.varlen, query[own], key[own], value[own], output[own])
+                continue
+            for each in stretch.sequences:
+                kv = each.cache(blocks, tails[each], self.prefill)
+                self._read(stretch, kv, _of_one(query, each), output[each.own])
         if decoding is not None:
             self._attend_one_each(query, decoding, now, output)
         return output
@@ -263,6 +257,31 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         out = kernels.backend(query.device).attend_pooled(turned_query, kv, own if is_there else None, **self._options)
         if not is_there:
             output[decoding.tokens] = self._restored(out)[:, 0]
+
+    def _reads_begun(self, stretch: Stretch) -> bool:
+        """Whether attention reads the pass's own states and nothing else: unturned, then, which gives the same."""
+        return stretch.is_begun and self.prefill == "exact"
+
+    def _read(self, stretch: Stretch, kv: PagedKV, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attention of the tokens of one sequence over what is cached of it.
+
+        Args:
+            stretch: The sequence is one of it.
+            kv: Its cache.
+            query: ``[1, num_heads, tokens, head_dim]``.
+            output: ``[tokens, num_heads, head_dim]``, filled in.
+        """
+        backend, query = kernels.backend(query.device), self._turned(query)
+        rows = self.num_heads // self.num_kv_heads * len(output)
+        # Few rows read packed pages faster; with other prefills than exact, queries differ in what they read.
+        if self.varlen is None or self.prefill != "exact" or rows <= kv.page_tokens:
+            output[:] = self._restored(backend.attend(query, kv, **self._options))[0]
+            return
+        out = output if self._rotation("value", output) is None else torch.empty_like(output)
+        key, value = (x[0].transpose(0, 1) for x in backend.all_states(kv, in_order=True))
+        stretch.attend(self.varlen, query[0].transpose(0, 1), key, value, out)
+        if out is not output:
+            output[:] = self._restored(out[None])[0]
 
     def _cached(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States ``[batch, kv_heads, tokens, head_dim]`` as they are cached."""
@@ -291,9 +310,28 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         return self._rotations[side]
 
 
-def _of_one(states: torch.Tensor, several: _Several) -> torch.Tensor:
+def varlen_of(impl: Any) -> Varlen | None:
+    """What computes attention over plain tensors as vLLM itself would in a layer; None where it would by other means.
+
+    Args:
+        impl: vLLM's own attention of the layer, which knows what its FlashAttention is fit for.
+    """
+    if not isinstance(impl, FlashAttentionImpl) or impl.vllm_flash_attn_version is None:
+        return None
+    return partial(
+        fa_utils.flash_attn_varlen_func,
+        softmax_scale=impl.scale,
+        causal=True,
+        softcap=impl.logits_soft_cap,
+        fa_version=impl.vllm_flash_attn_version,
+        num_splits=1 if impl.batch_invariant_enabled or impl.fa4_hd256 else 0,
+        s_aux=impl.sinks,
+    )
+
+
+def _of_one(states: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     """``[1, heads, tokens, head_dim]`` of the tokens of one sequence, of all ``[tokens, heads, head_dim]``."""
-    return states[several.own].transpose(0, 1)[None]
+    return states[sequence.own].transpose(0, 1)[None]
 
 
 def _one_each(states: torch.Tensor, decoding: Decoding) -> torch.Tensor:

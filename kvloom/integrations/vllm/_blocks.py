@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -11,7 +12,7 @@ from kvloom import kernels
 from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.pages import ExactKV, HeadPages
 
-_WORD = torch.int64  # in which rows are moved
+_WORD = torch.int64  # in which rows and records are moved
 Index = slice | torch.Tensor
 
 
@@ -60,14 +61,15 @@ class Blocks:
         """Pack tokens over whole blocks, in one call for each page layout.
 
         Args:
-            numbers: ``[pages]``, of the blocks.
+            numbers: int64 ``[pages]``, of the blocks.
             exact: ``[pages, kv_heads, page_tokens, head_dim]``.
         """
         device = self.storage.device
         for heads, own, start, stop in self.layout.groups:
-            theirs = index(heads, device)
+            theirs = _of_heads(heads, device)
             records = kernels.backend(device).encode(exact.key[:, theirs], exact.value[:, theirs], own, self.flags)
-            self.storage[numbers, start:stop] = records.flatten(1)
+            words = slice(start // _WORD.itemsize, stop // _WORD.itemsize)
+            self.storage.view(_WORD)[numbers, words] = records.flatten(1).view(_WORD)
 
     def exact(self, rows: torch.Tensor) -> ExactKV:
         """Tokens ``[batch, kv_heads, tokens, head_dim]`` of ``rows [batch, tokens, words]``; views."""
@@ -78,8 +80,7 @@ class Blocks:
 
 def rows_of(exact: ExactKV) -> torch.Tensor:
     """Tokens ``[batch, kv_heads, tokens, head_dim]`` as rows, int64 ``[batch, tokens, words]``."""
-    states = torch.stack([exact.key, exact.value], dim=1).permute(0, 3, 1, 2, 4)
-    return states.contiguous().flatten(2).view(_WORD)
+    return torch.stack([x.transpose(1, 2) for x in (exact.key, exact.value)], dim=2).flatten(2).view(_WORD)
 
 
 def on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -92,3 +93,8 @@ def index(numbers: Sequence[int], device: torch.device) -> Index:
     if numbers and numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(numbers[0], numbers[-1] + 1)
     return on_device(numbers, torch.int64, device)
+
+
+@lru_cache(maxsize=1024)
+def _of_heads(heads: tuple[int, ...], device: torch.device) -> Index:
+    return index(heads, device)

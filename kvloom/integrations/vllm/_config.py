@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from kvloom import codecs
 from kvloom.errors import ModelError, PlanError
-from kvloom.integrations.vllm._backend import KvloomImpl, backend_of
+from kvloom.integrations.vllm._backend import KvloomImpl, backend_of, varlen_of
 from kvloom.integrations.vllm._layout import BlockLayout, block_layouts, part_of, spare_blocks
 from kvloom.pages import Role
 from kvloom.plan import Fingerprint, Plan
@@ -146,6 +146,7 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
             scale=layer.impl.scale,
             softcap=layer.impl.logits_soft_cap or None,
             sink_logits=getattr(layer.impl, "sinks", None),
+            varlen=varlen_of(layer.impl),
         )
 
     @cached_property

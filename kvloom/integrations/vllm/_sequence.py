@@ -2,101 +2,126 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from kvloom.integrations.vllm._blocks import Blocks, rows_of
+from kvloom.integrations.vllm._layout import BlockLayout
 from kvloom.pages import ExactKV, PagedKV
 from kvloom.plan import Prefill
 
+_Places = tuple[torch.Tensor, torch.Tensor]
 
-@dataclass(frozen=True)
+
 class Sequence:
-    """The blocks of one sequence in one layer.
+    """Numbers of a sequence of which a pass computes several tokens, the same for all layers.
+
+    Args:
+        own: The places of its tokens among those of the pass.
+        computed: Its tokens before the pass.
+        table: int32 ``[blocks]``, numbers of its blocks, in order.
 
     Attributes:
-        blocks: Those of all sequences.
-        table: int32 ``[blocks of the sequence]``, their numbers, in order.
+        own: See above.
+        computed: See above.
+        length: Its tokens, those of the pass included.
     """
 
-    blocks: Blocks
-    table: torch.Tensor
+    def __init__(self, own: slice, computed: int, table: torch.Tensor) -> None:
+        self.own, self.computed, self.length = own, computed, computed + own.stop - own.start
+        self._table = table
+        self._places: dict[tuple[int, int, int, int], _Places] = {}
+        self._visible: dict[Prefill, torch.Tensor] = {}
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, computed: int) -> ExactKV:
-        """Add tokens after the ``computed`` ones that the blocks hold; pages that are full now are packed.
+    def append(self, blocks: Blocks, key: torch.Tensor, value: torch.Tensor) -> ExactKV:
+        """Add the tokens of the pass to a layer's blocks; pages that are full now are packed.
 
         Args:
+            blocks: Those of the layer.
             key: ``[1, kv_heads, tokens, head_dim]``, turned as they are cached.
             value: The same shape.
-            computed: Tokens before these.
 
         Returns:
             The exact tokens after the pages that were full before: the tail that the new tokens are to read.
         """
-        layout, length = self.blocks.layout, computed + key.shape[2]
-        before, after = layout.full_pages(computed), layout.full_pages(length)
-        missing = max(0, min(length, layout.sinks) - computed)
-        self._write(0, min(computed, layout.sinks), _part(key, value, 0, missing))
-        new = _part(key, value, missing, length)
-        held = max(0, computed - layout.sinks) - before * layout.page_tokens
-        tail = _joined(self._read(layout.exact_column(before), held), new)
+        layout = blocks.layout
+        before, after = layout.full_pages(self.computed), layout.full_pages(self.length)
+        missing = max(0, min(self.length, layout.sinks) - self.computed)
+        self._write(blocks, 0, min(self.computed, layout.sinks), _part(key, value, 0, missing))
+        new = _part(key, value, missing, self.length)
+        held = max(0, self.computed - layout.sinks) - before * layout.page_tokens
+        tail = _joined(self._read(blocks, layout.exact_column(before), held), new)
         if after > before:
             packed = (after - before) * layout.page_tokens
-            self._pack(_part(tail.key, tail.value, 0, packed), before, after)
-            held, new = 0, _part(tail.key, tail.value, packed, length)
-        self._write(layout.exact_column(after), held, new)
+            self._pack(blocks, _part(tail.key, tail.value, 0, packed), before, after)
+            held, new = 0, _part(tail.key, tail.value, packed, self.length)
+        self._write(blocks, layout.exact_column(after), held, new)
         return tail
 
-    def cache(self, tail: ExactKV, computed: int, length: int, prefill: Prefill) -> PagedKV:
-        """What the tokens ``[computed, length)`` are to attend to.
+    def cache(self, blocks: Blocks, tail: ExactKV, prefill: Prefill) -> PagedKV:
+        """What the tokens of the pass are to attend to in a layer.
 
         Args:
+            blocks: Those of the layer.
             tail: What `append` returned.
-            computed: Tokens before this pass.
-            length: Tokens, this pass's own included.
             prefill: See `kvloom.Plan`.
         """
-        layout, device = self.blocks.layout, self.table.device
-        if prefill == "quantized":
-            pages = layout.full_pages(length - 1)
-            visible = (torch.arange(computed, length, device=device) - layout.sinks).clamp(min=0) // layout.page_tokens
-        else:
-            pages = layout.full_pages(computed)
-            visible = torch.full((length - computed,), pages, device=device)
+        layout = blocks.layout
+        pages = layout.full_pages(self.length - 1 if prefill == "quantized" else self.computed)
         return PagedKV(
-            self.blocks.pages,
-            self._read(0, min(length, layout.sinks)),
+            blocks.pages,
+            self._read(blocks, 0, min(self.length, layout.sinks)),
             tail,
-            length,
+            self.length,
             layout.page_tokens,
             pages,
-            visible,
-            table=self._of_pages(0, pages)[None],
+            self._visible_by(prefill, layout),
+            table=self._table[layout.first_page : layout.first_page + pages][None],
         )
 
-    def _pack(self, exact: ExactKV, first: int, stop: int) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Of its blocks."""
+        return self._table.device
+
+    @cached_property
+    def _numbers(self) -> torch.Tensor:
+        """The table as rows are taken by it."""
+        return self._table.long()
+
+    def _visible_by(self, prefill: Prefill, layout: BlockLayout) -> torch.Tensor:
+        """See `PagedKV.visible`."""
+        if prefill not in self._visible:
+            tokens = torch.arange(self.computed, self.length, device=self.device)
+            if prefill == "exact":
+                tokens = torch.full_like(tokens, self.computed)
+            self._visible[prefill] = (tokens - layout.sinks).clamp(min=0) // layout.page_tokens
+        return self._visible[prefill]
+
+    def _pack(self, blocks: Blocks, exact: ExactKV, first: int, stop: int) -> None:
         by_page = (x[0].unflatten(1, (stop - first, -1)).transpose(0, 1) for x in (exact.key, exact.value))
-        self.blocks.pack(self._of_pages(first, stop), ExactKV(*by_page))
+        at = blocks.layout.first_page
+        blocks.pack(self._numbers[at + first : at + stop], ExactKV(*by_page))
 
-    def _of_pages(self, first: int, stop: int) -> torch.Tensor:
-        """Numbers of the blocks of pages ``[first, stop)``."""
-        at = self.blocks.layout.first_page
-        return self.table[at + first : at + stop]
-
-    def _read(self, column: int, count: int) -> ExactKV:
+    def _read(self, blocks: Blocks, column: int, count: int) -> ExactKV:
         """The first ``count`` of the exact tokens that start in a block of the sequence."""
-        return self.blocks.exact(self.blocks.rows[self._places(column, 0, count)][None])
+        rows = blocks.rows
+        return blocks.exact(rows[self._located(blocks, column, 0, count)][None] if count else rows[:1, :0])
 
-    def _write(self, column: int, token: int, exact: ExactKV) -> None:
+    def _write(self, blocks: Blocks, column: int, token: int, exact: ExactKV) -> None:
         """Put exact tokens behind the ``token`` first ones of those that start in a block."""
         if exact.tokens:
-            self.blocks.rows[self._places(column, token, exact.tokens)] = rows_of(exact)[0]
+            blocks.rows[self._located(blocks, column, token, exact.tokens)] = rows_of(exact)[0]
 
-    def _places(self, column: int, token: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _located(self, blocks: Blocks, column: int, token: int, count: int) -> _Places:
         """Blocks and rows of ``count`` exact tokens behind the ``token`` first ones of those that start in a block."""
-        at, size = torch.arange(token, token + count, device=self.table.device), self.blocks.layout.block_tokens
-        return self.table[column + at // size], at % size
+        size = blocks.layout.block_tokens
+        wanted = size, column, token, count
+        if wanted not in self._places:
+            at = torch.arange(token, token + count, device=self.device)
+            self._places[wanted] = self._numbers[column + at // size], at % size
+        return self._places[wanted]
 
 
 def _part(key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> ExactKV:
