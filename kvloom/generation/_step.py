@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kvloom import kernels
 from kvloom.cache import FixedLayer, LoomCache
+from kvloom.generation._passes import Passes
 from kvloom.generation._products import JoinProducts
+from kvloom.generation._sums import SumRanks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
     from kvloom.pages import StaticKV
 
 # Products of one row become reductions fused with what follows, those of a few rows one launch for weights that share
-# them: both read weights faster than cuBLAS does.
+# them: both read weights faster than cuBLAS does. Sums over ranks are too small for NCCL.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "coordinate_descent_tuning": True,
-    "post_grad_custom_pre_pass": JoinProducts(),
+    "post_grad_custom_pre_pass": Passes(JoinProducts(), SumRanks()),
 }
 # Calls before the graph is captured: the first compiles, the second is watched for waits.
 _PLAIN_CALLS = 2

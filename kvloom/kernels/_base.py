@@ -16,6 +16,9 @@ from kvloom.pages import PagedKV, PageLayout, PooledKV, StaticKV
 PRODUCT_ROWS, PRODUCT_WEIGHTS = 8, 4
 """Up to how many rows `Backend.products` gains by a kernel of its own, and how many weights one launch takes."""
 
+SUM_NBYTES = 1 << 18
+"""Up to how many bytes `Backend.sum_ranks` gains by a kernel of its own."""
+
 
 class AttendOptions(TypedDict):
     """Keyword arguments of `Backend.attend`, for backends that pass them on."""
@@ -223,3 +226,17 @@ class Backend(ABC):
             ``[rows, features]`` of each.
         """
         return [x @ weight.T for weight in weights]
+
+    def sum_ranks(self, x: torch.Tensor, group_name: str) -> torch.Tensor:
+        """Sum over the ranks of a process group, which all call this.
+
+        Args:
+            x: This rank's addend, of one shape and dtype on all.
+            group_name: As torch's functional collectives take it.
+
+        Returns:
+            The sum, shaped like ``x``.
+        """
+        collectives = torch.ops._c10d_functional
+        out: torch.Tensor = collectives.wait_tensor(collectives.all_reduce(x, "sum", group_name))
+        return out

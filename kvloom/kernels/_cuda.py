@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 
 from kvloom.errors import KernelError
-from kvloom.kernels import _cuda_pages, _cuda_products, _nvrtc
+from kvloom.kernels import _cuda_pages, _cuda_products, _cuda_sums, _nvrtc
 from kvloom.kernels._base import AttendOptions, Backend, head_index, rows_of_a_head
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._nvrtc import Defines
@@ -150,6 +150,11 @@ class CudaBackend(TorchBackend):
         return self._unless_broken(
             lambda: _cuda_products.products(x, weights), lambda other: other.products(x, weights)
         )
+
+    def sum_ranks(self, x: torch.Tensor, group_name: str) -> torch.Tensor:
+        """See `Backend.sum_ranks`."""
+        meeting = _cuda_sums.meeting_of(group_name, x.device) if _cuda_sums.sums(x) else None
+        return super().sum_ranks(x, group_name) if meeting is None else _cuda_sums.sum_ranks(x, meeting)
 
     def _unless_broken(self, ours: Callable[[], _T], otherwise: Callable[[Backend], _T]) -> _T:
         """Our result; or that of the backend that follows, from the first kernel that cannot be built or launched."""

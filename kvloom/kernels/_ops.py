@@ -107,3 +107,13 @@ def _products(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor
 @_products.register_fake
 def _(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
     return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
+
+
+@torch.library.custom_op("kvloom::sum_ranks", mutates_args=(), schema="(Tensor x, str group_name) -> Tensor")
+def _sum_ranks(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    return backend(x.device).sum_ranks(x, group_name)
+
+
+@_sum_ranks.register_fake
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,158 @@
+"""Sums over the GPUs of one host: launcher of ``sum_ranks.cu``, and where ranks leave their addends for one another."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from kvloom.errors import KernelError
+from kvloom.kernels._base import SUM_NBYTES
+from kvloom.kernels._nvrtc import Defines, module
+
+MAX_RANKS = 8
+_THREADS = 256
+_PIECE = 8  # bytes of a thread
+_SLOT = 16  # those bytes and their marks
+_BLOCKS = SUM_NBYTES // (_PIECE * _THREADS)
+_POLLS = 1 << 30  # some minutes: as long as NCCL waits
+_ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
+
+
+class Meeting(NamedTuple):
+    """What a rank knows of a group whose ranks write into each other's memory.
+
+    Attributes:
+        rank: This rank's place in the group.
+        ranks: How many there are.
+        buffers: int64 ``[ranks]`` on the device, addresses of the ranks' buffers of `buffer_nbytes`, zeros at first.
+        epochs: int32 on the device, see `first_epochs`.
+        keeps: What the addresses live by.
+    """
+
+    rank: int
+    ranks: int
+    buffers: torch.Tensor
+    epochs: torch.Tensor
+    keeps: Any
+
+
+_meetings: WeakKeyDictionary[Any, dict[torch.device, Meeting | None]] = WeakKeyDictionary()
+
+
+def sums(x: torch.Tensor) -> bool:
+    """Whether `sum_ranks` takes this: so small a message of 16 or 32-bit floats that latency is what counts."""
+    return x.dtype in _ELEMENTS and 0 < x.nbytes <= SUM_NBYTES and x.nbytes % _PIECE == 0
+
+
+def sum_ranks(x: torch.Tensor, meeting: Meeting) -> torch.Tensor:
+    """Sum over ranks in fp32, in their order: the same bits on all of them.
+
+    All ranks call it with tensors of one size and dtype, in the same order of calls, each on one stream.
+
+    Args:
+        x: This rank's addend, see `sums`.
+        meeting: Of the group.
+
+    Returns:
+        Shape and dtype of ``x``, contiguous.
+
+    Raises:
+        KernelError: The kernel cannot be built.
+    """
+    x = x.contiguous()
+    if x.data_ptr() % _PIECE:
+        x = x.clone()
+    out = torch.empty_like(x)
+    pieces = x.nbytes // _PIECE
+    with torch.cuda.device(x.device):
+        module("sum_ranks.cu", _build(x.dtype, meeting.ranks, _POLLS)).launch(
+            "sum_ranks",
+            (-(-pieces // _THREADS), 1, 1),
+            (_THREADS, 1, 1),
+            *(x, out, pieces, meeting.rank, meeting.buffers, meeting.epochs),
+        )
+    return out
+
+
+def buffer_nbytes(ranks: int) -> int:
+    """Bytes of a rank's buffer."""
+    return 2 * ranks * _BLOCKS * _THREADS * _SLOT
+
+
+def first_epochs(device: torch.device) -> torch.Tensor:
+    """int32, one of every block that a launch can have."""
+    return torch.ones(_BLOCKS, dtype=torch.int32, device=device)
+
+
+def meeting_of(group_name: str, device: torch.device) -> Meeting | None:
+    """Where a group's ranks meet, None where they cannot or while a graph is captured that comes before.
+
+    The first call of a group makes the buffers, for which all ranks wait for each other: all have to make it.
+    """
+    group = cast(Any, distributed_c10d)._resolve_process_group(group_name)
+    known = _meetings.setdefault(group, {})
+    if device not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        known[device] = _meet(group, device)
+    return known[device]
+
+
+def _meet(group: Any, device: torch.device) -> Meeting | None:
+    """What all ranks have found possible, and done."""
+    hosts = _told((socket.gethostname(), _is_able(group, device)), group)
+    if len(set(hosts)) > 1 or not hosts[0][1]:
+        return None
+    try:
+        buffer, addresses, offset = _opened(group, device)
+        reason = None
+    except (RuntimeError, KernelError) as error:
+        buffer, addresses, offset, reason = None, [], 0, str(error)
+    told = _told((offset, reason), group)
+    if reasons := [reason for _, reason in told if reason is not None]:
+        logging.getLogger("kvloom").info("sums over GPUs are not kvloom's: %s", reasons[0])
+        return None
+    places = [address + offset for address, (offset, _) in zip(addresses, told, strict=True)]
+    buffers = torch.tensor(places, dtype=torch.int64, device=device)
+    return Meeting(group.rank(), group.size(), buffers, first_epochs(device), buffer)
+
+
+def _is_able(group: Any, device: torch.device) -> bool:
+    if device.type != "cuda" or not 2 <= group.size() <= MAX_RANKS:
+        return False
+    others = set(range(torch.cuda.device_count())) - {device.index}
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
+
+
+def _opened(group: Any, device: torch.device) -> tuple[Any, list[int], int]:
+    """This rank's buffer, where the allocations of all ranks are seen from here, and how far in its own one is."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    with torch.cuda.device(device):
+        module("sum_ranks.cu", _build(torch.bfloat16, group.size(), _POLLS))
+        buffer = symmetric.empty(buffer_nbytes(group.size()), dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize()
+        handle = symmetric.rendezvous(buffer, group.group_name)
+    addresses = list(handle.buffer_ptrs)
+    return (buffer, handle), addresses, buffer.data_ptr() - addresses[group.rank()]
+
+
+def _told(mine: tuple[Any, ...], group: Any) -> list[Any]:
+    """What every rank tells the others."""
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, mine, group=group)
+    return told
+
+
+@lru_cache(maxsize=32)
+def _build(dtype: torch.dtype, ranks: int, polls: int) -> Defines:
+    """Defines of ``sum_ranks.cu``."""
+    sizes = (("RANKS", ranks), ("THREADS", _THREADS), ("BLOCKS", _BLOCKS), ("POLLS", polls))
+    return ("ELEMENT", _ELEMENTS[dtype]), *sizes
