@@ -185,9 +185,9 @@ def test_numbers_are_computed_once_a_pass(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *a, name=name, work=work, **more: made.append(name) or work(*a, **more))
     backend = SimpleNamespace(
         attend=lambda query, kv, **more: query.transpose(1, 2),
-        attend_static=lambda query, kv, **more: query.transpose(1, 2),
+        attend_pooled=lambda query, kv, out, **more: query.transpose(1, 2),
         all_states=lambda kv, in_order: (torch.zeros(kv.shape),) * 2,
-        append=lambda key, value, kv: None,
+        append_pooled=lambda key, value, kv: None,
         encode=lambda key, value, layout, flags: torch.zeros(*key.shape[:2], 1, layout.nbytes, dtype=torch.uint8),
     )
     monkeypatch.setattr("kvloom.kernels.backend", lambda device: backend)
