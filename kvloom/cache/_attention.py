@@ -106,12 +106,18 @@ def loom_attention(
 
 
 def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[str, Any]) -> torch.Tensor:
+    if not isinstance(kv, KeptKV):
+        return _read(query, kv, way, options)
+    out = _read(query, kv, way, {**options, "mask": kv.mask_of(options["mask"])})
+    kv.observe(query, **options)
+    return out
+
+
+def _read(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[str, Any]) -> torch.Tensor:
+    if isinstance(kv, PagedKV) and kv.own is not None:
+        return way.dense(query, kv.own.key, kv.own.value, **options)
     asked = query if kv.query_turn is None else way.turned(query, kv.query_turn)
-    if isinstance(kv, KeptKV):
-        out = way.paged(asked, kv, **{**options, "mask": kv.mask_of(options["mask"])})
-        kv.observe(query, **options)
-    else:
-        out = way.paged(asked, kv, **options)
+    out = way.paged(asked, kv, **options)
     return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 

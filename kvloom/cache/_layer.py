@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -165,7 +166,15 @@ class LoomLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_append(key_states, value_states)
-        return self._updated(*self._turned(key_states, value_states))
+        read = self._updated(*self._turned(key_states, value_states))
+        return read if self._reads_more(key_states.shape[-2]) else _own(read, ExactKV(key_states, value_states))
+
+    def _reads_more(self, queries: int) -> bool:
+        """Whether the tokens of the pass just appended may read other states than each other's, exact.
+
+        A pass of one token reads as a decode step does, whatever is held.
+        """
+        return self.prefill != "exact" or queries == 1 or self.length > queries
 
     def _turned(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States as they are cached."""
@@ -506,6 +515,14 @@ def filled(window: Window, tokens: range, page_tokens: int, dtype: torch.dtype, 
 
 def _clamped(x: torch.Tensor) -> torch.Tensor:
     return x.nan_to_num(0.0).clamp(-_CLAMP, _CLAMP)
+
+
+def _own(read: Any, states: ExactKV) -> Any:
+    """What attention is to read, told that it may read the model's own states instead."""
+    if not isinstance(read[0], PagedKV):
+        return states.key, states.value
+    handle = replace(read[0], own=states)
+    return handle, handle
 
 
 def _joined(exact: ExactKV, key: torch.Tensor, value: torch.Tensor) -> ExactKV:

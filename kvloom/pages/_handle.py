@@ -113,6 +113,8 @@ class PagedKV(_Handle):
             slots are places.
         table: int32 ``[batch, num_pages]``, which record holds a page of a sequence; ``data`` of pages is then ``[1,
             heads, records, layout.nbytes]``, shared by the sequences. None if page ``i`` is record ``i``.
+        own: The states of this pass as the model made them, where it reads nothing else; None where it does. Attention
+            over them needs no turns. Backends do not look at it.
     """
 
     pages: tuple[HeadPages, ...]
@@ -126,6 +128,7 @@ class PagedKV(_Handle):
     output_turn: torch.Tensor | None = None
     places: torch.Tensor | None = None
     table: torch.Tensor | None = None
+    own: ExactKV | None = None
 
     @property
     def has_pages(self) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from drawn import config_of, fill, matrices, new_cache, states
+from evicting import evicting
 
 from kvloom.cache import LoomCache, loom_attention
 from kvloom.errors import CacheError, PlanError
@@ -44,12 +45,29 @@ def test_exact_tokens_are_scored_as_if_nothing_was_turned():
     cache = new_cache(drawn())
     key, value = states(cache.plan, 60, dtype=torch.float64)
     query = torch.randn(1, 4, 60, 16, dtype=torch.float64)
-    handle = fill(cache, key, value, [60])
-    output, _ = loom_attention(torch.nn.Module(), query, handle, handle, None, scaling=0.02)
+    handle = fill(cache, key, value, [1, 59])
+    output, _ = loom_attention(torch.nn.Module(), query[:, :, 1:], handle, handle, None, scaling=0.02)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=0.02, enable_gqa=True
     )
-    torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(output, expected.transpose(1, 2)[:, 1:], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 200}])
+@pytest.mark.parametrize("policy", [None, "snapkv"])
+def test_a_prompt_that_begins_reads_the_models_own_states(family, options, policy):
+    """Bit for bit, whatever turns what is stored; what follows reads what is stored."""
+    model = tiny.enabled(tiny.build(family))
+    plan = tiny.mixed(model, window=Window(sinks=4))
+    plan = evicting(plan, policy, 0.6) if policy else plan
+    inputs, mask = tiny.prompt(150, batch=2), torch.ones(2, 150, dtype=torch.int64)
+    mask[1, :7] = 0
+    cache, dense = LoomCache(plan, model, **options), tiny.dense(model)
+    first = [tiny.run(model, it, inputs[:, :140], [140], attention_mask=mask[:, :140]) for it in (cache, dense)]
+    assert first[0].equal(first[1])
+    then = [tiny.run(model, it, inputs[:, 140:], [10], attention_mask=mask) for it in (cache, dense)]
+    assert not torch.allclose(*then, atol=1e-3)
 
 
 def test_without_enable_the_model_gets_its_own_states_back():
