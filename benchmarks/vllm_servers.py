@@ -7,7 +7,8 @@ r"""vLLM's own caches and kvloom's, each served by itself on the same device and
 The second says whether it runs, on a CPU. Weights are random, of a shape or of a folder's config. `auto` is the compute
 dtype's cache, `fp8` vLLM's own; other words are plans: `K4V2`, of so many bits in every layer (`Plan.uniform`), or a
 preset. Prompts are random tokens, no two alike, and prefixes are not shared. A load `32x8192+256` is 32 requests at a
-time, of so many prompt and new tokens. Servers run one after the other and are ended when they have answered.
+time, of so many prompt and new tokens. Servers run one after the other and are ended when they have answered. What a
+load has shown is written at once, and in the tables even if a later one is broken off.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from kvloom.assets import shape_config
 from kvloom.bench.serving import Traffic, against_first, bench_serve, serve_tables
 from kvloom.cli._terminal import print_tables
-from kvloom.evaluate import Record
+from kvloom.evaluate import Record, write_records
 from kvloom.plan import Plan, preset
 
 OWN_CACHES = ("auto", "fp8")
@@ -129,11 +130,22 @@ def main() -> None:
     parser.add_argument("--loads", default="1x8192+256,32x8192+256,96x8192+256")
     parser.add_argument("--requests", type=int, help="of each load; as many as come at a time by default")
     parser.add_argument("--serve", default="--max-model-len 16384", help="for all servers")
-    parser.add_argument("--logs", type=Path, default=Path("runs/vllm"))
+    parser.add_argument("--logs", type=Path, default=Path("runs/vllm"), help="and records")
     asked = parser.parse_args()
+    records: list[Record] = []
+    try:
+        for record in measured(asked):
+            records.append(record)
+            write_records(asked.logs / "records.jsonl", [record])
+    finally:
+        if records:
+            print_tables(serve_tables(against_first(records)))
+
+
+def measured(asked: Namespace) -> Iterator[Record]:
+    """Records of all servers, which are started and ended meanwhile."""
     config = AutoConfig.from_pretrained(asked.model) if asked.model else shape_config(asked.shape)
     asked.logs.mkdir(parents=True, exist_ok=True)
-    records: list[Record] = []
     with TemporaryDirectory() as place:
         folder = make_folder(config, Path(place) / "model")
         common = ["--model", str(folder), "--served-model-name", asked.model or asked.shape, "--load-format", "dummy"]
@@ -141,8 +153,7 @@ def main() -> None:
         for cache in asked.caches.split(","):
             arguments = [*common, *cache_arguments(cache, config, folder)]
             with server(cache, arguments, asked.logs / f"{cache.replace('/', '-')}.log") as url:
-                records += ask(cache, url, asked, config.vocab_size)
-    print_tables(serve_tables(against_first(records)))
+                yield from ask(cache, url, asked, config.vocab_size)
 
 
 if __name__ == "__main__":

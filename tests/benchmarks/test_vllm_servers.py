@@ -77,3 +77,18 @@ def test_servers_are_asked_the_same():
     one, other = (sorted(str(body["prompt"]) for body in fake.asked) for fake in fakes)
     assert one == other
     assert len(set(one)) == len(one)
+
+
+def test_what_was_asked_before_a_run_breaks_off_is_kept(tmp_path, monkeypatch, capsys):
+    def broken_off(asked):
+        with served(Fake()) as url:
+            yield from vllm_servers.ask("a", url, asked, vocabulary=50)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vllm_servers, "measured", broken_off)
+    monkeypatch.setattr("sys.argv", ["vllm_servers", "--loads", "2x7+3", "--logs", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        vllm_servers.main()
+    (record,) = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
+    assert (record["server"], record["requests"]) == ("a", 2)
+    assert "2 at a time" in capsys.readouterr().out
