@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from kvloom.errors import KernelError
 from kvloom.kernels._base import SUM_NBYTES
 from kvloom.kernels._nvrtc import Defines, module
 
@@ -22,6 +21,7 @@ _PIECE = 8  # bytes of a thread
 _SLOT = 16  # those bytes and their marks
 _BLOCKS = SUM_NBYTES // (_PIECE * _THREADS)
 _POLLS = 1 << 30  # some minutes: as long as NCCL waits
+_POLLS_OF_A_TRY = 1 << 22  # some seconds
 _ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
 
 
@@ -67,18 +67,34 @@ def sum_ranks(x: torch.Tensor, meeting: Meeting) -> torch.Tensor:
         KernelError: The kernel cannot be built.
     """
     x = x.contiguous()
-    if x.data_ptr() % _PIECE:
-        x = x.clone()
+    return _sum(x.clone() if x.data_ptr() % _PIECE else x, meeting, _build(x.dtype, meeting.ranks, _POLLS))
+
+
+def _sum(x: torch.Tensor, meeting: Meeting, build: Defines) -> torch.Tensor:
     out = torch.empty_like(x)
     pieces = x.nbytes // _PIECE
     with torch.cuda.device(x.device):
-        module("sum_ranks.cu", _build(x.dtype, meeting.ranks, _POLLS)).launch(
+        module("sum_ranks.cu", build).launch(
             "sum_ranks",
             (-(-pieces // _THREADS), 1, 1),
             (_THREADS, 1, 1),
             *(x, out, pieces, meeting.rank, meeting.buffers, meeting.epochs),
         )
     return out
+
+
+def arrives(meeting: Meeting) -> bool:
+    """Whether what the others write arrives here; all ranks ask at one time.
+
+    A driver may grant access to a peer that then leads nowhere, as in virtual machines.
+    """
+    build = _build(torch.float32, meeting.ranks, _POLLS_OF_A_TRY, tries=True)
+    numbers = torch.arange(SUM_NBYTES // 4, dtype=torch.float32, device=meeting.buffers.device)
+    outs = [
+        _sum(numbers + (meeting.rank + n), meeting, build) for n in range(3)
+    ]  # the halves of buffers, and one again
+    others = meeting.ranks * (meeting.ranks - 1) // 2
+    return all(out.equal(meeting.ranks * (numbers + n) + others) for n, out in enumerate(outs))
 
 
 def buffer_nbytes(ranks: int) -> int:
@@ -113,15 +129,23 @@ def _meet(group: Any, device: torch.device) -> Meeting | None:
     try:
         buffer, addresses, offset = _opened(group, device)
         reason = None
-    except (RuntimeError, KernelError) as error:
-        buffer, addresses, offset, reason = None, [], 0, str(error)
+    except Exception as error:  # symmetric memory is new in torch, and still changes
+        buffer, addresses, offset, reason = None, [], 0, f"{type(error).__name__}: {error}"
     told = _told((offset, reason), group)
     if reasons := [reason for _, reason in told if reason is not None]:
-        logging.getLogger("kvloom").info("sums over GPUs are not kvloom's: %s", reasons[0])
+        _say(reasons[0])
         return None
     places = [address + offset for address, (offset, _) in zip(addresses, told, strict=True)]
     buffers = torch.tensor(places, dtype=torch.int64, device=device)
-    return Meeting(group.rank(), group.size(), buffers, first_epochs(device), buffer)
+    meeting = Meeting(group.rank(), group.size(), buffers, first_epochs(device), buffer)
+    if not all(_told(arrives(meeting), group)):
+        _say("what GPUs write to each other does not arrive")
+        return None
+    return meeting
+
+
+def _say(reason: str) -> None:
+    logging.getLogger("kvloom").info("sums over GPUs are NCCL's: %s", reason)
 
 
 def _is_able(group: Any, device: torch.device) -> bool:
@@ -136,7 +160,7 @@ def _opened(group: Any, device: torch.device) -> tuple[Any, list[int], int]:
     from torch.distributed import _symmetric_memory as symmetric
 
     with torch.cuda.device(device):
-        module("sum_ranks.cu", _build(torch.bfloat16, group.size(), _POLLS))
+        module("sum_ranks.cu", _build(torch.float32, group.size(), _POLLS_OF_A_TRY, tries=True))
         buffer = symmetric.empty(buffer_nbytes(group.size()), dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize()
         handle = symmetric.rendezvous(buffer, group.group_name)
@@ -144,7 +168,7 @@ def _opened(group: Any, device: torch.device) -> tuple[Any, list[int], int]:
     return (buffer, handle), addresses, buffer.data_ptr() - addresses[group.rank()]
 
 
-def _told(mine: tuple[Any, ...], group: Any) -> list[Any]:
+def _told(mine: object, group: Any) -> list[Any]:
     """What every rank tells the others."""
     told: list[Any] = [None] * group.size()
     dist.all_gather_object(told, mine, group=group)
@@ -152,7 +176,7 @@ def _told(mine: tuple[Any, ...], group: Any) -> list[Any]:
 
 
 @lru_cache(maxsize=32)
-def _build(dtype: torch.dtype, ranks: int, polls: int) -> Defines:
+def _build(dtype: torch.dtype, ranks: int, polls: int, *, tries: bool = False) -> Defines:
     """Defines of ``sum_ranks.cu``."""
-    sizes = (("RANKS", ranks), ("THREADS", _THREADS), ("BLOCKS", _BLOCKS), ("POLLS", polls))
+    sizes = (("RANKS", ranks), ("THREADS", _THREADS), ("BLOCKS", _BLOCKS), ("POLLS", polls), ("TRIES", int(tries)))
     return ("ELEMENT", _ELEMENTS[dtype]), *sizes

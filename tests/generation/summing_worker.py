@@ -58,7 +58,7 @@ def sums(rank: int) -> dict[str, list[float]]:
 
 
 def meetings(rank: int) -> list[bool]:
-    """Whether ranks meet on the CPU, where rank 1 alone fails, and where none does."""
+    """Whether ranks meet on the CPU, where rank 1 alone fails, where nothing arrives at it, and where all is well."""
     group, device = torch.distributed.group.WORLD, torch.device("cpu")
     opened: list[Any] = [_cuda_sums._meet(group, device)]
     _cuda_sums._is_able = lambda *_: True
@@ -71,9 +71,13 @@ def meetings(rank: int) -> list[bool]:
     def opening(*_: Any) -> Any:
         return None, [1000, 2000], rank + 1
 
-    for _cuda_sums._opened in (failing, opening):
+    for _cuda_sums._opened, _cuda_sums.arrives in (
+        (failing, lambda _: True),
+        (opening, lambda _: rank == 0),
+        (opening, lambda _: True),
+    ):
         opened.append(_cuda_sums._meet(group, device))
-    assert opened[2].buffers.tolist() == [1001, 2002]
+    assert opened[3].buffers.tolist() == [1001, 2002]
     return [meeting is not None for meeting in opened]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,20 @@ def test_replayed_graphs(bounded):
 
 
 @pytest.mark.gpu
+def test_ranks_try_whether_anything_arrives():
+    """Two at a time find that it does; one alone that it does not, and the device goes on."""
+    ranks = Ranks(2)
+
+    def tried(rank):
+        with torch.cuda.stream(ranks.streams[rank]):
+            return _cuda_sums.arrives(ranks.meetings[rank])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(tried, range(2))) == [True, True]
+    assert not tried(0)
+
+
+@pytest.mark.gpu
 def test_a_rank_that_is_left_alone_gives_up():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=root, capture_output=True, text=True, timeout=120)
@@ -170,5 +185,6 @@ def test_which_messages_are_taken(shape, dtype, taken):
 def test_the_source_compiles_without_a_device(ranks):
     pytest.importorskip("cuda.core")
     for dtype in DTYPES:
-        defines = _cuda_sums._build(dtype, ranks, _cuda_sums._POLLS)
-        assert _nvrtc.cubin("sum_ranks.cu", defines, "sm_90")[:4] == b"\x7fELF"
+        for tries in (False, True):
+            defines = _cuda_sums._build(dtype, ranks, _cuda_sums._POLLS, tries=tries)
+            assert _nvrtc.cubin("sum_ranks.cu", defines, "sm_90")[:4] == b"\x7fELF"
