@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._sequence import Sequence
 from kvloom.integrations.vllm._watch import Watch
 from kvloom.plan import Evict, Fingerprint, HeadPlan, LayerPlan, Plan, TensorSpec, Window
+from tests.waits import no_waits
 
 CPU = torch.device("cpu")
 KV_HEADS = 2
@@ -284,15 +285,6 @@ def test_a_graph_decodes_what_steps_do(sinks):
         expected = step(pools[1], 3, graph=False)
         assert float((out[:3] - expected).float().norm() / expected.float().norm()) < 2e-3
     assert pools[0].storage[1:].equal(pools[1].storage[1:])
-
-
-@contextmanager
-def no_waits():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from kvloom.integrations.vllm import block_layouts
 from kvloom.plan import Fingerprint, HeadPlan, LayerPlan, Plan, PlanTensors, TensorSpec, Window, rotation_name
+from tests.waits import no_waits
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: run `make test-vllm`")
 
@@ -240,19 +241,10 @@ class WithoutWaiting(Served):
         held = self.storage.clone()
         super().forward(sequences, seed)
         self.storage.copy_(held)
-        self.passing = without_waiting
+        self.passing = no_waits
         out = super().forward(sequences, seed)
         del self.passing
         return out
-
-
-@contextmanager
-def without_waiting():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
