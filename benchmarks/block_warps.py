@@ -20,7 +20,7 @@ from benchmarks.figures import Verdict
 from kvloom import kernels
 from kvloom.assets import shape_config
 from kvloom.bench._timing import clock
-from kvloom.kernels import _cuda, _nvrtc
+from kvloom.kernels import _cuda_launch, _nvrtc
 from kvloom.pages import ExactKV, HeadPages, PageLayout, StaticKV, state_numbers
 from kvloom.plan import head_layouts, preset
 
@@ -47,8 +47,8 @@ def store(layout: PageLayout, tiles: int, pages: int, device: torch.device) -> S
 def seconds(stores: list[StaticKV], query: torch.Tensor) -> dict[int, float]:
     """Of one layer, by warps whose pages fit the device."""
     found, layout, limit = {}, stores[0].pages[0].layout, _nvrtc.shared_limit(query.device.index)
-    for warps in (n for n in WARPS if _cuda._shared_bytes(layout, n) <= limit):
-        with patch.object(_cuda, "block_warps", lambda *_, warps=warps: warps):
+    for warps in (n for n in WARPS if _cuda_launch.shared_bytes(layout, n) <= limit):
+        with patch.object(_cuda_launch, "block_warps", lambda *_, warps=warps: warps):
             launches = [partial(kernels.attend_static, query, kv, scaling=query.shape[-1] ** -0.5) for kv in stores]
             found[warps] = clock(query.device).time(launches).seconds
     return found
@@ -57,7 +57,9 @@ def seconds(stores: list[StaticKV], query: torch.Tensor) -> dict[int, float]:
 def shipped(layout: PageLayout, tiles: int, pages: int, device: int) -> int:
     """Warps that `block_warps` chooses."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _cuda.block_warps(layout, -(-tiles // processors), tiles * pages // processors, _nvrtc.shared_limit(device))
+    return _cuda_launch.block_warps(
+        layout, -(-tiles // processors), tiles * pages // processors, _nvrtc.shared_limit(device)
+    )
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvloom.codecs import OUT_OF_RANGE
-from kvloom.kernels._base import PRODUCT_ROWS, PRODUCT_WEIGHTS, SUM_NBYTES, Backend
+from kvloom.kernels._base import PRODUCT_ROWS, PRODUCT_WEIGHTS, SUM_NBYTES, Backend, Reach
 from kvloom.kernels._between_pages import between_pages, is_between_pages
 from kvloom.kernels._invariant import INVARIANT, invariant_attention
 from kvloom.kernels._ops import append, attend_static
@@ -17,6 +17,7 @@ __all__ = [
     "PRODUCT_WEIGHTS",
     "SUM_NBYTES",
     "Backend",
+    "Reach",
     "append",
     "attend_static",
     "backend",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NotRequired, TypedDict, Unpack
 
@@ -18,6 +19,25 @@ PRODUCT_ROWS, PRODUCT_WEIGHTS = 8, 4
 
 SUM_NBYTES = 1 << 18
 """Up to how many bytes `Backend.sum_ranks` gains by a kernel of its own."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a layer's `kvloom.pages.PooledKV` may go.
+
+    Attributes:
+        group: Query heads of a KV head.
+        sequences: Most of a pass.
+        pages: Most of a sequence.
+        sinks: First tokens of a sequence, exact.
+        is_capped: Whether scores are, see `Backend.attend`.
+    """
+
+    group: int
+    sequences: int
+    pages: int
+    sinks: int
+    is_capped: bool
 
 
 class AttendOptions(TypedDict):
@@ -191,6 +211,17 @@ class Backend(ABC):
             ``[batch, 1, query_heads, head_dim]`` in the query's dtype.
         """
         return attend_by_sequence(self, query, kv, options)
+
+    def build_pooled(  # noqa: B027 (for backends without a compiler there is nothing to do)
+        self, layouts: tuple[PageLayout, ...], dtype: torch.dtype, reach: Reach
+    ) -> None:
+        """Build what serving such a cache needs, so that no request waits for a compiler.
+
+        Args:
+            layouts: Of each KV head.
+            dtype: Compute dtype.
+            reach: How far the cache goes.
+        """
 
     def append_pooled(self, key: torch.Tensor, value: torch.Tensor, kv: PooledKV) -> None:
         """`append` where sequences share blocks; what ``kv`` says of levels stays true."""

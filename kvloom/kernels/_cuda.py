@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, TypeVar, Unpack
 
 import torch
 
 from kvloom.errors import KernelError
 from kvloom.kernels import _cuda_pages, _cuda_products, _cuda_sums, _nvrtc
-from kvloom.kernels._base import AttendOptions, Backend, head_index, rows_of_a_head
+from kvloom.kernels._base import AttendOptions, Backend, Reach, head_index, rows_of_a_head
+from kvloom.kernels._cuda_ahead import Device, pooled_builds
+from kvloom.kernels._cuda_launch import (
+    ROWS,
+    SOURCE,
+    Kernel,
+    block_warps,
+    exact_units,
+    has_clusters,
+    merges_in_cluster,
+    multiprocessors,
+    spread,
+)
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
-from kvloom.kernels._nvrtc import Defines
 from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.kernels._torch import TORCH, TorchBackend
-from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, PooledKV, SideLayout, StaticKV
+from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, PooledKV, StaticKV
 
 # movmatrix, redux and cp.async: Ampere and later.
 MIN_CAPABILITY = (8, 0)
-ROWS = 8  # query rows of one block, the N of the matrix instruction
-STAGES = 2  # pages of a warp in shared memory, as in attend.cu
 PAGE_TOKENS = (64, 128)
 LOG2E = 1.4426950408889634
 
@@ -118,6 +128,14 @@ class CudaBackend(TorchBackend):
             lambda: attend_pages(query, kv, **options)[0], lambda other: other.attend_static(query, kv, **options)
         )
 
+    def build_pooled(self, layouts: tuple[PageLayout, ...], dtype: torch.dtype, reach: Reach) -> None:
+        """See `Backend.build_pooled`."""
+        if self.is_graph_safe(layouts, dtype):
+            self._unless_broken(
+                lambda: _build_pooled(layouts, dtype, reach, torch.cuda.current_device()),
+                lambda other: other.build_pooled(layouts, dtype, reach),
+            )
+
     def append_pooled(self, key: torch.Tensor, value: torch.Tensor, kv: PooledKV) -> None:
         """See `Backend.append_pooled`."""
         if not self._pools(kv):
@@ -166,6 +184,13 @@ class CudaBackend(TorchBackend):
                 name = self._following.name
                 logging.getLogger("kvloom").warning("kvloom's cuda kernels give way to %s: %s.", name, error)
         return otherwise(self._following)
+
+
+@cache
+def _build_pooled(layouts: tuple[PageLayout, ...], dtype: torch.dtype, reach: Reach, device: int) -> None:
+    facts = Device(multiprocessors(device), _nvrtc.shared_limit(device), has_clusters(device))
+    builds = (pooled_builds(heads, layout, dtype, reach, facts) for layout, heads in Counter(layouts).items())
+    _nvrtc.build_all(set().union(*builds), device)
 
 
 def _served(query: torch.Tensor, kv: PagedKV | StaticKV, mask: torch.Tensor | None, shared_limit: int) -> bool:
@@ -320,146 +345,21 @@ def _launch(
     capped: bool,
 ) -> _Launch:
     row_tiles = -(-rows_of_a_head(query, kv) // ROWS)
-    device = query.device.index
-    tiles, pages = query.shape[0] * len(group.heads) * row_tiles, _pages_of_a_head(group, kv)
-    each = -(-tiles // _multiprocessors(device)), tiles * pages // _multiprocessors(device)
-    warps = block_warps(group.layout, *each, _nvrtc.shared_limit(device))
-    units = pages + -(-exact.num_sinks // 16) + -(-exact.num_tail // 16)
-    splits = max(1, min(_multiprocessors(device) // tiles, -(-units // warps)))
+    device, layout = query.device.index, group.layout
+    tiles, units = query.shape[0] * len(group.heads) * row_tiles, exact_units(exact.num_sinks, exact.num_tail)
+    facts = multiprocessors(device), _nvrtc.shared_limit(device)
+    warps, splits = spread(layout, tiles, _pages_of_a_head(group, kv), units, *facts)
     masked = 1 if query.shape[2] > 1 else 0 if mask is None else 2
-    pooled = isinstance(kv, PooledKV)
     place = 0 if mask is None or isinstance(kv, PooledKV) or kv.places is None else kv.places.itemsize
-    kernel = (group.layout, warps, query.dtype == torch.bfloat16, masked, capped, place, pooled)
-    shared = _shared_bytes(group.layout, warps)
-    if _merges_in_cluster(kernel, splits, tiles, shared, device):
-        return _Launch(
-            _nvrtc.module("attend.cu", attend_defines(*kernel, True)), warps, splits, row_tiles, shared, splits
-        )
-    shared = max(shared, ROWS * 4 * splits)
-    return _Launch(_nvrtc.module("attend.cu", attend_defines(*kernel, False)), warps, splits, row_tiles, shared, 0)
+    kernel = Kernel(layout, warps, query.dtype == torch.bfloat16, masked, capped, place, isinstance(kv, PooledKV))
+    clustered = merges_in_cluster(kernel, splits, tiles, device)
+    shared = kernel.shared if clustered else max(kernel.shared, ROWS * 4 * splits)
+    module = _nvrtc.module(SOURCE, kernel.defines(clustered=clustered))
+    return _Launch(module, warps, splits, row_tiles, shared, splits if clustered else 0)
 
 
 def _pages_of_a_head(group: HeadPages, kv: PagedKV | StaticKV | PooledKV) -> int:
     return kv.num_pages if group.kept is None else group.mean_pages(kv.shape[0])
-
-
-@lru_cache(maxsize=1024)
-def _merges_in_cluster(
-    kernel: tuple[PageLayout, int, bool, int, bool, int, bool], splits: int, tiles: int, shared: int, device: int
-) -> bool:
-    """Whether the splits of a row tile can be one cluster, and all clusters run at the same time.
-
-    A cluster lies within one group of multiprocessors, whose sizes are no multiples of every cluster's: 32 clusters of
-    4 blocks need not fit on 132 multiprocessors, and the last ones would double the time of all.
-    """
-    if torch.cuda.get_device_capability(device) < (9, 0) or splits > _MAX_CLUSTER:
-        return False
-    if splits == 1:
-        return True
-    module = _nvrtc.module("attend.cu", attend_defines(*kernel, True))
-    return module.active_clusters("attend", splits, 32 * kernel[1], shared) >= tiles
-
-
-_MAX_CLUSTER = 16
-
-
-@lru_cache(maxsize=1024)
-def block_warps(layout: PageLayout, tiles: int, pages: int, shared_limit: int) -> int:
-    """Warps of a block as they are fastest on an H100 (benchmarks/LOG.md).
-
-    A multiprocessor that reads one row tile has one block. One that reads several has as many small blocks side by side
-    as make eight warps: while one of them begins or merges, the others load.
-
-    Args:
-        layout: Of the pages.
-        tiles: Row tiles that a multiprocessor reads, rounded up.
-        pages: That it reads for all of them.
-        shared_limit: Bytes of shared memory that a block may have.
-
-    Returns:
-        12, 8, 4, 2 or 1; or 0 where not even one warp's pages fit.
-    """
-    most = _lone_warps(layout, pages) if tiles <= 1 else _shared_warps(tiles, pages)
-    return next((n for n in (12, 8, 4, 2, 1) if n <= most and _shared_bytes(layout, n) <= shared_limit), 0)
-
-
-def _lone_warps(layout: PageLayout, pages: int) -> int:
-    return 12 if pages >= _BULK_PAGES and _is_small(layout) else 8 if pages >= _BUSY_PAGES else 4
-
-
-_BUSY_PAGES, _BULK_PAGES = 2, 160
-
-
-def _shared_warps(tiles: int, pages: int) -> int:
-    if tiles > _MANY_TILES and pages >= tiles * _MANY_PAGES:
-        return 2
-    return 4 if tiles <= 2 else 2 if tiles <= 4 else 1
-
-
-_MANY_TILES, _MANY_PAGES = 16, 16
-
-
-def _is_small(layout: PageLayout) -> bool:
-    """Whether a warp needs so few bytes on their way, and so few registers, that twelve are better than eight."""
-    looks_up = has_codebook(layout.key) or has_codebook(layout.value)
-    return layout.nbytes <= _SMALL_PAGE and layout.head_dim <= _SMALL_HEAD_DIM and not looks_up
-
-
-_SMALL_PAGE, _SMALL_HEAD_DIM = 8 << 10, 128
-
-
-@lru_cache(maxsize=1024)
-def attend_defines(
-    layout: PageLayout, warps: int, bf16: bool, masked: int, capped: bool, place: int, pooled: bool, clustered: bool
-) -> Defines:
-    """Macros of ``attend.cu`` for a layout; ``masked``, ``place`` and ``pooled`` as there."""
-    key, value = layout.key, layout.value
-    numbers = {
-        "D": layout.head_dim,
-        "P": layout.page_tokens,
-        **dict(zip(("KB0", "KB1"), _plane_bits(key), strict=True)),
-        **dict(zip(("VB0", "VB1"), _plane_bits(value), strict=True)),
-        "KGROUPS": _groups(key),
-        "VGROUPS": _groups(value),
-        "KSYM": key.fmt.symmetric,
-        "VSYM": value.fmt.symmetric,
-        "KPOINTS": has_codebook(key),
-        "VPOINTS": has_codebook(value),
-        "KTOK": key.fmt.grouping == "per_token",
-        "VCH": value.fmt.grouping == "per_channel",
-        "BF16": bf16,
-        "MASKED": masked,
-        "PLACE": place,
-        "POOLED": pooled,
-        "SOFTCAP": capped,
-        "WARPS": warps,
-        "CLUSTER": clustered,
-    }
-    return tuple((name, int(number)) for name, number in numbers.items())
-
-
-def _plane_bits(side: SideLayout) -> tuple[int, int]:
-    if side.fmt.is_passthrough:
-        return 16, 0
-    low, high = (*(plane.bits for plane in side.planes), 0)[:2]
-    return low, high
-
-
-def _groups(side: SideLayout) -> int:
-    return 1 if side.fmt.is_passthrough else side.groups
-
-
-def _shared_bytes(layout: PageLayout, warps: int) -> int:
-    """The rings, or what merging the warps needs in their place; then what the blocks of a cluster send each other."""
-    ring = max(STAGES * layout.nbytes, (STAGES - 1) * layout.nbytes + 32 * layout.head_dim)
-    merge = warps * ROWS * (layout.head_dim + 4 + 2) * 4
-    landing = ROWS * layout.head_dim * 4 + _MAX_CLUSTER * (ROWS * 8 + 16)
-    return max(warps * ring, merge) + landing
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -119,7 +119,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     batch, heads, tokens, dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        defines = _rotate_build(x.dtype, dim)
+        defines = rotate_defines(x.dtype, dim)
         grid = (-(-tokens // (_ROTATE_WARPS * (32 // (dim // 8)))), heads, batch)
         with torch.cuda.device(x.device):
             module("rotate.cu", defines).launch(
@@ -268,6 +268,16 @@ def decode(
 # -- what is launched -------------------------------------------------------------------------------------------------
 
 
+def encode_defines(layout: PageLayout, dtype: torch.dtype, *, append: bool, pooled: bool = False) -> Defines:
+    """Macros of ``encode.cu`` that packs pages, or appends a token and packs the page that is full with it."""
+    return _encode_build(layout, dtype, append=append, pooled=pooled)[0]
+
+
+def decode_defines(layout: PageLayout, dtype: torch.dtype, *, tabled: bool) -> Defines:
+    """Macros of ``decode.cu``."""
+    return _decode_build(layout, dtype, tabled)[0]
+
+
 @lru_cache(maxsize=1024)
 def _encode_build(
     layout: PageLayout, dtype: torch.dtype, *, append: bool, pooled: bool = False
@@ -302,8 +312,8 @@ def _decode_build(layout: PageLayout, dtype: torch.dtype, tabled: bool) -> tuple
 
 
 @lru_cache(maxsize=64)
-def _rotate_build(dtype: torch.dtype, head_dim: int) -> Defines:
-    """Defines of ``rotate.cu``."""
+def rotate_defines(dtype: torch.dtype, head_dim: int) -> Defines:
+    """Macros of ``rotate.cu``."""
     own = (("HEAD_DIM", head_dim), ("ELEMENT", _ELEMENTS[dtype]), ("WARPS", _ROTATE_WARPS))
     return *own, *_hadamard_defines(head_dim)
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +24,8 @@ from kvloom._userdir import cache_dir, write_once
 from kvloom.errors import KernelError
 
 Defines = tuple[tuple[str, int | str], ...]
+Build = tuple[str, Defines]
+"""A source of this package's ``cuda`` folder and its macros."""
 _STATIC_SHARED_BYTES = 48 * 1024
 
 
@@ -136,6 +141,17 @@ def module(source_file: str, defines: Defines) -> Module:
 def _module(source_file: str, defines: Defines, device: int) -> Module:
     major, minor = torch.cuda.get_device_capability(device)
     return Module(cubin(source_file, defines, f"sm_{major}{minor}"), device)
+
+
+def build_all(builds: Iterable[Build], device: int) -> None:
+    """Compile what is not kept on disk yet, as many at a time as there are processors.
+
+    Raises:
+        KernelError: See `module`.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda build: cubin(build[0], build[1], f"sm_{major}{minor}"), builds))
 
 
 def cubin(source_file: str, defines: Defines, arch: str) -> bytes:

@@ -12,6 +12,7 @@ import torch
 
 from kvloom.errors import KernelError
 from kvloom.kernels import _cuda, _cuda_pages, _nvrtc, backend
+from kvloom.kernels._cuda_launch import Kernel, block_warps
 from kvloom.kernels._torch import TORCH, _decode_side
 from kvloom.pages import ExactKV, Format, HeadPages, PagedKV, PageLayout, page_layout, page_tokens_of
 from tests.kernels.codebooks import CASES as CODEBOOK_CASES
@@ -133,8 +134,10 @@ def rounding(query: torch.Tensor, key: torch.Tensor, case: Case, scaling: float)
 def test_attention_is_float64s(seed: int, monkeypatch) -> None:
     case = random_case(seed)
     if load := LOADS[(seed + seed // LAYOUTS) % len(LOADS)]:
-        own = _cuda.block_warps
-        monkeypatch.setattr(_cuda, "block_warps", lambda layout, tiles, pages, limit: own(layout, *load, limit))
+        own = block_warps
+        monkeypatch.setattr(
+            "kvloom.kernels._cuda_launch.block_warps", lambda layout, tiles, pages, limit: own(layout, *load, limit)
+        )
     kv, query, key, value = states(case)
     mask = case_mask(case, kv.length)
     given = mask if case.masked and (case.padded or case.queries == 1) else None
@@ -258,10 +261,10 @@ def test_a_graph_replays_attention() -> None:
 def test_codebook_kernels_compile_without_a_device(number: int, head_dim: int) -> None:
     pytest.importorskip("cuda.core")
     layout = page_layout(*codebook_formats(number, head_dim), head_dim)
-    defines = _cuda.attend_defines(layout, 4, number == 1, number, False, 0, False, number == 2)
+    defines = Kernel(layout, 4, number == 1, number).defines(clustered=number == 2)
     assert _nvrtc.cubin("attend.cu", defines, "sm_90")[:4] == b"\x7fELF"
     for tabled in (False, True):
-        defines = _cuda_pages._decode_build(layout, torch.float16, tabled)[0]
+        defines = _cuda_pages.decode_defines(layout, torch.float16, tabled=tabled)
         assert _nvrtc.cubin("decode.cu", defines, "sm_90")[:4] == b"\x7fELF"
 
 
@@ -270,12 +273,12 @@ def test_codebook_kernels_compile_without_a_device(number: int, head_dim: int) -
 def test_kernels_compile_without_a_device(arch: str, clustered: bool, seed: int) -> None:
     pytest.importorskip("cuda.core")
     case = random_case(seed)
-    warps = _cuda.block_warps(case.layout, 1, 100, 227 * 1024)
+    warps = block_warps(case.layout, 1, 100, 227 * 1024)
     bf16 = case.dtype == torch.bfloat16
     for masked, pooled in ((seed % 3, False), (0, True)):
-        kernel = (case.layout, warps, bf16, masked, case.softcap is not None, 2 * masked, pooled)
-        assert _nvrtc.cubin("attend.cu", _cuda.attend_defines(*kernel, clustered), arch)[:4] == b"\x7fELF"
-        defines = _cuda_pages._encode_build(case.layout, case.dtype, append=True, pooled=pooled)[0]
+        kernel = Kernel(case.layout, warps, bf16, masked, case.softcap is not None, 2 * masked, pooled)
+        assert _nvrtc.cubin("attend.cu", kernel.defines(clustered=clustered), arch)[:4] == b"\x7fELF"
+        defines = _cuda_pages.encode_defines(case.layout, case.dtype, append=True, pooled=pooled)
         assert _nvrtc.cubin("encode.cu", defines, arch)[:4] == b"\x7fELF"
 
 
@@ -304,12 +307,12 @@ def test_blocks_fit_the_device() -> None:
     wide, raw = Format(4, "per_channel", 64), Format(16, "per_channel", 64)
     usual, largest = page_layout(wide, Format(4, "per_token", 128), 128), page_layout(raw, raw, 256)
     small = page_layout(wide, Format(2, "per_token", 128), 128)
-    assert [_cuda.block_warps(small, 1, pages, 227 * 1024) for pages in (1, 100, 200)] == [4, 8, 12]
-    assert _cuda.block_warps(usual, 1, 200, 227 * 1024) == 8
-    assert _cuda.block_warps(usual, 1, 100, 99 * 1024) == 4
+    assert [block_warps(small, 1, pages, 227 * 1024) for pages in (1, 100, 200)] == [4, 8, 12]
+    assert block_warps(usual, 1, 200, 227 * 1024) == 8
+    assert block_warps(usual, 1, 100, 99 * 1024) == 4
     loads = [(2, 500), (4, 500), (8, 500), (40, 100), (40, 1000)]
-    assert [_cuda.block_warps(usual, *load, 227 * 1024) for load in loads] == [4, 2, 1, 1, 2]
-    assert [_cuda.block_warps(largest, 1, 100, limit * 1024) for limit in (227, 99)] == [1, 0]
+    assert [block_warps(usual, *load, 227 * 1024) for load in loads] == [4, 2, 1, 1, 2]
+    assert [block_warps(largest, 1, 100, limit * 1024) for limit in (227, 99)] == [1, 0]
 
 
 def test_a_source_that_does_not_compile_is_one_sentence() -> None:

@@ -200,6 +200,11 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
         self._options: dict[str, Any] = {"scaling": scale, "softcap": softcap, "sink_logits": sink_logits}
         self._rotations: dict[Role, SideRotation | None] = {}
 
+    @property
+    def is_capped(self) -> bool:
+        """Whether scores have a soft cap."""
+        return self._options["softcap"] is not None
+
     def forward(
         self,
         layer: torch.nn.Module,

@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.v1.attention.backend import AttentionType
 
-from kvloom import codecs
+from kvloom import codecs, kernels
 from kvloom.errors import ModelError, PlanError
 from kvloom.integrations.vllm._backend import KvloomImpl, backend_of, varlen_of
 from kvloom.integrations.vllm._layout import BlockLayout, block_layouts, part_of, spare_blocks
@@ -148,6 +148,7 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
             sink_logits=getattr(layer.impl, "sinks", None),
             varlen=varlen_of(layer.impl),
         )
+        _build(layer.impl, get_current_vllm_config())
 
     @cached_property
     def _layouts(self) -> dict[int, BlockLayout]:
@@ -195,6 +196,20 @@ def _weights_fields(model_name: str, revision: str | None) -> dict[str, Any] | N
     config = get_hf_file_to_dict("config.json", model_name, revision) or {}
     own: dict[str, Any] | None = config.get("quantization_config") or config.get("compression_config")
     return own or get_hf_file_to_dict("hf_quant_config.json", model_name, revision)
+
+
+def _build(impl: KvloomImpl, config: VllmConfig) -> None:
+    """Have a layer's kernels before a request waits for them."""
+    layout = impl.layout
+    reach = kernels.Reach(
+        group=impl.num_heads // impl.num_kv_heads,
+        sequences=config.scheduler_config.max_num_seqs,
+        pages=layout.full_pages(config.model_config.max_model_len),
+        sinks=layout.sinks,
+        is_capped=impl.is_capped,
+    )
+    backend = kernels.backend(torch.device(current_platform.device_type))
+    backend.build_pooled(layout.layouts, config.model_config.dtype, reach)
 
 
 def _rank() -> tuple[int, int]:

@@ -1,0 +1,77 @@
+"""Kernels that a server will need, built before a request waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from kvloom.kernels import _cuda_pages
+from kvloom.kernels._base import Reach
+from kvloom.kernels._cuda_launch import MAX_CLUSTER, ROWS, SOURCE, Kernel, exact_units, spread
+from kvloom.kernels._nvrtc import Build
+from kvloom.pages import PageLayout
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launches depend on.
+
+    Attributes:
+        processors: Multiprocessors.
+        shared_limit: Bytes of shared memory that a block may have.
+        has_clusters: Whether blocks can be clusters.
+    """
+
+    processors: int
+    shared_limit: int
+    has_clusters: bool
+
+
+def pooled_builds(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach, device: Device) -> set[Build]:
+    """What packs, unpacks and attends to pages of a layout in `kvloom.pages.PooledKV`, and in prompts before it.
+
+    Args:
+        heads: KV heads that have the layout.
+        layout: Of the pages.
+        dtype: Compute dtype, fp16 or bf16.
+        reach: How far the cache goes.
+        device: Where it is.
+    """
+    found = {
+        ("encode.cu", _cuda_pages.encode_defines(layout, dtype, append=False)),
+        ("encode.cu", _cuda_pages.encode_defines(layout, dtype, append=True, pooled=True)),
+        ("decode.cu", _cuda_pages.decode_defines(layout, dtype, tabled=True)),
+    }
+    if "hadamard" in (layout.key.fmt.rotation, layout.value.fmt.rotation):
+        found.add(("rotate.cu", _cuda_pages.rotate_defines(dtype, layout.head_dim)))
+    return found | set(_attention(heads, layout, dtype, reach, device))
+
+
+def _attention(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach, device: Device) -> Iterator[Build]:
+    steps = ((count * _row_tiles(reach.group), True) for count in range(1, reach.sequences + 1))
+    chunks = ((_row_tiles(rows), False) for rows in range(2 * reach.group, layout.page_tokens + 1, reach.group))
+    exact = exact_units(reach.sinks, layout.page_tokens)
+    for row_tiles, is_pooled in set(chain(steps, chunks)):
+        for pages in {*(1 << n for n in range(reach.pages.bit_length())), 0, reach.pages}:
+            facts = device.processors, device.shared_limit
+            warps, splits = spread(layout, heads * row_tiles, pages, exact, *facts)
+            masked = 0 if is_pooled else 1
+            kernel = Kernel(
+                layout, warps, dtype == torch.bfloat16, masked, is_capped=reach.is_capped, is_pooled=is_pooled
+            )
+            for clustered in _merges(splits, device):
+                yield SOURCE, kernel.defines(clustered=clustered)
+
+
+def _row_tiles(rows: int) -> int:
+    return -(-rows // ROWS)
+
+
+def _merges(splits: int, device: Device) -> set[bool]:
+    """Whether splits may be merged in a cluster; both where the device is to be asked."""
+    if not device.has_clusters or splits > MAX_CLUSTER:
+        return {False}
+    return {True} if splits == 1 else {True, False}

@@ -1,0 +1,79 @@
+"""What a server builds before it serves is what its caches and prompts will launch; no device is needed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvloom.kernels import Reach, _cuda, _cuda_launch, _cuda_pages, _nvrtc
+from kvloom.kernels._cuda_ahead import Device, pooled_builds
+from kvloom.pages import Format, page_layout
+from tests.kernels.pooled import next_step, pooled
+from tests.kernels.tabled import tabled_case
+
+HOPPER, AMPERE = Device(132, 227 * 1024, has_clusters=True), Device(108, 163 * 1024, has_clusters=False)
+LAYOUTS = [page_layout(Format(4, "per_channel", 64), Format(2, "per_token", dim), dim, 2) for dim in (64, 128)] + [
+    page_layout(
+        Format(3, "per_channel", 64, rotation="hadamard"), Format(3, "per_token", 128, rotation="hadamard"), 128, 2
+    )
+]
+
+
+@pytest.fixture(params=[HOPPER, AMPERE], ids=["hopper", "ampere"])
+def launched(request, monkeypatch):
+    """A device that launches nothing and notes what it would."""
+    device, seen = request.param, set()
+
+    def module(source, defines):
+        seen.add((source, defines))
+        return SimpleNamespace(launch=lambda *_, **__: None, active_clusters=lambda *_: 7)
+
+    monkeypatch.setattr(_nvrtc, "module", module)
+    monkeypatch.setattr(_cuda_pages, "module", module)
+    monkeypatch.setattr(_nvrtc, "shared_limit", lambda _: device.shared_limit)
+    monkeypatch.setattr(_cuda, "multiprocessors", lambda _: device.processors)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0) if device.has_clusters else (8, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    _cuda_launch.merges_in_cluster.cache_clear()
+    yield device, seen
+    _cuda_launch.merges_in_cluster.cache_clear()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_met_that_was_not_built(launched, layout):
+    device, seen = launched
+    heads = 2
+    for seed, (batch, most) in enumerate([(1, 4), (2, 30), (7, 3), (60, 2), (150, 1), (300, 4)]):
+        case = tabled_case(seed, (layout,) * heads, dtype=torch.bfloat16, batch=batch, most=most)
+        kv, _ = pooled(case.kv, 1)
+        group = case.query.shape[1] // heads
+        reach = Reach(group=group, sequences=300, pages=40, sinks=kv.num_sinks, is_capped=bool(seed % 2))
+        softcap = 20.0 if reach.is_capped else None
+        _cuda.attend_pages(case.query, kv, scaling=0.1, softcap=softcap)
+        _cuda_pages.append(*torch.zeros(2, batch, heads, 1, layout.head_dim, dtype=torch.bfloat16), next_step(kv))
+        one, queries, _ = case.one(0, 3)
+        if one.num_pages and group * 3 <= one.page_tokens:
+            _cuda.attend_pages(queries.expand(-1, -1, 3, -1).contiguous(), one, scaling=0.1, softcap=softcap)
+        built = pooled_builds(heads, layout, torch.bfloat16, reach, device)
+        assert seen <= built
+        seen.clear()
+    assert len(built) < 40
+
+
+def test_builds_are_compiled_side_by_side_and_kept(monkeypatch, tmp_path):
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    layout = LAYOUTS[0]
+    builds = {
+        ("encode.cu", _cuda_pages.encode_defines(layout, torch.float16, append=False)),
+        ("decode.cu", _cuda_pages.decode_defines(layout, torch.float16, tabled=True)),
+    }
+    _nvrtc.build_all(builds, 0)
+    kept = sorted(path.name.partition("-")[0] for path in (tmp_path / "kernels").iterdir())
+    assert kept == ["decode", "encode"]
+    monkeypatch.setattr(_nvrtc, "_compile", None)  # not called again
+    _nvrtc.build_all(builds, 0)
