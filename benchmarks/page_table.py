@@ -5,7 +5,7 @@
 
 Random codes, half a page of exact tokens a sequence. `contiguous`: every sequence has its pages in a row. `in order`
 and `shuffled`: blocks of all heads' pages, as in vLLM, found through a table. `plugin`: what a layer of the vLLM plugin
-does with the shuffled blocks, the token appended and the exact tokens gathered included. Bound: a shuffled table costs
+does with the shuffled blocks, the token appended included. Bound: a shuffled table costs
 the kernel at most 5 %.
 """
 
@@ -80,7 +80,7 @@ def _decoding(kv: PagedKV, table: torch.Tensor, length: int) -> Decoding:
 
 def _layer(query: torch.Tensor, kv: PagedKV, blocks: Blocks, decoding: Decoding, scaling: float) -> torch.Tensor:
     now = decoding.append(blocks, kv.tail.key[:, :, -1:], kv.tail.value[:, :, -1:])
-    return kernels.backend(kv.device).attend_static(query, now, scaling=scaling)
+    return kernels.backend(kv.device).attend_pooled(query, now, scaling=scaling)
 
 
 def run(grid: Grid, shape: Shape, pair: Pair, device: torch.device) -> dict[str, float]:
