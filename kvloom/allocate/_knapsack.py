@@ -11,6 +11,7 @@ thousands of units whose search would take too long end with feasible picks next
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,9 +72,14 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """Largest share of `loss` by which the minimum can be smaller; 0 where the difference is but rounding."""
+        """Largest share of `loss` by which the minimum can be smaller; 0 where the difference is but rounding.
+
+        Infinite where the loss is 0, and losses below it cannot be ruled out.
+        """
         room = self.loss - self.lower_bound
-        return room / abs(self.loss) if room > ROUNDING else 0.0
+        if room <= ROUNDING:
+            return 0.0
+        return room / abs(self.loss) if self.loss else math.inf
 
 
 @dataclass(frozen=True, slots=True)

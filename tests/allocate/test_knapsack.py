@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvloom.allocate import _knapsack as knapsack
@@ -111,6 +111,7 @@ def test_many_units_whose_costs_share_no_divisor():
 
 
 @given(UNITS, st.integers(0, 200), st.integers(0, 30))
+@example([[(0, 0.0), (2, -1.0)]], 1, 0)
 def test_a_search_that_is_cut_short_ends_with_feasible_picks_and_a_true_gap(units, capacity, work):
     capacity = max(capacity, cheapest(options(units)))
     least = min(loss for cost, loss in every_total(units) if cost <= capacity)

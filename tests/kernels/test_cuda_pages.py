@@ -240,9 +240,9 @@ def test_kernels_of_searches_and_turns_compile_without_a_device() -> None:
     clipped = Format(3, "per_channel", 64, codec="clipped", rotation="hadamard")
     lloyd = Format(2, "per_token", 80, True, codec="lloyd")
     for append in (False, True):
-        defines = cuda_pages._encode_build(page_layout(clipped, lloyd, 80), torch.bfloat16, append=append)[0]
+        defines = cuda_pages.encode_defines(page_layout(clipped, lloyd, 80), torch.bfloat16, append=append)
         assert _nvrtc.cubin("encode.cu", defines, "sm_80")[:4] == b"\x7fELF"
-    assert _nvrtc.cubin("rotate.cu", cuda_pages._rotate_build(torch.float16, 80), "sm_80")[:4] == b"\x7fELF"
+    assert _nvrtc.cubin("rotate.cu", cuda_pages.rotate_defines(torch.float16, 80), "sm_80")[:4] == b"\x7fELF"
 
 
 def test_outliers_are_not_left_out() -> None:
