@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvloom import kernels
 from kvloom.kernels import Reach, _cuda, _cuda_launch, _cuda_pages, _nvrtc
 from kvloom.kernels._cuda_ahead import Device, pooled_builds
 from kvloom.pages import Format, page_layout
@@ -77,3 +78,23 @@ def test_builds_are_compiled_side_by_side_and_kept(monkeypatch, tmp_path):
     assert kept == ["decode", "encode"]
     monkeypatch.setattr(_nvrtc, "_compile", None)  # not called again
     _nvrtc.build_all(builds, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_a_gpu_nothing_is_compiled_behind_the_build(monkeypatch, layout):
+    heads, device = 2, torch.device("cuda")
+    cases = [
+        tabled_case(seed, (layout,) * heads, device="cuda", dtype=torch.bfloat16, batch=batch, most=most)
+        for seed, (batch, most) in enumerate([(1, 4), (2, 30), (7, 3), (60, 2), (300, 2)])
+    ]
+    for case in cases:
+        kv, _ = pooled(case.kv, 1)
+        reach = Reach(case.query.shape[1] // heads, sequences=300, pages=40, sinks=kv.num_sinks, is_capped=False)
+        kernels.backend(device).build_pooled((layout,) * heads, torch.bfloat16, reach)
+        with monkeypatch.context() as patch:
+            patch.setattr(_nvrtc, "_compile", None)
+            kernels.backend(device).attend_pooled(case.query, kv, scaling=0.1)
+            states = torch.zeros(2, len(kv.table), heads, 1, layout.head_dim, dtype=torch.bfloat16, device=device)
+            kernels.backend(device).append_pooled(*states, next_step(kv))
+    torch.cuda.synchronize()
