@@ -28,8 +28,9 @@ def signs(rotation: Rotation, head_dim: int, device: torch.device | None = None)
     """
     if rotation != "hadamard":
         raise PlanError(f"rotation {rotation!r} takes its matrices from a plan; a format alone cannot be turned by it.")
-    bits = torch.randint(2, (head_dim,), generator=torch.Generator().manual_seed(_SEED))
-    return ((2.0 * bits - 1.0) * 2.0 ** -(hadamard_power(head_dim) // 2)).to(device)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    bits = torch.randint(2, (head_dim,), generator=generator, device="cpu")  # whatever torch's defaults are
+    return ((2.0 * bits.float() - 1.0) * 2.0 ** -(hadamard_power(head_dim) // 2)).to(device)
 
 
 def rotated(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

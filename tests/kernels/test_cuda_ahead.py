@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvloom import kernels
+from kvloom.codecs import signs
 from kvloom.kernels import Reach, _cuda, _cuda_launch, _cuda_pages, _nvrtc
 from kvloom.kernels._cuda_ahead import Device, pooled_builds
 from kvloom.pages import Format, page_layout
@@ -62,6 +63,22 @@ def test_nothing_is_met_that_was_not_built(launched, layout):
         assert seen <= built
         seen.clear()
     assert len(built) < 40
+
+
+def test_what_is_built_does_not_depend_on_torchs_defaults():
+    """vLLM makes layers within a default device and dtype of its own."""
+    reach = Reach(4, sequences=8, pages=8, sinks=0, is_capped=False)
+    wanted = pooled_builds(2, LAYOUTS[2], torch.bfloat16, reach, HOPPER)
+    for cached in (_cuda_pages._encode_build, _cuda_pages.rotate_defines, signs):
+        cached.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            assert pooled_builds(2, LAYOUTS[2], torch.bfloat16, reach, HOPPER) == wanted
+            assert signs("hadamard", 128).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_builds_are_compiled_side_by_side_and_kept(monkeypatch, tmp_path):
