@@ -5,8 +5,7 @@
 
 Random codes, half a page of exact tokens a sequence. `contiguous`: every sequence has its pages in a row. `in order`
 and `shuffled`: blocks of all heads' pages, as in vLLM, found through a table. `plugin`: what a layer of the vLLM plugin
-does with the shuffled blocks, the token appended included. Bound: a shuffled table costs
-the kernel at most 5 %.
+does with the shuffled blocks, the token appended included. Bound: a shuffled table costs the kernel at most 5 %.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from kvloom.cache._layer import NOT_THIS_PLANS, SIDES, LoomLayer
 from kvloom.cache._slots import slot_dtype
 from kvloom.errors import CacheError
 from kvloom.eviction import Chosen, Reading, Room, Seen, best, choose
-from kvloom.pages import ExactKV, HeadPages, KeptRecords, places, stored, stored_run
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, places, stored, stored_run
 
 # Scores of what leaves first and of what never leaves; sums of a page of them are finite, but for the latter.
 _PADDING, _PROTECTED = -1e30, torch.inf
@@ -103,11 +103,10 @@ class EvictingLayer(LoomLayer):
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> Any:
+    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> PagedKV | StaticKV:
         self._append(key, value)
         self.is_unread = True
-        handle = self._kept_handle(key.shape[-2])
-        return handle, handle
+        return self._kept_handle(key.shape[-2])
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         after = self.length + key.shape[-2]

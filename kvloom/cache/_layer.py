@@ -25,6 +25,7 @@ from kvloom.pages import (
     PagedKV,
     PageLayout,
     Role,
+    StaticKV,
     codebook_points,
     pack_side,
     page_layout,
@@ -166,8 +167,15 @@ class LoomLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_append(key_states, value_states)
-        read = self._updated(*self._turned(key_states, value_states))
-        return read if self._reads_more(key_states.shape[-2]) else _own(read, ExactKV(key_states, value_states))
+        handle = self._updated(*self._turned(key_states, value_states))
+        if isinstance(handle, StaticKV):
+            return handle, handle
+        reads_more = self._reads_more(key_states.shape[-2])
+        if not self.is_enabled():
+            return self._dense(handle) if reads_more else (key_states, value_states)
+        if not reads_more:
+            handle = replace(handle, own=ExactKV(key_states, value_states))
+        return handle, handle
 
     def _reads_more(self, queries: int) -> bool:
         """Whether the tokens of the pass just appended may read other states than each other's, exact.
@@ -192,20 +200,19 @@ class LoomLayer(CacheLayerMixin):
     def _output_turn(self) -> torch.Tensor | None:
         return self.value_rotation.dual.transpose(-1, -2) if self.value_rotation else None
 
-    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> Any:
+    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> PagedKV | StaticKV:
         """Append states as they are cached; return what attention is to read."""
         if self.record_past:
             self._pack()
         self._append(key, value)
         queries = key.shape[-2]
         if self._reads_own_pages():
-            handle = self._pack_under(queries)
-        else:
-            visible = torch.full((queries,), self.num_pages, device=self.device)
-            handle = self._handle(self.tail, visible)
-            if not self.record_past:
-                self._pack()
-        return (handle, handle) if self.is_enabled() else self._dense(handle)
+            return self._pack_under(queries)
+        visible = torch.full((queries,), self.num_pages, device=self.device)
+        handle = self._handle(self.tail, visible)
+        if not self.record_past:
+            self._pack()
+        return handle
 
     def _check_append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self._check_shape(key, value)
@@ -515,14 +522,6 @@ def filled(window: Window, tokens: range, page_tokens: int, dtype: torch.dtype, 
 
 def _clamped(x: torch.Tensor) -> torch.Tensor:
     return x.nan_to_num(0.0).clamp(-_CLAMP, _CLAMP)
-
-
-def _own(read: Any, states: ExactKV) -> Any:
-    """What attention is to read, told that it may read the model's own states instead."""
-    if not isinstance(read[0], PagedKV):
-        return states.key, states.value
-    handle = replace(read[0], own=states)
-    return handle, handle
 
 
 def _joined(exact: ExactKV, key: torch.Tensor, value: torch.Tensor) -> ExactKV:

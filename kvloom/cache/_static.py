@@ -11,7 +11,7 @@ from kvloom import kernels
 from kvloom.cache._fixed import FixedLayer, ring_tokens
 from kvloom.cache._layer import filled
 from kvloom.cache._storage import live_nbytes
-from kvloom.pages import ExactKV, HeadPages, StaticKV, state_numbers
+from kvloom.pages import ExactKV, HeadPages, PagedKV, StaticKV, state_numbers
 from kvloom.plan import full_pages
 
 
@@ -56,16 +56,16 @@ class StaticLoomLayer(FixedLayer):
         self._is_fresh = not self.is_initialized
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> Any:
+    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> PagedKV | StaticKV:
         if self._is_step(key):
             kernels.append(key, value, self.store)
-            return self.store, self.store
+            return self.store
         tokens = 0 if self._is_fresh else self._tokens()
         self._check_room(tokens + key.shape[-2])
         self._take_up(tokens)
-        states = super()._updated(key, value)
+        handle = super()._updated(key, value)
         self._put_down()
-        return states
+        return handle
 
     def _take_up(self, tokens: int) -> None:
         """Be the growing layer of the moment; its pages are views of the store."""

@@ -19,7 +19,7 @@ from kvloom.cache._kept_pages import KeptPages
 from kvloom.cache._slots import slot_dtype
 from kvloom.cache._storage import live_nbytes
 from kvloom.errors import CacheError
-from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, state_numbers, stored_run
+from kvloom.pages import ExactKV, HeadPages, KeptRecords, PagedKV, StaticKV, state_numbers, stored_run
 from kvloom.plan import Window
 
 
@@ -61,10 +61,10 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
         """See `LoomCache.expect_prompt`."""
         self.prompt_end = self._tokens() + tokens
 
-    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> Any:
+    def _updated(self, key: torch.Tensor, value: torch.Tensor) -> PagedKV | StaticKV:
         if self._is_step(key):
             kernels.append(key, value, self.store)
-            return self.store, self.store
+            return self.store
         self._check_room(self._tokens() + key.shape[-2])
         self._take_up()
         return super()._updated(key, value)

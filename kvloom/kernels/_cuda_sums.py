@@ -90,9 +90,8 @@ def arrives(meeting: Meeting) -> bool:
     """
     build = _build(torch.float32, meeting.ranks, _POLLS_OF_A_TRY, tries=True)
     numbers = torch.arange(SUM_NBYTES // 4, dtype=torch.float32, device=meeting.buffers.device)
-    outs = [
-        _sum(numbers + (meeting.rank + n), meeting, build) for n in range(3)
-    ]  # the halves of buffers, and one again
+    # Three times: both halves of the buffers, and one again.
+    outs = [_sum(numbers + (meeting.rank + n), meeting, build) for n in range(3)]
     others = meeting.ranks * (meeting.ranks - 1) // 2
     return all(out.equal(meeting.ranks * (numbers + n) + others) for n, out in enumerate(outs))
 

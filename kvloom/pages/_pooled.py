@@ -55,7 +55,12 @@ class PooledKV:
     @property
     def page_table(self) -> torch.Tensor:
         """int32 ``[batch, columns]``, of pages only; a view."""
-        return self.table[:, 1:] if self.num_sinks else self.table
+        return self.table[:, self._first_page :]
+
+    @property
+    def _first_page(self) -> int:
+        """The column of the first page."""
+        return int(self.num_sinks > 0)
 
     @property
     def shape(self) -> torch.Size:
@@ -106,7 +111,7 @@ class PooledKV:
 
     def _place(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Columns and rows of exact tokens ``[batch, tokens]``, counted behind the full pages."""
-        first = self.before[:, 1:].long() + (2 if self.num_sinks else 1)
+        first = self.before[:, 1:].long() + self._first_page + 1
         size = self.rows.shape[1]
         return first + token // size, token % size
 

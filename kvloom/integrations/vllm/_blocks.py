@@ -43,9 +43,7 @@ class Blocks:
     @property
     def tokens(self) -> torch.Tensor:
         """Exact tokens, ``[blocks, layout.block_tokens, 2, kv_heads, head_dim]``; a view."""
-        shape = (2, self.layout.kv_heads, self.layout.head_dim)
-        tokens: torch.Tensor = self.rows.view(self.dtype).unflatten(-1, shape)
-        return tokens
+        return self._states(self.rows)
 
     @property
     def pages(self) -> tuple[HeadPages, ...]:
@@ -73,9 +71,13 @@ class Blocks:
 
     def exact(self, rows: torch.Tensor) -> ExactKV:
         """Tokens ``[batch, kv_heads, tokens, head_dim]`` of ``rows [batch, tokens, words]``; views."""
-        states = rows.view(self.dtype).unflatten(-1, (2, self.layout.kv_heads, self.layout.head_dim))
-        key, value = states.permute(2, 0, 3, 1, 4)
+        key, value = self._states(rows).permute(2, 0, 3, 1, 4)
         return ExactKV(key, value)
+
+    def _states(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[..., 2, kv_heads, head_dim]`` of ``rows [..., words]``; a view."""
+        states: torch.Tensor = rows.view(self.dtype).unflatten(-1, (2, self.layout.kv_heads, self.layout.head_dim))
+        return states
 
 
 def rows_of(exact: ExactKV) -> torch.Tensor:

@@ -441,9 +441,10 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // head of `pages`. Sinks and tail [batch, kv_heads, tokens, D] by strides in elements. state: (tokens, pages) of each
 // sequence, read on the device in place of the four numbers; the tail is then a ring, in which the token of slot s lies at
 // (s - num_sinks) % tail_ring, a multiple of P. With POOLED exact tokens lie in the blocks of the pages, tail_ring of them in
-// each, tail_batch elements apart: those behind page p from block table[p + 2] on, sinks in the one before table[0]. mask [batch, query, slot]. visible: pages each query
-// may read. extents [batch, heads of `pages`, 2]: first record of a head, and how many pages it has before those that have
-// slots. With PLACE there is a mask [batch, query, place]; page_places: of the records, by strides in elements; exact_places
+// each, tail_batch elements apart: those behind page p from block table[p + 2] on, sinks in the one before table[0].
+// mask [batch, query, slot]. visible: pages each query may read. extents [batch, heads of `pages`, 2]: first record of a
+// head, and how many pages it has before those that have slots. With PLACE there is a mask [batch, query, place];
+// page_places: of the records, by strides in elements; exact_places
 // [batch, kv_heads, slot] by strides. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
 // [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
