@@ -12,6 +12,7 @@ from kvloom.cache._layer import LoomLayer
 from kvloom.cache._rope import Rope, rope_of
 from kvloom.cache._rotation import SideRotation, side_rotation, turned
 from kvloom.cache._shard import Shard, local_shape, shard_of
+from kvloom.cache._step_layer import StepLayer
 
 __all__ = [
     "ATTENTION",
@@ -24,6 +25,7 @@ __all__ = [
     "Rope",
     "Shard",
     "SideRotation",
+    "StepLayer",
     "disable",
     "enable",
     "fixed_nbytes",

@@ -16,6 +16,7 @@ from kvloom import kernels
 from kvloom._processes import world_size
 from kvloom.cache._invariant import fix_rows, free_rows
 from kvloom.cache._kept_kv import KeptKV
+from kvloom.cache._ring_kv import RingKV
 from kvloom.cache._rotation import turned
 from kvloom.errors import ModelError
 from kvloom.pages import PagedKV, StaticKV
@@ -57,8 +58,8 @@ _INVARIANT = _Way(kernels.invariant_attention, _invariant, _turned_in_fp64)
 def loom_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | PagedKV | StaticKV,
-    value: torch.Tensor | PagedKV | StaticKV,
+    key: torch.Tensor | PagedKV | StaticKV | RingKV,
+    value: torch.Tensor | PagedKV | StaticKV | RingKV,
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -72,7 +73,7 @@ def loom_attention(
     Args:
         module: The attention module.
         query: ``[batch, query_heads, queries, head_dim]``.
-        key: A layer's `PagedKV` or `StaticKV`, or a tensor ``[batch, kv_heads, tokens, head_dim]``.
+        key: A layer's `PagedKV`, `StaticKV` or `RingKV`, or a tensor ``[batch, kv_heads, tokens, head_dim]``.
         value: Likewise.
         attention_mask: 4-D, boolean or additive, or None for causal; with no columns it hides nothing, and keeps
             transformers from making one.
@@ -100,6 +101,8 @@ def loom_attention(
     }
     if isinstance(key, PagedKV | StaticKV):
         return _attend(query, key, way, options), None
+    if isinstance(key, RingKV):
+        return way.dense(query, key.key, key.value, **{**options, "mask": key.mask_of(options["mask"])}), None
     if not isinstance(value, torch.Tensor):
         raise ModelError("a layer mixed packed values with plain keys; kvloom cannot serve this model.")
     return way.dense(query, key, value, **options), None

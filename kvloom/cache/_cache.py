@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvloom import codecs, kernels
 from kvloom.cache import _file
@@ -23,8 +23,10 @@ from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer, NonFinite
 from kvloom.cache._rope import rope_of
 from kvloom.cache._shard import shard_of
+from kvloom.cache._sliding import SlidingLayer
 from kvloom.cache._static import StaticLoomLayer
 from kvloom.cache._static_evicting import StaticEvictingLayer
+from kvloom.cache._step_layer import StepLayer
 from kvloom.errors import CacheError, PlanError
 from kvloom.plan import Fingerprint, Plan, format_layers
 
@@ -33,9 +35,9 @@ class LoomCache(DynamicCache):
     """Packed cache for ``model.generate(..., past_key_values=LoomCache(plan, model))``.
 
     Full-attention layers are packed by the plan, and evict where it says so (`EvictingLayer`); sliding-window, linear
-    and shared layers keep transformers' own. Of a model that transformers has sharded (tensor parallelism) each process
-    holds the pages of its own KV heads: ``plan`` is then that part of the plan (`kvloom.Plan.shard`), and `nbytes` what
-    this process holds.
+    and shared layers keep transformers' own (with ``max_tokens``, sliding windows are rings: `SlidingLayer`). Of a
+    model that transformers has sharded (tensor parallelism) each process holds the pages of its own KV heads: ``plan``
+    is then that part of the plan (`kvloom.Plan.shard`), and `nbytes` what this process holds.
 
     Args:
         plan: What each layer stores.
@@ -104,7 +106,7 @@ class LoomCache(DynamicCache):
                     plan.spec(i), plan.model, is_enabled=is_enabled, matrices=matrices.get(i, {}), **options
                 )
             elif type(layer) is DynamicSlidingWindowLayer and max_tokens is not None:
-                self.layers[i] = StaticSlidingWindowLayer(max_tokens, layer.sliding_window)
+                self.layers[i] = SlidingLayer(max_tokens, layer.sliding_window, is_enabled)
         self._last_packed = max(self.packed_layers)
         self._marks: dict[int, Any] = {}
         self._has_warned = False
@@ -195,7 +197,7 @@ class LoomCache(DynamicCache):
     @property
     def is_graph_safe(self) -> bool:
         """Whether every step through a cache of fixed size launches the same, and never waits for the device."""
-        return all(isinstance(layer, FixedLayer) and layer.is_graph_safe for layer in self.layers)
+        return all(isinstance(layer, StepLayer) and layer.is_graph_safe for layer in self.layers)
 
     def waits_at(self, tokens: int) -> bool:
         """Whether the step that follows ``tokens`` tokens launches other things than the last one, or waits.
@@ -205,11 +207,14 @@ class LoomCache(DynamicCache):
         """
         if self.is_graph_safe:
             return False
-        layers = [layer for layer in self.layers if isinstance(layer, FixedLayer) and layer.is_graph_safe_between_pages]
+        layers = [layer for layer in self.layers if isinstance(layer, StepLayer) and layer.is_graph_safe_between_pages]
         return len(layers) < len(self.layers) or any(layer.changes_more(tokens) for layer in layers)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest ``-tokens_to_remove`` tokens; see `LoomLayer.crop`."""
+        """Remove the newest ``-tokens_to_remove`` tokens; see `LoomLayer.crop` and `SlidingLayer.check_crop`."""
+        for layer in self.layers:
+            if isinstance(layer, SlidingLayer):
+                layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
         self._flags.check()
 
@@ -221,7 +226,7 @@ class LoomCache(DynamicCache):
     def _cannot_fail(self, layer_idx: int) -> bool:
         """Whether a pass of one token through a layer of fixed size raises nothing."""
         layer = self.layers[layer_idx]
-        is_prompt = isinstance(layer, FixedLayer) and not layer.takes_steps
+        is_prompt = isinstance(layer, StepLayer) and not layer.takes_steps
         if torch.compiler.is_compiling():
             return True
         return (bool(layer.is_compileable) or kernels.is_between_pages()) and not is_prompt
@@ -284,27 +289,17 @@ class LoomCache(DynamicCache):
 
 
 def _mark(layer: Any, new: int) -> Any:
-    """What `_roll_back` needs to undo a pass of ``new`` tokens.
-
-    transformers' growing layers replace their tensors, its static ones write into them.
-    """
+    """What `_roll_back` needs to undo a pass of ``new`` tokens; transformers' growing layers replace their tensors."""
     if isinstance(layer, EvictingLayer):
         return layer.mark(new)
-    if isinstance(layer, LoomLayer):
-        return layer.mark()
-    fields = vars(layer).copy()
-    contents = [(x, x.clone()) for x in fields.values() if isinstance(layer, StaticLayer) and torch.is_tensor(x)]
-    return fields, contents
+    return layer.mark() if isinstance(layer, LoomLayer | SlidingLayer) else vars(layer).copy()
 
 
 def _roll_back(layer: Any, mark: Any) -> None:
-    if isinstance(layer, LoomLayer):
+    if isinstance(layer, LoomLayer | SlidingLayer):
         layer.roll_back(mark)
-        return
-    fields, contents = mark
-    vars(layer).update(fields)
-    for tensor, before in contents:
-        tensor.copy_(before)
+    else:
+        vars(layer).update(mark)
 
 
 def _expected(model: Any) -> tuple[torch.device, torch.dtype] | None:

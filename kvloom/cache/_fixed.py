@@ -9,12 +9,14 @@ import torch
 
 from kvloom import kernels
 from kvloom.cache._layer import LoomLayer
+from kvloom.cache._over_sequences import map_in_place
+from kvloom.cache._step_layer import NO_ASSISTANT, StepLayer
 from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, StaticKV
 from kvloom.plan import Window, head_layouts, itemsize
 
 
-class FixedLayer(LoomLayer):
+class FixedLayer(LoomLayer, StepLayer):
     """Room for a fixed number of tokens in tensors that stay where they are (`store`), so that steps replay as graphs.
 
     A pass of one token appends and attends by operators that never wait for the device. Any other pass (a prompt) reads
@@ -51,7 +53,7 @@ class FixedLayer(LoomLayer):
 
     @property
     def takes_steps(self) -> bool:
-        """Whether a pass of one token would be appended to the store now."""
+        """See `StepLayer.takes_steps`."""
         return self.is_enabled()
 
     def _ask_backend(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -144,14 +146,6 @@ class FixedLayer(LoomLayer):
     def _tokens(self) -> int:
         return int(self._level()) if self.is_initialized else 0
 
-    def changes_more(self, tokens: int) -> bool:
-        """Whether the step that follows so many tokens does more than write to the ring: fill a page or a sink."""
-        return True
-
-    def undoes_step(self, tokens: int) -> bool:
-        """Whether `crop` takes a token back exactly that has followed so many."""
-        return False
-
     def _contents(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Every tensor of the store that a step changes, but for the pages, which are append-only; and a copy."""
         return [(x, x.clone()) for x in (*self._exact_tensors(), self.store.state)]
@@ -164,7 +158,7 @@ class FixedLayer(LoomLayer):
         Raises:
             CacheError: Always: tokens that may be rejected need room that a cache of fixed size does not plan for.
         """
-        raise CacheError("a cache of fixed size cannot decode with an assistant: leave out max_tokens.")
+        raise CacheError(NO_ASSISTANT)
 
     def get_seq_length(self) -> Any:
         """Tokens seen: 0, or an int32 tensor on the device, for which nobody waits."""
@@ -181,13 +175,7 @@ class FixedLayer(LoomLayer):
         return self.max_tokens
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for tensor in self._sequences() if self.is_initialized else ():
-            changed = change(tensor)
-            if changed.shape != tensor.shape or changed.device != tensor.device:
-                raise CacheError(
-                    "a cache of fixed size can neither change its batch nor leave its device: leave out max_tokens."
-                )
-            tensor.copy_(changed)
+        map_in_place(self._sequences() if self.is_initialized else [], change)
 
 
 def ring_tokens(window: Window, max_tokens: int, page_tokens: int) -> int:

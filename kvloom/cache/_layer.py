@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvloom import kernels
 from kvloom.cache._flags import Flags
 from kvloom.cache._index import by_head, of_heads
+from kvloom.cache._over_sequences import OverSequences
 from kvloom.cache._rope import Rope
 from kvloom.cache._rotation import side_rotation
 from kvloom.cache._storage import live_nbytes
@@ -57,7 +58,7 @@ class Mark(NamedTuple):
     tail: ExactKV
 
 
-class LoomLayer(CacheLayerMixin):
+class LoomLayer(OverSequences, CacheLayerMixin):
     """Cache layer whose full pages are packed by a plan's entry.
 
     A page is encoded once, when it is full and out of the exact window, and never touched again. What a query reads is
@@ -425,26 +426,6 @@ class LoomLayer(CacheLayerMixin):
         """Forget every token."""
         self._clear()
         self.record_past = False
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorder the batch for beam search; ``beam_idx`` int64 ``[batch]``."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the sequences ``indices``."""
-        self._map(lambda x: x[indices])
-
-    def offload(self) -> None:
-        """Move everything to the CPU."""
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move everything back to the device of the model."""
-        self._map(lambda x: x.to(self.device, non_blocking=True))
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.is_initialized:

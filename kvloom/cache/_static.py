@@ -88,11 +88,11 @@ class StaticLoomLayer(FixedLayer):
         return full_pages(self.entry.window, tokens, self.page_tokens)
 
     def changes_more(self, tokens: int) -> bool:
-        """See `FixedLayer.changes_more`."""
+        """See `StepLayer.changes_more`."""
         return not self.entry.window.sinks <= tokens < self.max_tokens or not self.undoes_step(tokens)
 
     def undoes_step(self, tokens: int) -> bool:
-        """See `FixedLayer.undoes_step`: if no page is packed."""
+        """See `StepLayer.undoes_step`: if no page is packed."""
         return self._packed(tokens + 1) == self._packed(tokens)
 
     def _extended(self, group: HeadPages, records: torch.Tensor) -> HeadPages:

@@ -52,7 +52,7 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
 
     @property
     def takes_steps(self) -> bool:
-        """See `FixedLayer.takes_steps`; not before the first prompt has ended, nor when another is expected."""
+        """See `StepLayer.takes_steps`; not before the first prompt has ended, nor when another is expected."""
         return self.is_stored and not self.prompt_end and self.is_enabled()
 
     # -- filling ------------------------------------------------------------------------------------------------------
@@ -75,12 +75,16 @@ class StaticEvictingLayer(FixedLayer, EvictingLayer):
             self._put_down()
 
     def changes_more(self, tokens: int) -> bool:
-        """See `FixedLayer.changes_more`."""
+        """See `StepLayer.changes_more`."""
         if not self.takes_steps:
             return True
         slots = tokens - self.gone
         is_in_ring = self.entry.window.sinks <= slots < self.store.length
         return not is_in_ring or self._new_pages(slots) < self._new_pages(slots + 1)
+
+    def undoes_step(self, tokens: int) -> bool:
+        """See `StepLayer.undoes_step`."""
+        return False
 
     def _tokens(self) -> int:
         return super()._tokens() if self.is_stored else self.length

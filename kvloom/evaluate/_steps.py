@@ -1,7 +1,7 @@
 """Decoding: one token of every sequence after another, replayed as a CUDA graph where a cache's size is fixed.
 
 On a GPU a plan's cache has a fixed size if its steps can be replayed: not with keys before RoPE, policies that watch
-steps (H2O, ceilings while decoding), layers that are not packed, batch-invariant attention, or, in a dtype without
+steps (H2O, ceilings while decoding), layers of linear attention, batch-invariant attention, or, in a dtype without
 kernels (fp32), heads of several formats and formats that attention decodes first. It holds and shows what the growing
 cache does, in other storage.
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvloom.cache import INVARIANT, FixedLayer, LoomCache
+from kvloom.cache import INVARIANT, LoomCache, StepLayer
 from kvloom.generation import serves, step_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _has_graphs(model: PreTrainedModel) -> bool:
 
 
 def _is_replayed(layer: object) -> bool:
-    return isinstance(layer, FixedLayer) and layer.is_graph_safe_between_pages
+    return isinstance(layer, StepLayer) and layer.is_graph_safe_between_pages
 
 
 def logits_of(model: PreTrainedModel, cache: Cache, tokens: Tensor, **options: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 import torch
 from torch import Tensor
 
-from kvloom.cache import FixedLayer, LoomCache
+from kvloom.cache import LoomCache, StepLayer
 from kvloom.errors import CacheError, ModelError
 from kvloom.generation._mirror import Mirror
 from kvloom.generation._prompt import Prompt
@@ -58,7 +58,7 @@ def decode_loop(
 
     Raises:
         CacheError: The cache is no `LoomCache` of fixed size, has no room for ``max_length`` tokens, or packed NaN.
-        ModelError: The model has layers that no page holds, or ``generate`` was asked for beams, an assistant, inputs
+        ModelError: The model has layers of linear attention, or ``generate`` was asked for beams, an assistant, inputs
             other than text, attentions or hidden states.
     """
     _check_request(generation_config, inputs)
@@ -111,7 +111,7 @@ def serves(cache: object) -> TypeGuard[LoomCache]:
     return (
         isinstance(cache, LoomCache)
         and cache.max_tokens is not None
-        and all(isinstance(layer, FixedLayer) for layer in cache.layers)
+        and all(isinstance(layer, StepLayer) for layer in cache.layers)
     )
 
 
@@ -131,10 +131,10 @@ def _checked(cache: Any) -> LoomCache:
             "decode_loop decodes with a cache of fixed size: give past_key_values=LoomCache(plan, model, "
             "max_tokens=...), or leave out custom_generate."
         )
-    if others := [i for i, layer in enumerate(cache.layers) if not isinstance(layer, FixedLayer)]:
+    if others := [i for i, layer in enumerate(cache.layers) if not isinstance(layer, StepLayer)]:
         raise ModelError(
-            f"layer {others[0]} of the model is not packed (sliding window or linear attention), which decode_loop "
-            "does not serve: leave out custom_generate."
+            f"layer {others[0]} of the model has neither full nor sliding-window attention, which decode_loop does not "
+            "serve: leave out custom_generate."
         )
     if not all(layer.is_enabled() for layer in cache.packed_layers.values()):
         raise ModelError("decode_loop needs attention that reads pages: call kvloom.enable(model) first.")
@@ -161,4 +161,4 @@ def _chosen(scores: Tensor, sample: bool) -> Tensor:
 
 def _undoes_step(cache: LoomCache, tokens: int) -> bool:
     """Whether a token that follows so many can be taken back."""
-    return all(layer.undoes_step(tokens) for layer in cache.layers if isinstance(layer, FixedLayer))
+    return all(layer.undoes_step(tokens) for layer in cache.layers if isinstance(layer, StepLayer))

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from kvloom import kernels
-from kvloom.cache import FixedLayer, LoomCache
+from kvloom.cache import LoomCache, StepLayer
 from kvloom.generation._passes import Passes
 from kvloom.generation._products import JoinProducts
 from kvloom.generation._sums import SumRanks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from kvloom.pages import StaticKV
 
 # Products of one row become reductions fused with what follows, those of a few rows one launch for weights that share
 # them: both read weights faster than cuBLAS does. Sums over ranks are too small for NCCL.
@@ -131,8 +129,8 @@ def step_of(model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tens
     return made
 
 
-def _stores(cache: LoomCache) -> list[StaticKV]:
-    return [layer.store for layer in cache.layers if isinstance(layer, FixedLayer)]
+def _stores(cache: LoomCache) -> list[Any]:
+    return [layer.store for layer in cache.layers if isinstance(layer, StepLayer)]
 
 
 def _compiled_call(model: Any) -> Callable[..., Any]:

@@ -182,6 +182,11 @@ def dense_attention(
     """
     queries, tokens = query.shape[2], key.shape[2]
     if softcap is None and sink_logits is None:
+        if queries == 1 and (mask is None or mask.shape[1] == 1):  # heads of a group as queries: keys are read once
+            rows = _grouped(query, key.shape[1])
+            return _ungrouped(
+                scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling), query.shape[1]
+            )
         if mask is None and 1 < queries < tokens:
             mask = causal_lower_right(queries, tokens)  # no mask in memory, where a kernel knows the case
         causal = mask is None and queries > 1

@@ -90,7 +90,8 @@ def test_the_ring_has_room_for_every_length(data):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
 @pytest.mark.parametrize("prefill", ["exact", "quantized"])
 def test_generate_gives_the_same_tokens(family, prefill):
-    model = tiny.enabled(tiny.build(family))
+    """In float64: rings of sliding windows are summed in another order."""
+    model = tiny.exact(family)
     plan = tiny.mixed(model, window=Window(sinks=3, recent=20), prefill=prefill)
     ids = tiny.prompt(150, batch=2)
     growing, static = LoomCache(plan, model), LoomCache(plan, model, max_tokens=230)
@@ -99,7 +100,7 @@ def test_generate_gives_the_same_tokens(family, prefill):
     for ours, theirs in zip(static.packed_layers.values(), growing.packed_layers.values(), strict=True):
         for (name, tensor), (other, same) in zip(ours.tensors(), theirs.tensors(), strict=True):
             assert name == other
-            assert tensor.equal(same)
+            torch.testing.assert_close(tensor, same, atol=0 if tensor.dtype == torch.uint8 else 1e-9, rtol=0)
 
 
 def test_left_padding_beams_and_a_second_turn():
@@ -128,9 +129,11 @@ def compiled(model, ids, cache, monkeypatch):
     return tiny.greedy(model, ids, cache(), new=20, compile_config=config)
 
 
-@pytest.mark.parametrize("rotation", ["hadamard", "calibrated"])
-def test_generate_compiles_one_whole_graph_for_all_steps_and_caches(monkeypatch, rotation):
-    model = tiny.enabled(tiny.build("llama"))
+@pytest.mark.parametrize(
+    ("family", "rotation"), [("llama", "hadamard"), ("llama", "calibrated"), ("gemma3", "hadamard")]
+)
+def test_generate_compiles_one_whole_graph_for_all_steps_and_caches(monkeypatch, family, rotation):
+    model = tiny.exact(family)
     plan = tiny.mixed(model)
     if rotation == "calibrated":
         plan = calibrate_rotations(model, plan, tiny.prompt(100))

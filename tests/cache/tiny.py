@@ -99,6 +99,13 @@ def make(family: str, *, seed: int = 0, **fields: Any) -> Any:
     return model.eval()
 
 
+def exact(family: str) -> Any:
+    """`build` in float64, enabled: masks that are made in two ways, and sums in two orders, flip no code."""
+    model = build(family).double()
+    model.set_experts_implementation("eager")  # others have no float64
+    return enabled(model)
+
+
 def _shake(model: Any) -> None:
     """Random sinks, norms and biases too: ones and zeros would hide mistakes."""
     with torch.no_grad():

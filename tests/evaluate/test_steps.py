@@ -122,7 +122,7 @@ def test_which_caches_have_a_fixed_size(model, calls):
     assert apart.cache_for(200, 100).max_tokens is None
     sliding = tiny.build("gemma3")
     others = plan_contestant(tiny.eight_bit(sliding), sliding, name="p", method="uniform")
-    assert others.cache_for(200, 100).max_tokens is None
+    assert others.cache_for(200, 100).max_tokens == 200
     enable(model, batch_invariant=True)
     assert plain(model).cache_for(200, 100).max_tokens is None
     disable(model)

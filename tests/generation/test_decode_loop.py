@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria, set_seed
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from kvloom import decode_loop
@@ -27,7 +28,7 @@ PLANS = {
 @pytest.fixture(scope="module")
 def model():
     """In float64, so that masks made in two ways cannot flip a code."""
-    return tiny.enabled(tiny.build("llama").double())
+    return tiny.exact("llama")
 
 
 @pytest.fixture
@@ -61,10 +62,10 @@ def test_greedy(model, name, tokens):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", sorted(tiny.FAMILIES.keys() - {"qwen2-sliding", "gemma2", "gemma3", "gpt-oss"}))
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
 def test_families(family, padded):
     """A step without padding has no mask; every family's own code is to bear that."""
-    model = tiny.enabled(tiny.build(family).double())
+    model = tiny.exact(family)
     plan = tiny.eight_bit(model)
     prompt, options = tiny.prompt(70, batch=2), {}
     if padded:
@@ -74,6 +75,25 @@ def test_families(family, padded):
     expected, actual, plain, looped = both(model, plan, prompt, new=12, **options)
     assert actual.equal(expected)
     assert_same_caches(plain, looped)
+
+
+@pytest.mark.parametrize("tokens", [5, 23, 24, 60])
+def test_sliding_windows(tokens):
+    """Prompts shorter and longer than the window of 24 tokens, of which 9 are padding, and two turns."""
+    model = tiny.exact("gemma3")
+    mask = torch.ones(2, tokens, dtype=torch.int64)
+    mask[0, : min(9, tokens - 1)] = 0
+    plan, prompt = tiny.eight_bit(model), tiny.prompt(tokens, batch=2)
+    expected, actual, *caches = both(model, plan, prompt, new=40, attention_mask=mask)
+    assert actual.equal(expected)
+    assert_same_caches(*caches)
+    growing = tiny.greedy(model, prompt, LoomCache(plan, model), new=40, attention_mask=mask)
+    assert actual.equal(growing)
+    more = torch.cat([actual, tiny.prompt(30, batch=2, seed=5)], dim=1)
+    mask = torch.nn.functional.pad(mask, (0, more.shape[1] - tokens), value=1)
+    expected, actual, *caches = both(model, plan, more, caches=caches, attention_mask=mask)
+    assert actual.equal(expected)
+    assert_same_caches(*caches)
 
 
 def test_a_compiled_pass(model, plan, monkeypatch):
@@ -255,7 +275,8 @@ def test_which_caches_it_serves(model, plan):
     sliding = tiny.enabled(tiny.build("gemma2"))
     assert serves(LoomCache(plan, model, max_tokens=ROOM))
     assert not serves(LoomCache(plan, model))
-    assert not serves(LoomCache(tiny.eight_bit(sliding), sliding, max_tokens=ROOM))
+    assert serves(LoomCache(tiny.eight_bit(sliding), sliding, max_tokens=ROOM))
+    assert not serves(of_other_layers(plan, model))
     assert not serves(DynamicCache(config=model.config))
 
 
@@ -275,11 +296,15 @@ def test_other_requests(model, plan, option):
         tiny.greedy(model, tiny.prompt(9), cache, custom_generate=decode_loop, **option)
 
 
-def test_sliding_layers():
-    model = tiny.enabled(tiny.build("gemma2"))
-    cache = LoomCache(tiny.eight_bit(model), model, max_tokens=ROOM)
-    with pytest.raises(ModelError, match="layer 1 of the model is not packed"):
-        tiny.greedy(model, tiny.prompt(9), cache, custom_generate=decode_loop)
+def of_other_layers(plan, model):
+    cache = LoomCache(plan, model, max_tokens=ROOM)
+    cache.layers[1] = DynamicLayer()
+    return cache
+
+
+def test_layers_of_other_kinds(model, plan):
+    with pytest.raises(ModelError, match="layer 1 of the model has neither full nor sliding-window attention"):
+        tiny.greedy(model, tiny.prompt(9), of_other_layers(plan, model), custom_generate=decode_loop)
 
 
 def test_attention_that_reads_no_pages(model, plan):

@@ -29,6 +29,19 @@ def model():
     return made
 
 
+@pytest.fixture(scope="module")
+def sliding_model():
+    config = transformers.Gemma3TextConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, initializer_range=0.2, sliding_window=100,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = transformers.Gemma3ForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    kvloom.enable(made)
+    return made
+
+
 @pytest.fixture
 def plan(model):
     return Plan.uniform(model, 4, 2, window=Window(sinks=4))
@@ -94,6 +107,18 @@ def test_left_padding(model, plan):
     assert_same_caches(*caches)
 
 
+@pytest.mark.parametrize("tokens", [1, 99, 200])
+def test_rings_of_sliding_windows(sliding_model, tokens):
+    """The window of 100 tokens fills up during replayed steps, or before."""
+    ids = prompt(tokens)
+    mask = torch.ones_like(ids)
+    mask[0, : tokens // 3] = 0
+    expected, actual, caches = both(sliding_model, Plan.uniform(sliding_model, 8, 8), ids, attention_mask=mask)
+    assert graph_of(caches[1]) is not None
+    assert actual.equal(expected)
+    assert_same_caches(*caches)
+
+
 @pytest.mark.parametrize("end", [3, 30, 59, 60, 61])
 def test_no_token_too_many_is_left(model, plan, end):
     free = both(model, plan, prompt(60, 1))[0][0, 60:]
@@ -116,8 +141,11 @@ def test_a_graph_serves_the_next_prompt_and_the_next_turn(model, plan):
     assert graph_of(cache) is graph
 
 
-def test_compiled_steps(model, plan):
+@pytest.mark.parametrize("which", ["model", "sliding_model"])
+def test_compiled_steps(request, which):
     """Other kernels round otherwise, so that tokens may part where two are nearly as likely."""
+    model = request.getfixturevalue(which)
+    plan = Plan.uniform(model, 4, 2, window=Window(sinks=4))
     options = {"return_dict_in_generate": True, "output_logits": True}
     plain, looped = (LoomCache(plan, model, max_tokens=ROOM) for _ in range(2))
     expected = run(model, plain, prompt(100), 40, **options)

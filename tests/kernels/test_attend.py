@@ -224,6 +224,24 @@ def test_dense_attention_is_causal_and_capped() -> None:
     assert not torch.allclose(moved[:, -1], plain[:, -1])
 
 
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("kind", [None, torch.bool, torch.float64])
+def test_dense_attention_takes_masks(queries: int, heads: int, kind: torch.dtype | None) -> None:
+    g = torch.Generator().manual_seed(queries)
+    key, value = torch.randn(2, 3, 2, 20, 32, generator=g, dtype=torch.float64)
+    query = torch.randn(3, 6, queries, 32, generator=g, dtype=torch.float64)
+    seen = torch.ones(queries, 20, dtype=torch.bool).tril(20 - queries).expand(3, heads, -1, -1)
+    if kind is not None:
+        seen = seen & (torch.rand(3, heads, queries, 20, generator=g) < 0.7)
+        seen = seen | torch.eye(20, dtype=torch.bool)[-queries:]
+    mask = {torch.bool: seen, torch.float64: torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -1e9)}
+    out = dense_attention(query, key, value, scaling=0.125, mask=mask.get(kind))
+    scores = query @ key.repeat_interleave(3, 1).transpose(-1, -2) * 0.125
+    expected = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value.repeat_interleave(3, 1)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def test_extremes_of_fp16_decode_to_finite_numbers() -> None:
     fmt = Format(8, "per_channel", 64)
     layout = page_layout(fmt, Format(8, "per_token", 16), 16)
