@@ -69,6 +69,7 @@ class FixedLayer(LoomLayer, StepLayer):
 
     # -- storage ------------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # a prompt that a user compiles may be what allocates
     def _use(self, store: StaticKV) -> None:
         """Have ``store``, whose tensors compiled graphs may take to stay where they are."""
         self.store = store
@@ -79,7 +80,7 @@ class FixedLayer(LoomLayer, StepLayer):
 
     def _exact(self, batch: int, tokens: int) -> ExactKV:
         shape = (batch, self.model.num_kv_heads, tokens, self.model.head_dim)
-        key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        key, value = (self._zeros(*shape, dtype=self.dtype) for _ in range(2))
         return ExactKV(key, value)
 
     def _wipe(self) -> None:
@@ -88,7 +89,8 @@ class FixedLayer(LoomLayer, StepLayer):
             tensor.zero_()
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self.device)
+        with torch.inference_mode(False):  # what is filled within it is written to without, too
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def _exact_tensors(self) -> tuple[torch.Tensor, ...]:
         store = self.store

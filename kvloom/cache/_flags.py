@@ -18,7 +18,8 @@ class Flags:
     def on(self, device: torch.device) -> torch.Tensor:
         """The flags of a device."""
         if device not in self._tensors:
-            self._tensors[device] = torch.zeros(2, dtype=torch.int32, device=device)
+            with torch.inference_mode(False):  # a cache filled within it is reset without
+                self._tensors[device] = torch.zeros(2, dtype=torch.int32, device=device)
         return self._tensors[device]
 
     def pending(self, device: torch.device) -> torch.Tensor:

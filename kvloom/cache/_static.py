@@ -113,9 +113,11 @@ class StaticLoomLayer(FixedLayer):
 
     def roll_back(self, mark: Any) -> None:
         """Undo every update since ``mark``, exactly."""
-        if mark is None:
-            self.reset()
-        for tensor, before in mark or ():
+        if mark is None:  # allocating may be what failed: what there is of the storage is not worth keeping
+            self._clear()
+            vars(self).pop("store", None)
+            return
+        for tensor, before in mark:
             tensor.copy_(before)
 
     def _keep_pages(self, count: int) -> None:

@@ -15,6 +15,7 @@ from transformers import CompileConfig
 from kvloom import kernels
 from kvloom.cache import LoomCache, fixed_nbytes, loom_attention
 from kvloom.cache._fixed import ring_tokens
+from kvloom.cache._static import StaticLoomLayer
 from kvloom.errors import CacheError
 from kvloom.pages import ExactKV, HeadPages, StaticKV
 from kvloom.plan import Window, full_pages
@@ -184,6 +185,44 @@ def test_a_bad_value_undoes_the_pass_in_every_layer():
     for layer, held in zip(cache.packed_layers.values(), before, strict=True):
         for (_, tensor), (_, same) in zip(layer.tensors(), held, strict=True):
             assert tensor.equal(same)
+
+
+def test_what_cannot_be_allocated_is_raised_as_it_is(monkeypatch):
+    model, tokens = tiny.enabled(tiny.build("llama")), tiny.prompt(80)
+    cache = LoomCache(tiny.mixed(model), model, max_tokens=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(StaticLoomLayer, "_exact", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            tiny.run(model, cache, tiny.prompt(80, batch=3), [80])
+    assert (cache.get_seq_length(), cache.nbytes()) == (0, 0)
+    expected = tiny.run(model, LoomCache(tiny.mixed(model), model), tokens, [80])
+    torch.testing.assert_close(tiny.run(model, cache, tokens, [80]), expected)
+
+
+def no_memory(*_):
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("room", [{}, {"max_tokens": TOKENS}])
+def test_what_is_filled_within_inference_mode_goes_on_without(room):
+    model, tokens = tiny.enabled(tiny.build("llama")), tiny.prompt(140)
+    plan = tiny.mixed(model)
+    expected = tiny.run(model, LoomCache(plan, model, **room), tokens, tiny.steps(140, 100))
+    cache = LoomCache(plan, model, **room)
+    with torch.inference_mode():
+        first = model(tokens[:, :100], past_key_values=cache).logits
+    rest = tiny.run(model, cache, tokens[:, 100:], [1] * 40)
+    assert torch.cat([first, rest], dim=1).equal(expected)
+    cache.reset()
+    assert tiny.run(model, cache, tokens, tiny.steps(140, 100)).equal(expected)
+
+
+def test_a_model_that_its_user_compiled_allocates():
+    model, tokens = tiny.enabled(tiny.build("llama", num_hidden_layers=1)), tiny.prompt(70)
+    expected = tiny.run(model, LoomCache(tiny.mixed(model), model, max_tokens=80), tokens, tiny.steps(70, 68))
+    cache = LoomCache(tiny.mixed(model), model, max_tokens=80)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(tiny.run(compiled, cache, tokens, tiny.steps(70, 68)), expected)
 
 
 def test_bytes_are_those_of_the_capacity():
