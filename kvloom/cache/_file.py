@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvloom.cache._layer import LoomLayer
+from kvloom.cache._sliding import SlidingLayer
 from kvloom.errors import CacheError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _check_header(cache: LoomCache, header: dict[str, str], path: Path) -> None:
 
 
 def _layer_tensors(layer: Any, index: int) -> list[tuple[str, torch.Tensor]]:
-    if isinstance(layer, LoomLayer):
+    if isinstance(layer, LoomLayer | SlidingLayer):
         return list(layer.tensors())
     if type(layer) is DynamicSlidingWindowLayer:
         return [(name, t) for name, t in (("keys", layer.keys), ("values", layer.values)) if t is not None]
@@ -106,8 +107,9 @@ def _layer_tensors(layer: Any, index: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def _restore_layer(layer: Any, tensors: dict[str, torch.Tensor], tokens: int) -> None:
-    if isinstance(layer, LoomLayer):
+    if isinstance(layer, LoomLayer) or (tensors and isinstance(layer, SlidingLayer)):
         layer.restore(tensors, tokens)
     elif tensors:
         layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values, layer.cumulative_length = tensors["keys"], tensors["values"], tokens
+        layer.keys, layer.values = (tensors[name][:, :, 1 - layer.sliding_window :] for name in ("keys", "values"))
+        layer.cumulative_length = tokens

@@ -69,7 +69,8 @@ class FixedLayer(LoomLayer, StepLayer):
 
     # -- storage ------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # a prompt that a user compiles may be what allocates
+    # Not traced: a prompt that a user compiles may be what allocates.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _use(self, store: StaticKV) -> None:
         """Have ``store``, whose tensors compiled graphs may take to stay where they are."""
         self.store = store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,11 +57,14 @@ class SlidingLayer(OverSequences, CacheLayerMixin, StepLayer):
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
+    # Not traced: a prompt that a user compiles may be what allocates.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate a ring for ``[batch, kv_heads, tokens, head_dim]`` states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        key, value = (x.new_zeros((*x.shape[:2], self.window, x.shape[3])) for x in (key_states, value_states))
-        self.store = RingKV(key, value, torch.zeros(1, dtype=torch.int64, device=self.device))
+        with torch.inference_mode(False):  # what is filled within it is written to without, too
+            key, value = (x.new_zeros((*x.shape[:2], self.window, x.shape[3])) for x in (key_states, value_states))
+            self.store = RingKV(key, value, torch.zeros(1, dtype=torch.int64, device=self.device))
         for tensor in self._tensors():
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
@@ -146,6 +149,24 @@ class SlidingLayer(OverSequences, CacheLayerMixin, StepLayer):
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         map_in_place([self.store.key, self.store.value] if self.is_initialized else [], change)
+
+    # -- storage on disk ----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is held, in order, by the names of transformers' layers."""
+        if self.is_initialized:
+            tokens = self._tokens_held()
+            slots = self._slots(tokens, min(tokens, self.window))
+            yield from (("keys", self.store.key[:, :, slots]), ("values", self.store.value[:, :, slots]))
+
+    def restore(self, tensors: dict[str, torch.Tensor], length: int) -> None:
+        """Hold the newest of ``length`` tokens, as far as `tensors`, or those of a growing layer, has them."""
+        self.lazy_initialization(tensors["keys"], tensors["values"])
+        slots = self._slots(length, min(tensors["keys"].shape[2], self.window))
+        for ring, name in ((self.store.key, "keys"), (self.store.value, "values")):
+            ring[:, :, slots] = tensors[name][:, :, -len(slots) :]
+        self.store.level.fill_(length)
+        self._most = length + 1  # a growing layer has one token less than a window
 
     # -- what generate asks -------------------------------------------------------------------------------------------
 

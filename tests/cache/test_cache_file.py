@@ -62,6 +62,20 @@ def test_a_loaded_prefix_goes_on_as_the_saved_one(family, tokens, tmp_path):
     assert tiny.greedy(model, more, loaded, new=30).equal(tiny.greedy(model, more, cache, new=30))
 
 
+@pytest.mark.parametrize("tokens", [10, tiny.SLIDING - 1, tiny.SLIDING, 150])
+@pytest.mark.parametrize(("room", "new_room"), [(None, 200), (200, None), (200, 230)])
+def test_a_fixed_cache_and_a_growing_one_take_each_others_sliding_windows(tokens, room, new_room, tmp_path):
+    model, path = tiny.enabled(tiny.build("gemma3")), tmp_path / "prefix.safetensors"
+    plan, prompt = tiny.mixed(model), tiny.prompt(tokens + 30)
+    expected = tiny.run(model, LoomCache(plan, model), prompt, [tokens, *tiny.steps(30, 12)])
+    cache = LoomCache(plan, model, max_tokens=room)
+    first = tiny.run(model, cache, prompt[:, :tokens], [tokens])
+    cache.save(path)
+    loaded = LoomCache.load(path, plan, model, max_tokens=new_room)
+    rest = tiny.run(model, loaded, prompt[:, tokens:], tiny.steps(30, 12))
+    torch.testing.assert_close(torch.cat([first, rest], dim=1), expected, atol=1e-4, rtol=0)
+
+
 def test_bfloat16_and_batches_survive(tmp_path):
     model = tiny.enabled(tiny.build("llama").bfloat16())
     plan, tokens = tiny.mixed(model), tiny.prompt(140, batch=3)

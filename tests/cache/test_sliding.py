@@ -178,3 +178,31 @@ def test_the_batch_is_reordered_where_it_lies_and_does_not_change():
         layer.batch_repeat_interleave(2)
     with pytest.raises(CacheError, match="assistant"):
         layer.activate_past_recording()
+
+
+def test_what_is_filled_within_inference_mode_goes_on_without():
+    layer, twin = (SlidingLayer(ROOM, 8, lambda: True) for _ in range(2))
+    key, value = states(20)
+    with torch.inference_mode():
+        layer.update(key, value)
+    twin.update(key, value)
+    key, value = states(1)
+    for ours, theirs in zip(layer.update(key, value), twin.update(key, value), strict=True):
+        assert ours.key.equal(theirs.key)
+        assert ours.value.equal(theirs.value)
+    layer.reset()
+    assert int(layer.get_seq_length()) == 0
+
+
+def test_a_window_from_a_file_is_not_taken_back_beyond_what_the_file_has():
+    """A growing layer writes one token less than a window."""
+    layer = SlidingLayer(ROOM, 8, lambda: True)
+    key, value = states(7)
+    layer.restore({"keys": key, "values": value}, 30)
+    assert int(layer.get_seq_length()) == 30
+    with pytest.raises(CacheError, match="cannot crop 1 tokens: sliding"):
+        layer.crop(-1)
+    layer.update(*states(1))
+    layer.crop(-1)
+    key_more, value_more = states(2)
+    assert layer.update(key_more, value_more)[0].equal(torch.cat([key, key_more], dim=2))

@@ -53,7 +53,7 @@ def resident(cache) -> int:
     """Bytes of everything that the cache's layers hold."""
     live = 0
     for layer in cache.layers:
-        tensors = [x for x in vars(layer).values() if torch.is_tensor(x)]
+        tensors = [x for x in vars(getattr(layer, "store", layer)).values() if torch.is_tensor(x)]
         live += layer.nbytes() if hasattr(layer, "nbytes") else sum(x.untyped_storage().nbytes() for x in tensors)
     return live
 
