@@ -75,23 +75,23 @@ def loom_attention(
         query: ``[batch, query_heads, queries, head_dim]``.
         key: A layer's `PagedKV`, `StaticKV` or `RingKV`, or a tensor ``[batch, kv_heads, tokens, head_dim]``.
         value: Likewise.
-        attention_mask: 4-D, boolean or additive, or None for causal; with no columns it hides nothing, and keeps
-            transformers from making one.
+        attention_mask: 4-D, boolean or additive, or None for causal (in layers that are); with no columns it hides
+            nothing, and keeps transformers from making one.
         dropout: Must be 0; packed caches are for inference.
         scaling: Factor of the scores; ``head_dim ** -0.5`` if None.
         softcap: Soft cap of the scores (Gemma 2).
         s_aux: Sink logits ``[query_heads]`` (gpt-oss).
         way: How it is computed.
-        **kwargs: What other attention functions want; ``is_causal=False`` without a mask is refused.
+        **kwargs: What other attention functions want. ``is_causal=False`` without a mask is for plain tensors, or one
+            query.
 
     Returns:
         ``[batch, queries, query_heads, head_dim]`` and None: weights are never materialised.
     """
     if dropout:
         raise ModelError("kvloom attention has no dropout: call model.eval(), or kvloom.disable(model) to train.")
-    causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal) and attention_mask is None:
-        raise ModelError("kvloom attention is causal and this layer is not: call kvloom.disable(model) for this model.")
+    said = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if said is None else said
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options: dict[str, Any] = {
         "scaling": scale,
@@ -100,12 +100,16 @@ def loom_attention(
         "sink_logits": s_aux,
     }
     if isinstance(key, PagedKV | StaticKV):
+        if not is_causal and attention_mask is None and query.shape[2] > 1:
+            raise ModelError(
+                "pages are read causally and this layer is not causal: call kvloom.disable(model) for this model."
+            )
         return _attend(query, key, way, options), None
     if isinstance(key, RingKV):
         return way.dense(query, key.key, key.value, **{**options, "mask": key.mask_of(options["mask"])}), None
     if not isinstance(value, torch.Tensor):
         raise ModelError("a layer mixed packed values with plain keys; kvloom cannot serve this model.")
-    return way.dense(query, key, value, **options), None
+    return way.dense(query, key, value, is_causal=is_causal, **options), None
 
 
 def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[str, Any]) -> torch.Tensor:
@@ -185,8 +189,9 @@ def disable(model: Any) -> None:
 
 
 def _modeling_source(model: Any) -> str:
-    """Source of the module that defines the model's class."""
-    module = sys.modules[type(model).__module__]
+    """Source of the module that defines the model's decoder, which may lie within others that see, hear or adapt."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    module = sys.modules[type(decoder).__module__]
     try:
         return inspect.getsource(module)
     except OSError:

@@ -31,13 +31,19 @@ class InvariantBackend(TorchBackend):
 
 
 def invariant_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Unpack[AttendOptions]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool = True,
+    **options: Unpack[AttendOptions],
 ) -> torch.Tensor:
     """`dense_attention` with its sums in fp64."""
     mask = options.get("mask")
     if mask is not None and mask.dtype != torch.bool:
         options["mask"] = mask.double()
-    return dense_attention(query.double(), key.double(), value.double(), **options).to(query.dtype)
+    out = dense_attention(query.double(), key.double(), value.double(), is_causal=is_causal, **options)
+    return out.to(query.dtype)
 
 
 INVARIANT = InvariantBackend()

@@ -165,6 +165,7 @@ def dense_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    is_causal: bool = True,
 ) -> torch.Tensor:
     """Attention over plain tensors, for passes without pages and layers without packing.
 
@@ -173,28 +174,29 @@ def dense_attention(
         key: ``[batch, kv_heads, tokens, head_dim]``.
         value: The same shape.
         scaling: Factor of the scores.
-        mask: None for causal, or ``[batch or 1, heads or 1, queries, tokens]``, boolean or additive.
+        mask: None, or ``[batch or 1, heads or 1, queries, tokens]``, boolean or additive.
         softcap: See `Backend.attend`.
         sink_logits: See `Backend.attend`.
+        is_causal: Whether no mask means causal, rather than that every query reads all tokens.
 
     Returns:
         ``[batch, queries, query_heads, head_dim]`` in the query's dtype.
     """
     queries, tokens = query.shape[2], key.shape[2]
+    hides_newer = is_causal and mask is None and queries > 1
     if softcap is None and sink_logits is None:
         if queries == 1 and (mask is None or mask.shape[1] == 1):  # heads of a group as queries: keys are read once
             rows = _grouped(query, key.shape[1])
             return _ungrouped(
                 scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling), query.shape[1]
             )
-        if mask is None and 1 < queries < tokens:
+        if hides_newer and queries < tokens:
             mask = causal_lower_right(queries, tokens)  # no mask in memory, where a kernel knows the case
-        causal = mask is None and queries > 1
         out = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True
+            query, key, value, attn_mask=mask, is_causal=hides_newer and mask is None, scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous()
-    if mask is None and queries > 1:
+    if hides_newer:
         mask = _causal(queries, tokens, query.device)
     step = max(1, SCORE_BLOCK // (query.shape[0] * query.shape[1] * tokens))
     blocks = []

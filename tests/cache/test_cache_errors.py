@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from kvloom import kernels
-from kvloom.cache import LoomCache, loom_attention
+from kvloom.cache import LoomCache
 from kvloom.errors import CacheError, ModelError
 from kvloom.plan import Plan, TensorSpec
 
@@ -230,13 +230,3 @@ def test_dropout_is_refused():
         model(tiny.prompt(10), past_key_values=LoomCache(tiny.passthrough(model), model))
     model.eval()
     model(tiny.prompt(10), past_key_values=LoomCache(tiny.passthrough(model), model))
-
-
-def test_attention_that_is_not_causal_is_refused():
-    query = torch.zeros(1, 2, 3, 16)
-    module = torch.nn.Module()
-    module.is_causal = False
-    with pytest.raises(ModelError, match="causal"):
-        loom_attention(module, query, query, query, None)
-    output, _ = loom_attention(module, query, query, query, torch.ones(1, 1, 3, 3, dtype=torch.bool))
-    assert output.shape == (1, 3, 2, 16)

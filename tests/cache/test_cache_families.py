@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import tiny
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     DeepseekV3Config,
     FalconConfig,
     FalconForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
 )
 
-from kvloom.cache import LoomCache, disable, enable
+from kvloom.cache import LoomCache, disable, enable, loom_attention
+from kvloom.cache._attention import invariant_attention
 from kvloom.errors import ModelError
 from kvloom.plan import Fingerprint, Plan
 
@@ -114,6 +119,61 @@ def test_a_text_model_inside_another_model():
     assert_close_to_dense(model)
     disable(model)
     assert model.config.get_text_config(decoder=True)._attn_implementation == "eager"
+
+
+def sees(text, build):
+    """A tiny model that reads an image of four tokens before its text, and what it is given."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = build({**vision, "image_size": 28, "patch_size": 14}, text).eval()
+    tokens = tiny.prompt(70).clamp(max=tiny.VOCABULARY - 2)
+    tokens[:, :4] = tiny.VOCABULARY - 1
+    return model, {"input_ids": tokens, "attention_mask": tokens > 0, "pixel_values": torch.randn(1, 3, 28, 28)}
+
+
+def gemma3_that_sees(vision, text):
+    config = Gemma3Config(
+        vision_config=vision, text_config=text, image_token_index=tiny.VOCABULARY - 1, mm_tokens_per_image=4
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def llava(vision, text):
+    config = LlavaConfig(
+        vision_config={**vision, "model_type": "clip_vision_model"},
+        text_config=text,
+        image_token_index=tiny.VOCABULARY - 1,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(("family", "build"), [("gemma3", gemma3_that_sees), ("llama", llava)])
+def test_a_model_that_sees_reads_pages(family, build):
+    model, inputs = sees(tiny.build(family).config.to_dict(), build)
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    enable(model)
+    cache = LoomCache(tiny.passthrough(model), model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert model.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False).equal(expected)
+
+
+def test_layers_that_are_not_causal_read_plain_tensors():
+    query, key, value = (torch.randn(1, heads, 9, 16) for heads in (4, 2, 2))
+    expected = scaled_dot_product_attention(query, key, value, scale=0.25, enable_gqa=True).transpose(1, 2)
+    for attention in (loom_attention, partial(loom_attention, softcap=1e6), invariant_attention):
+        output, _ = attention(torch.nn.Module(), query, key, value, None, scaling=0.25, is_causal=False)
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+
+
+def test_pages_are_not_read_by_layers_that_are_not_causal():
+    model = tiny.build("llama")
+    cache = LoomCache(tiny.passthrough(model), tiny.enabled(model))
+    query, key, value = (torch.randn(1, heads, 9, 16) for heads in (4, 2, 2))
+    handle, _ = cache.update(key, value, 0)
+    with pytest.raises(ModelError, match="not causal"):
+        loom_attention(torch.nn.Module(), query, handle, handle, None, is_causal=False)
 
 
 def test_enable_twice_and_disable_restore_the_attention():
