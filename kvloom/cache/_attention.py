@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvloom import kernels
 from kvloom._processes import world_size
+from kvloom.cache._autocast import without_autocast
 from kvloom.cache._invariant import fix_rows, free_rows
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._ring_kv import RingKV
@@ -116,16 +117,18 @@ def _attend(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dic
     if not isinstance(kv, KeptKV):
         return _read(query, kv, way, options)
     out = _read(query, kv, way, {**options, "mask": kv.mask_of(options["mask"])})
-    kv.observe(query, **options)
+    with without_autocast(query.device):
+        kv.observe(query, **options)
     return out
 
 
 def _read(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[str, Any]) -> torch.Tensor:
     if isinstance(kv, PagedKV) and kv.own is not None:
         return way.dense(query, kv.own.key, kv.own.value, **options)
-    asked = query if kv.query_turn is None else way.turned(query, kv.query_turn)
-    out = way.paged(asked, kv, **options)
-    return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
+    with without_autocast(query.device):
+        asked = query if kv.query_turn is None else way.turned(query, kv.query_turn)
+        out = way.paged(asked, kv, **options)
+        return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 
 def invariant_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvloom import kernels
+from kvloom.cache._autocast import without_autocast
 from kvloom.cache._flags import Flags
 from kvloom.cache._index import by_head, of_heads
 from kvloom.cache._over_sequences import OverSequences
@@ -165,6 +166,10 @@ class LoomLayer(OverSequences, CacheLayerMixin):
         Returns:
             The layer's `PagedKV` twice, or dense keys and values where the model's attention cannot read pages.
         """
+        with without_autocast(key_states.device):
+            return self._update(*_of_one_dtype(key_states, value_states))
+
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_append(key_states, value_states)
@@ -499,6 +504,12 @@ def _heads_by_layout(layouts: tuple[Any, ...]) -> list[tuple[int, ...]]:
 def filled(window: Window, tokens: range, page_tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Full pages by number of tokens, ``[len(tokens)]``; one tensor for all layers of a window."""
     return torch.tensor([full_pages(window, n, page_tokens) for n in tokens], dtype=dtype, device=device)
+
+
+def _of_one_dtype(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States in the wider of their dtypes: under autocast a rotary embedding makes keys fp32, and not values."""
+    dtype = torch.promote_types(key.dtype, value.dtype)
+    return key.to(dtype), value.to(dtype)
 
 
 def _clamped(x: torch.Tensor) -> torch.Tensor:

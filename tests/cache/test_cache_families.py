@@ -101,6 +101,31 @@ def test_bfloat16_is_as_near_the_truth_as_the_dense_cache(family):
     assert cache.nbytes() == cache.plan.nbytes(1, TOKENS, torch.bfloat16)
 
 
+@pytest.mark.parametrize("enable_it", [False, True])
+@pytest.mark.parametrize("plan", [tiny.passthrough, tiny.eight_bit])
+def test_autocast_is_as_near_the_truth_as_with_the_dense_cache(plan, enable_it):
+    """Autocast gives keys in fp32 and values in bf16."""
+    model, tokens = tiny.build("llama"), tiny.prompt(TOKENS)
+    model.set_attn_implementation("sdpa")
+    truth = tiny.run(model, tiny.dense(model), tokens, CHUNKS)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = tiny.run(model, tiny.dense(model), tokens, CHUNKS).float()
+        if enable_it:
+            enable(model)
+        cache = LoomCache(plan(model), model)
+        packed = tiny.run(model, cache, tokens, CHUNKS).float()
+    assert (packed - truth).std() < 1.3 * (dense - truth).std()
+    assert cache.nbytes() == cache.plan.nbytes(1, TOKENS, torch.float32)
+
+
+def test_autocast_packs_what_has_fp16_parameters():
+    model, tokens = tiny.enabled(tiny.build("llama")), tiny.prompt(TOKENS)
+    cache = LoomCache(tiny.mixed(model), model)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny.run(model, cache, tokens, CHUNKS)
+    assert cache.nbytes() == cache.plan.nbytes(1, TOKENS, torch.float32)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt-oss"])
 def test_enabled_models_still_run_their_own_cache(family):
     model, tokens = tiny.build(family), tiny.prompt(80)
