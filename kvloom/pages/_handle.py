@@ -81,12 +81,21 @@ class _Handle:
         """Device of the cache."""
         return self.tail.key.device
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if hasattr(torch.Tensor, name) and not name.startswith("_"):
+            raise _used_as_tensor(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise ModelError(
-            f"the model applies {getattr(func, '__name__', func)} to its cached keys or values, which are packed: call "
-            "kvloom.disable(model) and use the cache without enable."
-        )
+        raise _used_as_tensor(getattr(func, "__name__", func))
+
+
+def _used_as_tensor(name: object) -> ModelError:
+    return ModelError(
+        f"the model applies {name} to its cached keys or values, which are packed: call kvloom.disable(model) and use "
+        "the cache without enable."
+    )
 
 
 @dataclass(frozen=True)

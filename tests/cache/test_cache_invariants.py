@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from kvloom import codecs
 from kvloom.cache import LoomCache, loom_attention
-from kvloom.errors import CacheError
+from kvloom.errors import CacheError, ModelError
 from kvloom.pages import PagedKV
 
 # -- the slow reference -----------------------------------------------------------------------------------------------
@@ -323,3 +323,14 @@ def test_the_handle_stands_for_a_tensor():
     assert isinstance(handle, PagedKV)
     assert handle.shape == (2, KV_HEADS, 200, 16)
     assert handle.dtype == torch.float32
+
+
+@pytest.mark.parametrize("room", [{}, {"max_tokens": 250}])
+def test_a_model_that_computes_with_the_handle_is_told_so(room):
+    plan = tiny.mixed(config_of(16))
+    handle = fill(new_cache(plan, **room), *states(plan, 200), [199, 1])
+    for use in (lambda: handle.transpose(1, 2), lambda: torch.cat([handle]), lambda: handle.repeat(1, 2, 1, 1)):
+        with pytest.raises(ModelError, match="which are packed"):
+            use()
+    assert not hasattr(handle, "no_name_of_a_tensor")
+    copy.deepcopy(handle)
