@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
 
 from kvloom.kernels import _cuda_pages
 from kvloom.kernels._base import Reach
-from kvloom.kernels._cuda_launch import MAX_CLUSTER, ROWS, SOURCE, Kernel, exact_units, spread
+from kvloom.kernels._cuda_launch import BLOCK_WARPS, MAX_CLUSTER, ROWS, SOURCE, Kernel, exact_units, spread
 from kvloom.kernels._nvrtc import Build
 from kvloom.pages import PageLayout
 
@@ -51,19 +53,34 @@ def pooled_builds(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Rea
 
 
 def _attention(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach, device: Device) -> Iterator[Build]:
+    most = layout.page_tokens
     steps = ((count * _row_tiles(reach.group), True) for count in range(1, reach.sequences + 1))
-    chunks = ((_row_tiles(rows), False) for rows in range(2 * reach.group, layout.page_tokens + 1, reach.group))
-    exact = exact_units(reach.sinks, layout.page_tokens)
+    chunks = ((_row_tiles(rows), False) for rows in range(2 * reach.group, most + 1, reach.group))
     for row_tiles, is_pooled in set(chain(steps, chunks)):
-        for pages in {*(1 << n for n in range(reach.pages.bit_length())), 0, reach.pages}:
-            facts = device.processors, device.shared_limit
-            warps, splits = spread(layout, heads * row_tiles, pages, exact, *facts)
-            masked = 0 if is_pooled else 1
-            kernel = Kernel(
-                layout, warps, dtype == torch.bfloat16, masked, is_capped=reach.is_capped, is_pooled=is_pooled
-            )
-            for clustered in _merges(splits, device):
-                yield SOURCE, kernel.defines(clustered=clustered)
+        for tail in (most,) if is_pooled else (1, 2 * most):
+            spread_at = partial(_spread, layout, heads * row_tiles, exact_units(reach.sinks, tail), device)
+            for warps, splits in map(spread_at, _page_counts(spread_at, reach.pages)):
+                masked = 0 if is_pooled else 1
+                kernel = Kernel(
+                    layout, warps, dtype == torch.bfloat16, masked, is_capped=reach.is_capped, is_pooled=is_pooled
+                )
+                for clustered in _merges(splits, device):
+                    yield SOURCE, kernel.defines(clustered=clustered)
+
+
+def _spread(layout: PageLayout, tiles: int, exact: int, device: Device, pages: int) -> tuple[int, int]:
+    return spread(layout, tiles, pages, exact, device.processors, device.shared_limit)
+
+
+def _page_counts(spread_at: Callable[[int], tuple[int, int]], most: int) -> set[int]:
+    """The ends of every range of page counts in which blocks have one number of warps.
+
+    Warps do not become fewer with pages, and at one number of warps splits grow one by one: whatever way to merge them
+    occurs within a range occurs at one of its ends.
+    """
+    counts = range(most + 1)
+    starts = {bisect_left(counts, warps, key=lambda pages: spread_at(pages)[0]) for warps in BLOCK_WARPS}
+    return {0, most} | {pages for start in starts for pages in (start - 1, start) if pages in counts}
 
 
 def _row_tiles(rows: int) -> int:

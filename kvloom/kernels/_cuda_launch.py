@@ -16,6 +16,7 @@ ROWS = 8  # query rows of one block, the N of the matrix instruction
 SOURCE = "attend.cu"
 _STAGES = 2  # pages of a warp in shared memory, as in attend.cu
 MAX_CLUSTER = 16
+BLOCK_WARPS = (12, 8, 4, 2, 1)
 _EXACT_TOKENS = 16  # that a warp reads at a time
 _CLUSTERS_SINCE = (9, 0)
 
@@ -117,7 +118,7 @@ def block_warps(layout: PageLayout, tiles: int, pages: int, shared_limit: int) -
         12, 8, 4, 2 or 1; or 0 where not even one warp's pages fit.
     """
     most = _lone_warps(layout, pages) if tiles <= 1 else _shared_warps(tiles, pages)
-    return next((n for n in (12, 8, 4, 2, 1) if n <= most and shared_bytes(layout, n) <= shared_limit), 0)
+    return next((n for n in BLOCK_WARPS if n <= most and shared_bytes(layout, n) <= shared_limit), 0)
 
 
 def _lone_warps(layout: PageLayout, pages: int) -> int:

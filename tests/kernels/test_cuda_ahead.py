@@ -65,6 +65,23 @@ def test_nothing_is_met_that_was_not_built(launched, layout):
     assert len(built) < 40
 
 
+@pytest.mark.parametrize(("queries", "tail"), [(1, 128), (8, 8), (8, 135)])
+def test_every_number_of_pages_is_built_for(queries, tail):
+    """One sequence alone: what other numbers of sequences are built for does not stand in."""
+    layout = page_layout(Format(4, "per_channel", 128), Format(2, "per_token", 128), 128, 2, 128)
+    heads, reach = 4, Reach(5, sequences=1, pages=200, sinks=4, is_capped=False)
+    built, is_pooled = pooled_builds(heads, layout, torch.bfloat16, reach, HOPPER), queries == 1
+    facts = _cuda_launch.exact_units(reach.sinks, tail), HOPPER.processors, HOPPER.shared_limit
+    met = set()
+    for pages in range(1, reach.pages + 1):
+        warps, splits = _cuda_launch.spread(layout, heads * -(-5 * queries // _cuda_launch.ROWS), pages, *facts)
+        kernel = _cuda_launch.Kernel(layout, warps, True, int(not is_pooled), is_pooled=is_pooled)
+        can_merge = {True} if splits == 1 else {True, False} if splits <= _cuda_launch.MAX_CLUSTER else {False}
+        met |= {(_cuda_launch.SOURCE, kernel.defines(clustered=clustered)) for clustered in can_merge}
+    assert len(met) > 2
+    assert met <= built
+
+
 def test_what_is_built_does_not_depend_on_torchs_defaults():
     """vLLM makes layers within a default device and dtype of its own."""
     reach = Reach(4, sequences=8, pages=8, sinks=0, is_capped=False)
