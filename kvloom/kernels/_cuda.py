@@ -251,52 +251,53 @@ def attend_pages(
     logits = None if sink_logits is None else sink_logits.float()
     exact = _exact_of(kv)
     static = None if isinstance(kv, PagedKV) else kv
-    for group in kv.pages:
-        launch = _launch(group, query, kv, exact, mask, softcap is not None)
-        sides = (group.layout.key, group.layout.value)
-        data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
-        launch.module.launch(
-            "attend",
-            (launch.splits, len(group.heads) * launch.row_tiles, batch),
-            (32 * launch.warps, 1, 1),
-            query,
-            *_nvrtc.strides(query),
-            query_heads // kv.shape[1],
-            queries,
-            query_heads,
-            data,
-            *_nvrtc.strides(data),
-            exact.table,
-            0 if exact.table is None else exact.table.stride(0),
-            head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
-            exact.sinks.key,
-            exact.sinks.value,
-            *_nvrtc.strides(exact.sinks.key),
-            exact.num_sinks,
-            exact.tail.key,
-            exact.tail.value,
-            *_nvrtc.strides(exact.tail.key),
-            0 if static is None else exact.tail.tokens,
-            None if static is None else static.state,
-            kv.num_pages,
-            exact.tail.tokens,
-            kv.length,
-            mask,
-            _nvrtc.int64(0 if mask is None else mask.stride(0)),
-            _nvrtc.int64(0 if mask is None else mask.stride(2)),
-            kv.visible if queries > 1 and isinstance(kv, PagedKV) else None,
-            None if group.kept is None else group.kept.extents,
-            scaling * LOG2E,
-            0.0 if softcap is None else softcap * LOG2E,
-            logits,
-            *_workspace(launch, batch * len(group.heads), dim, query.device, static),
-            out,
-            sums,
-            *(() if mask is None or isinstance(kv, PooledKV) else _places(group, kv)),
-            *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
-            shared=launch.shared,
-            cluster=launch.cluster,
-        )
+    with torch.cuda.device(query.device):
+        for group in kv.pages:
+            launch = _launch(group, query, kv, exact, mask, softcap is not None)
+            sides = (group.layout.key, group.layout.value)
+            data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
+            launch.module.launch(
+                "attend",
+                (launch.splits, len(group.heads) * launch.row_tiles, batch),
+                (32 * launch.warps, 1, 1),
+                query,
+                *_nvrtc.strides(query),
+                query_heads // kv.shape[1],
+                queries,
+                query_heads,
+                data,
+                *_nvrtc.strides(data),
+                exact.table,
+                0 if exact.table is None else exact.table.stride(0),
+                head_index(group.heads, query.device) if len(kv.pages) > 1 else None,
+                exact.sinks.key,
+                exact.sinks.value,
+                *_nvrtc.strides(exact.sinks.key),
+                exact.num_sinks,
+                exact.tail.key,
+                exact.tail.value,
+                *_nvrtc.strides(exact.tail.key),
+                0 if static is None else exact.tail.tokens,
+                None if static is None else static.state,
+                kv.num_pages,
+                exact.tail.tokens,
+                kv.length,
+                mask,
+                _nvrtc.int64(0 if mask is None else mask.stride(0)),
+                _nvrtc.int64(0 if mask is None else mask.stride(2)),
+                kv.visible if queries > 1 and isinstance(kv, PagedKV) else None,
+                None if group.kept is None else group.kept.extents,
+                scaling * LOG2E,
+                0.0 if softcap is None else softcap * LOG2E,
+                logits,
+                *_workspace(launch, batch * len(group.heads), dim, query.device, static),
+                out,
+                sums,
+                *(() if mask is None or isinstance(kv, PooledKV) else _places(group, kv)),
+                *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
+                shared=launch.shared,
+                cluster=launch.cluster,
+            )
     return out, sums
 
 

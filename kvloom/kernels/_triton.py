@@ -143,8 +143,10 @@ class TritonBackend(TorchBackend):
         self, query: torch.Tensor, kv: PagedKV | StaticKV, **options: Unpack[AttendOptions]
     ) -> torch.Tensor:
         query = query if query.stride(-1) == 1 else query.contiguous()
-        partial, stats = self._attend_splits(query, kv, options["scaling"], options.get("mask"), options.get("softcap"))
-        return self._combine(query, partial, stats, options.get("sink_logits"))
+        scaling, mask, softcap = options["scaling"], options.get("mask"), options.get("softcap")
+        with torch.cuda.device_of(query):
+            partial, stats = self._attend_splits(query, kv, scaling, mask, softcap)
+            return self._combine(query, partial, stats, options.get("sink_logits"))
 
     def _attend_splits(
         self,

@@ -1,0 +1,165 @@
+"""What is launched fits the kernel's parameters, on its tensors' device; nothing runs, and no device is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvloom.kernels import _cuda, _cuda_launch, _cuda_pages, _cuda_products, _cuda_sums, _nvrtc
+from kvloom.pages import Format, PageLayout, page_layout, page_tokens_of
+from tests.kernels.codebooks import CASES, codebook_formats
+from tests.kernels.kept import kept_case
+from tests.kernels.pooled import next_step, pooled
+from tests.kernels.tabled import mixed_layouts, tabled_case
+
+HALF = torch.float16
+SHARED = 227 * 1024
+_SCALARS = {"int": ctypes.c_int32, "i64": ctypes.c_int64, "u64": ctypes.c_int64, "float": ctypes.c_float}
+
+
+@pytest.fixture(params=[True, False], ids=["clusters", "no clusters"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Checks every launch, and notes its kernel."""
+    seen: list[str] = []
+    chosen: list[torch.device] = []
+
+    @contextmanager
+    def device(on: torch.device):
+        chosen.append(on)
+        yield
+        chosen.pop()
+
+    def module(source: str, defines: _nvrtc.Defines):
+        assert chosen, "a kernel is loaded on whatever device is current"
+
+        def launch(name: str, grid: Any, block: Any, *args: Any, shared: int = 0, cluster: int = 0):
+            seen.append(name)
+            known = dict(defines)
+            assert {x.device for x in args if isinstance(x, torch.Tensor)} == {chosen[-1]}
+            assert block == (int(known["THREADS"]) if "THREADS" in known else 32 * int(known["WARPS"]), 1, 1)
+            assert all(0 < size < 65536 for size in grid)
+            assert grid[0] % (cluster or 1) == 0
+            assert shared <= SHARED
+            wanted = [_kind(each) for each in _parameters(source, name, known)]
+            assert [type(_nvrtc._argument(each)) for each in args] == wanted
+
+        return SimpleNamespace(launch=launch, active_clusters=lambda *_: 1 << 20)
+
+    for user in (_nvrtc, _cuda_pages, _cuda_products, _cuda_sums):
+        monkeypatch.setattr(user, "module", module)
+    monkeypatch.setattr(_nvrtc, "shared_limit", lambda _: SHARED)
+    monkeypatch.setattr(_cuda, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(_cuda, "_turns", lambda *_: torch.zeros(1 << 16, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0) if request.param else (8, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    _cuda_launch.merges_in_cluster.cache_clear()
+    yield seen
+    _cuda_launch.merges_in_cluster.cache_clear()
+
+
+def _parameters(source: str, name: str, defines: dict[str, int | str]) -> list[str]:
+    """Those of a kernel, by its source."""
+    text = _chosen(_nvrtc._source(source), defines)
+    text = re.sub(r"//.*", "", text)
+    found = re.search(
+        rf'extern "C" __global__ void\s+__launch_bounds__\(.*?\)\s+{name}\(([^)]*)\)\s*{{', text, re.DOTALL
+    )
+    assert found, name
+    return [" ".join(each.split()) for each in found[1].split(",")]
+
+
+def _chosen(text: str, defines: dict[str, int | str]) -> str:
+    """The lines that the macros leave, as far as kernels' parameters go."""
+    kept, taken = [], [True]
+    for line in text.splitlines():
+        if condition := re.match(r"#if(n?def)? (.*?)(//.*)?$", line):
+            taken.append(bool(condition[1]) or _holds(condition[2], defines))
+        elif line.startswith("#else"):
+            taken[-1] = not taken[-1]
+        elif line.startswith("#endif"):
+            taken.pop()
+        elif all(taken):
+            kept.append(line)
+    return "\n".join(kept)
+
+
+def _holds(condition: str, defines: dict[str, int | str]) -> bool:
+    numbers = re.sub(r"[A-Z]\w*", lambda name: str(defines.get(name[0], 0)), condition)
+    text = numbers.replace("&&", " and ").replace("||", " or ").replace("!", " not ")
+    return bool(eval(text, {"__builtins__": {}}))
+
+
+def _kind(parameter: str) -> type:
+    """What stands for it in a launch: addresses are Python's ints."""
+    return int if "*" in parameter else _SCALARS[parameter.removeprefix("const ").split()[0]]
+
+
+def _layouts() -> list[PageLayout]:
+    """Every grouping, both kinds of codes, sides that are not packed."""
+    formats = [codebook_formats(case, 64) for case in range(CASES)]
+    formats += [(Format(16, "per_channel", 64), Format(3, "per_token", 64)), (Format(5, "per_token", 32),) * 2]
+    return [page_layout(*both, 64, 2, page_tokens_of(*both)) for both in formats]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_caches_of_blocks(launches, seed: int):
+    case = tabled_case(seed, mixed_layouts(seed, 64, 2), dtype=HALF)
+    kv, _ = pooled(case.kv, 1)
+    options = {"softcap": 20.0, "sink_logits": torch.zeros(case.query.shape[1])} if seed % 2 else {}
+    _cuda.attend_pages(case.query, kv, scaling=0.1, **options)
+    mask = torch.ones(len(case.query), 1, 1, case.kv.length, dtype=torch.bool)
+    _cuda.attend_pages(case.query, case.kv, scaling=0.1, mask=mask if seed % 3 else None, lse=True, **options)
+    one, queries, _ = case.one(int(case.kv.levels()[:, 0].argmax()), 2)
+    _cuda.attend_pages(queries, one, scaling=0.1, **options)
+    states = torch.zeros(2, len(case.query), kv.shape[1], 1, 64, dtype=HALF)
+    _cuda_pages.append(*states, next_step(kv))
+    _cuda_pages.append(*states, case.kv)
+    groups = len(kv.pages)
+    assert launches == ["attend"] * 3 * groups + ["append_token"] * 2 * groups
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_caches_whose_heads_keep_other_tokens(launches, seed: int):
+    case = kept_case(seed, dtype=HALF)
+    _cuda.attend_pages(case.query, case.kv, scaling=0.1, mask=case.mask)
+    assert launches == ["attend"] * len(case.kv.pages)
+
+
+@pytest.mark.parametrize("layout", _layouts())
+def test_pages(launches, layout: PageLayout):
+    states = torch.zeros(2, 1, 1, layout.page_tokens, 64, dtype=HALF)
+    data = _cuda_pages.encode(*states, layout, torch.zeros(2, dtype=torch.int32))
+    _cuda_pages.decode(data, layout, HALF)
+    _cuda_pages.decode(data, layout, HALF, torch.zeros(3, 2, dtype=torch.int32))
+    case = tabled_case(3, (layout,), dtype=HALF)
+    _cuda.attend_pages(case.query, case.kv, scaling=0.1)
+    _cuda_pages.append(*torch.zeros(2, len(case.query), 1, 1, 64, dtype=HALF), case.kv)
+    assert launches == ["encode_pages", "decode_pages", "decode_pages", "attend", "append_token"]
+
+
+def test_turned_states(launches):
+    _cuda_pages.rotate(torch.zeros(2, 3, 70, 80, dtype=HALF))
+    fmt = Format(4, "per_channel", 64, rotation="hadamard"), Format(2, "per_token", 80, rotation="hadamard")
+    case = tabled_case(1, (page_layout(*fmt, 80, 2),), dtype=HALF)
+    _cuda_pages.append(*torch.zeros(2, len(case.query), 1, 1, 80, dtype=HALF), case.kv)
+    assert launches == ["rotate_states", "append_token"]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_products(launches, count: int):
+    _cuda_products.products(torch.zeros(3, 128, dtype=HALF), [torch.zeros(32, 128, dtype=HALF)] * count)
+    assert launches == ["products"]
+
+
+@pytest.mark.parametrize("elements", [2, 1 << 16])
+def test_sums(launches, elements: int):
+    meeting = _cuda_sums.Meeting(1, 2, torch.zeros(2, dtype=torch.int64), torch.ones(128, dtype=torch.int32), None)
+    assert _cuda_sums.sum_ranks(torch.zeros(elements), meeting).shape == (elements,)
+    assert launches == ["sum_ranks"]
