@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria, set_seed
@@ -175,6 +177,24 @@ def test_stopping_criteria(model, plan):
     assert actual.equal(expected)
     assert actual.shape[1] == 70
     assert_same_caches(plain, looped)
+
+
+def test_steps_are_of_the_device_of_the_tokens(model, plan, monkeypatch):
+    """Graphs, streams and events are of the device that is current, which need not be the model's."""
+    chosen, seen = [], []
+
+    @contextmanager
+    def device_of(tokens):
+        chosen.append(tokens.device)
+        yield
+        chosen.pop()
+
+    run = _step.Step.__call__
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(_step.Step, "__call__", lambda *args: (seen.append(list(chosen)), run(*args))[1])
+    tiny.greedy(model, tiny.prompt(20), LoomCache(plan, model, max_tokens=ROOM), 4, custom_generate=decode_loop)
+    assert seen == [[torch.device("cpu")]] * 3
+    assert not chosen
 
 
 def test_left_padding(model, plan):
