@@ -132,7 +132,7 @@ def module(source_file: str, defines: Defines) -> Module:
     """A source of this package's ``cuda`` folder, compiled for the current device with these macros.
 
     Raises:
-        KernelError: cuda-core is not installed, or the source does not compile.
+        KernelError: cuda-core is not installed, the source does not compile, or its code cannot be kept on disk.
     """
     return _module(source_file, defines, torch.cuda.current_device())
 
@@ -155,13 +155,22 @@ def build_all(builds: Iterable[Build], device: int) -> None:
 
 
 def cubin(source_file: str, defines: Defines, arch: str) -> bytes:
-    """Device code for an architecture such as ``sm_90``; compiling needs no device."""
+    """Device code for an architecture such as ``sm_90``; compiling needs no device.
+
+    Raises:
+        KernelError: See `module`; or there is nowhere to keep it.
+    """
     source = _source(source_file)
     facts = repr((source, defines, arch, compiler_version())).encode()
     target = cache_dir() / "kernels" / f"{Path(source_file).stem}-{arch}-{hashlib.sha256(facts).hexdigest()[:16]}.cubin"
-    if not target.exists():
-        write_once(target, _compile(source, defines, arch))
-    return target.read_bytes()
+    try:
+        if not target.exists():
+            write_once(target, _compile(source, defines, arch))
+        return target.read_bytes()
+    except OSError as error:
+        raise KernelError(
+            f"kernels cannot be kept, set KVLOOM_CACHE to a folder that can be written: {error}"
+        ) from error
 
 
 def _source(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from kvloom import kernels
 from kvloom.codecs import signs
+from kvloom.errors import KernelError
 from kvloom.kernels import Reach, _cuda, _cuda_launch, _cuda_pages, _nvrtc
 from kvloom.kernels._cuda_ahead import Device, pooled_builds
 from kvloom.pages import Format, page_layout
@@ -112,6 +113,16 @@ def test_builds_are_compiled_side_by_side_and_kept(monkeypatch, tmp_path):
     assert kept == ["decode", "encode"]
     monkeypatch.setattr(_nvrtc, "_compile", None)  # not called again
     _nvrtc.build_all(builds, 0)
+
+
+def test_nowhere_to_keep_kernels_is_said(monkeypatch, tmp_path):
+    (tmp_path / "kernels").write_text("no folder")
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(_nvrtc, "compiler_version", lambda: "13.0")
+    monkeypatch.setattr(_nvrtc, "_compile", lambda *_: b"")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(KernelError, match="KVLOOM_CACHE"):
+        _nvrtc.build_all([("rotate.cu", _cuda_pages.rotate_defines(torch.float16, 64))], 0)
 
 
 @pytest.mark.gpu
