@@ -9,9 +9,9 @@ import torch
 
 from kvloom import kernels
 from kvloom.kernels._torch import TORCH
-from kvloom.pages import HeadPages, PooledKV
+from kvloom.pages import Format, HeadPages, PooledKV, page_layout
 from tests.kernels.pooled import next_step, pooled
-from tests.kernels.tabled import mixed_layouts, tabled_case
+from tests.kernels.tabled import Tabled, mixed_layouts, tabled_case
 
 DIMS = (64, 80, 96, 128, 256)
 GPU = torch.device("cuda")
@@ -75,27 +75,42 @@ def test_on_a_gpu_attention_is_float64s(seed: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(20))
 def test_on_a_gpu_steps_leave_the_references_bytes(seed: int, dtype: torch.dtype) -> None:
-    case = tabled_case(seed, mixed_layouts(seed, DIMS[seed % len(DIMS)], 2), dtype=dtype, most=2)
+    assert_same_steps(tabled_case(seed, mixed_layouts(seed, DIMS[seed % len(DIMS)], 2), dtype=dtype, most=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", DIMS)
+def test_on_a_gpu_steps_turn_what_they_append(dim: int, dtype: torch.dtype) -> None:
+    """Heads of one layout turn both sides, those of the other the values alone."""
+    key, turned = Format(4, "per_channel", 64), Format(3, "per_channel", 64, rotation="hadamard")
+    value = Format(2, "per_token", dim, rotation="hadamard")
+    layouts = tuple(page_layout(fmt, value, dim, 2) for fmt in (key, turned, key))
+    assert_same_steps(tabled_case(dim, layouts, dtype=dtype, most=2))
+
+
+def assert_same_steps(case: Tabled) -> None:
     ours, blocks = pooled(case.kv, 90)
     theirs, expected = _on_gpu(ours, blocks)
     for step in range(90):
         ours, theirs = next_step(ours), next_step(theirs)
         generator = torch.Generator().manual_seed(step)
-        states = torch.randn(2, len(ours.table), ours.shape[1], 1, ours.shape[3], generator=generator).to(dtype)
+        states = torch.randn(2, len(ours.table), ours.shape[1], 1, ours.shape[3], generator=generator)
+        states = states.to(case.query.dtype)
         TORCH.append_pooled(*states, ours)
-        kernels.backend(GPU).append_pooled(*states.cuda(), theirs)
+        kernels.backend(GPU).append_pooled(*states.to(GPU), theirs)
         assert expected.cpu().equal(blocks), step
     assert not theirs.flags.any()
 
 
 def _on_gpu(kv: PooledKV, blocks: torch.Tensor) -> tuple[PooledKV, torch.Tensor]:
     """A copy, views of the blocks included."""
-    storage, groups, start = blocks.cuda(), [], 0
+    storage, groups, start = blocks.to(GPU), [], 0
     for group in kv.pages:
         stop = start + len(group.heads) * group.layout.nbytes
         data = storage[:, start:stop].unflatten(1, (len(group.heads), -1)).transpose(0, 1)[None]
         groups.append(HeadPages(group.heads, group.layout, data))
         start = stop
     rows = storage[:, : kv.rows[0].numel() * kv.rows.itemsize].view(kv.rows.dtype).unflatten(1, kv.rows.shape[1:])
-    levels = {name: getattr(kv, name).cuda() for name in ("table", "before", "state", "flags", "filled")}
+    levels = {name: getattr(kv, name).to(GPU) for name in ("table", "before", "state", "flags", "filled")}
     return replace(kv, pages=tuple(groups), rows=rows, **levels), storage
