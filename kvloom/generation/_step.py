@@ -35,7 +35,8 @@ _steps: WeakKeyDictionary[LoomCache, Step] = WeakKeyDictionary()
 class Step:
     """One decode step; the first two calls run the model, later ones replay a CUDA graph of it where there can be one.
 
-    Steps that `LoomCache.waits_at` names are no part of the graph: the model runs.
+    Steps that `LoomCache.waits_at` names are no part of the graph: the model runs. It does at every step, too, where
+    layers lie on several devices, of which a graph captures one.
 
     Args:
         model: A causal language model.
@@ -68,7 +69,7 @@ class Step:
         for tensor in (self.token, self.position, self._mask, self.scores):
             torch._dynamo.mark_static_address(tensor)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._waits = device.type != "cuda"
+        self._waits = not _is_one_gpu({device, *(store.device for store in _stores(cache))})
         self._calls = 0
         self._of = model, compiled
         self._stores = [ref(store) for store in _stores(cache)]
@@ -131,6 +132,10 @@ def step_of(model: PreTrainedModel, cache: LoomCache, pads: Tensor, scores: Tens
 
 def _stores(cache: LoomCache) -> list[Any]:
     return [layer.store for layer in cache.layers if isinstance(layer, StepLayer)]
+
+
+def _is_one_gpu(devices: set[torch.device]) -> bool:
+    return len(devices) == 1 and all(device.type == "cuda" for device in devices)
 
 
 def _compiled_call(model: Any) -> Callable[..., Any]:

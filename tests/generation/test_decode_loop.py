@@ -197,6 +197,11 @@ def test_steps_are_of_the_device_of_the_tokens(model, plan, monkeypatch):
     assert not chosen
 
 
+@pytest.mark.parametrize(("names", "is_one"), [("cuda:1 cuda:1", True), ("cuda:0 cuda:1", False), ("cpu cpu", False)])
+def test_only_what_lies_on_one_gpu_is_replayed(names, is_one):
+    assert _step._is_one_gpu(set(map(torch.device, names.split()))) is is_one
+
+
 def test_left_padding(model, plan):
     prompt, mask = tiny.prompt(90, batch=3), torch.ones(3, 90, dtype=torch.int64)
     mask[1, :30], mask[2, :77] = 0, 0
