@@ -46,7 +46,10 @@ from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.distributed import parallel_state  # noqa: E402
 from vllm.distributed.utils import get_pp_indices  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.attention import Attention  # noqa: E402
+from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention  # noqa: E402
 from vllm.model_executor.layers.linear import QKVParallelLinear  # noqa: E402
+from vllm.v1.attention.backend import AttentionType  # noqa: E402
 
 from kvloom.integrations.vllm import _config, block_layouts, block_nbytes, spare_blocks  # noqa: E402
 from kvloom.integrations.vllm._layout import part_of  # noqa: E402
@@ -505,6 +508,37 @@ def test_what_packed_blocks_do_not_go_with_is_refused(tiny, changes, option):
     save(tiny, MIXED)
     with pytest.raises(ValueError, match=f"{option} does not go with quantization kvloom"):
         LLM(**options(tiny[1], **changes))
+
+
+def test_a_model_whose_heads_vllm_counts_otherwise_is_refused(tmp_path):
+    """Falcon's new decoder repeats its KV heads before transformers caches them, and vLLM does not."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.FalconConfig(**sizes, num_kv_heads=2, new_decoder_architecture=True)
+    model = transformers.FalconForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    plan_of(model, MIXED).save(plan_file(tmp_path))
+    with pytest.raises(ModelError, match=r"vLLM caches layer 0 as .* = \(2, 32, 32\), and the plan, .* \(4, 32, 32\)"):
+        LLM(**options(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (Attention, {"sliding_window": 64}, "a sliding window"),
+        (Attention, {"attn_type": AttentionType.ENCODER_ONLY}, "attention that is not causal"),
+        (Attention, {"use_mm_prefix": True}, "tokens of an image that read each other"),
+        (PrefillPrefixLMAttention, {}, r"an attention of its own \(PrefillPrefixLMAttention\)"),
+    ],
+)
+def test_other_attention_than_plain_causal_is_refused(kind, changes, message):
+    layer = kind.__new__(kind)
+    torch.nn.Module.__init__(layer)
+    facts = {"sliding_window": None, "kv_sharing_target_layer_name": None, "use_mm_prefix": False}
+    for name, fact in {**facts, "attn_type": AttentionType.DECODER, **changes}.items():
+        setattr(layer, name, fact)
+    layer.impl = SimpleNamespace(alibi_slopes=None)
+    with pytest.raises(ModelError, match=f"^layer 3 has {message}, which packed blocks do not go with"):
+        _config._refuse_attention(layer, 3)
 
 
 def refused_by_a_worker(error, message, folder, monkeypatch, world_size=2, **changes):

@@ -137,6 +137,7 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
 
     def _serve(self, layer: Attention, index: int, layouts: Mapping[int, BlockLayout]) -> None:
         _refuse_attention(layer, index)
+        _refuse_shape(layer, index, layouts[index])
         layer.attn_backend = backend_of(index, layouts[index], spare_blocks(layouts))
         layer.impl = KvloomImpl(
             layouts[index],
@@ -241,12 +242,25 @@ def _refuse_attention(layer: Attention, index: int) -> None:
         "ALiBi": layer.impl.alibi_slopes is not None,
         "the cache of another layer": layer.kv_sharing_target_layer_name is not None,
         "attention that is not causal": layer.attn_type != AttentionType.DECODER,
+        "tokens of an image that read each other": layer.use_mm_prefix,
+        f"an attention of its own ({type(layer).__name__})": type(layer) is not Attention,
     }
     for kind, is_so in refused.items():
         if is_so:
             raise ModelError(
                 f"layer {index} has {kind}, which packed blocks do not go with: use transformers with kvloom.LoomCache."
             )
+
+
+def _refuse_shape(layer: Attention, index: int, layout: BlockLayout) -> None:
+    """Models whose states vLLM and transformers cache in different shapes, as those of Falcon's new decoder."""
+    asked = layer.num_kv_heads, layer.head_size, layer.head_size_v
+    held = layout.kv_heads, layout.head_dim, layout.head_dim
+    if asked != held:
+        raise ModelError(
+            f"vLLM caches layer {index} as (KV heads, channels of keys, of values) = {asked}, and the plan, made of "
+            f"transformers' model, has {held}: use transformers with kvloom.LoomCache."
+        )
 
 
 def register() -> None:
