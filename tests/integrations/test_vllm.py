@@ -49,6 +49,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
 from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention  # noqa: E402
 from vllm.model_executor.layers.linear import QKVParallelLinear  # noqa: E402
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
 from vllm.v1.attention.backend import AttentionType  # noqa: E402
 
 from kvloom.integrations.vllm import _config, block_layouts, block_nbytes, spare_blocks  # noqa: E402
@@ -355,12 +356,41 @@ def test_quantised_weights_are_served_as_the_checkpoint_says(tmp_path):
     assert got["exact"] == wanted != got["few bits"]
 
 
+def test_scales_of_a_checkpoints_own_cache_have_the_names_of_its_method(tmp_path):
+    config = _config.KvloomConfig(str(tmp_path / "plan.json"))
+    name = "model.layers.0.self_attn.k_proj.output_scale"
+    assert config.get_cache_scale_mapper().apply_list([name]) == [name]
+    config.weights = Fp8Config()
+    assert config.get_cache_scale_mapper().apply_list([name]) == ["model.layers.0.self_attn.attn.k_scale"]
+
+
+def add_to_config(folder, fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
 def test_weights_of_an_unknown_kind_are_refused(tmp_path):
     model = make("Llama", tmp_path / "model")
     plan_of(model, MIXED).save(plan_file(tmp_path / "model"))
-    file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "by hand"}}))
+    add_to_config(tmp_path / "model", {"quantization_config": {"quant_method": "by hand"}})
     refused("the weights of .*model are quantised by 'by hand', which vLLM does not know", tmp_path / "model")
+
+
+def test_models_of_several_parts_say_with_their_text_how_weights_are_quantised(tmp_path):
+    make("Llama", tmp_path)
+    add_to_config(tmp_path, {"text_config": {"quantization_config": {"quant_method": "by hand"}}})
+    with pytest.raises(ModelError, match="quantised by 'by hand'"):
+        _config.weights_config(str(tmp_path), None, None)
+
+
+def test_a_models_config_may_name_its_plan(tmp_path):
+    model = make("Llama", tmp_path / "model")
+    plan = plan_of(model, MIXED)
+    plan.save(tmp_path / "plan.json")
+    asked = {"quant_method": "kvloom", "plan": str(tmp_path / "plan.json")}
+    add_to_config(tmp_path / "model", {"quantization_config": asked})
+    config = EngineArgs(**options(tmp_path / "model", hf_overrides={})).create_engine_config().quant_config
+    assert (config.plan, config.weights) == (plan, None)
 
 
 # -- models split over workers ----------------------------------------------------------------------------------------
@@ -470,6 +500,17 @@ def test_a_missing_plan_is_refused(tiny):
     refused("quantization kvloom has no plan: name its file", tiny[1], hf_overrides={}, quantization="kvloom")
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"plan": "plan.json", "prefill": "quantized"}, "quantization_config.prefill: kvloom takes a plan and nothing"),
+        ({"plan": {"layers": []}}, r"quantization_config.plan = {'layers': \[\]}: give the path of a plan's file"),
+    ],
+)
+def test_what_is_asked_besides_a_plans_file_is_refused(tiny, fields, message):
+    refused(message, tiny[1], hf_overrides={"quantization_config": {"quant_method": "kvloom", **fields}})
+
+
 def test_missing_matrices_are_refused(wide, tmp_path):
     _, folder, plan = wide
     plan.save(tmp_path / "plan.json")
@@ -502,6 +543,7 @@ def test_a_model_of_two_attention_types_is_refused(tmp_path):
     [
         ({"block_size": 32}, "--block-size"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"kv_offloading_size": 1.0}, "--kv-transfer-config or --kv-offloading-size"),
     ],
 )
 def test_what_packed_blocks_do_not_go_with_is_refused(tiny, changes, option):

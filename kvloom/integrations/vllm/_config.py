@@ -77,8 +77,17 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> KvloomConfig:
-        """From ``quantization_config`` of the model's config or of ``--hf-overrides``."""
-        return cls(config.get("plan"))
+        """From ``quantization_config`` of the model's config or of ``--hf-overrides``.
+
+        Raises:
+            PlanError: It says something else than a plan's file.
+        """
+        for name in sorted(config.keys() - {"quant_method", "plan"}):
+            raise PlanError(f"quantization_config.{name}: kvloom takes a plan and nothing else, so leave it out.")
+        path = config.get("plan")
+        if path is not None and not isinstance(path, str):
+            raise PlanError(f"quantization_config.plan = {path!r}: give the path of a plan's file.")
+        return cls(path)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the plan and compare it with the model; read how the checkpoint quantises its weights.
@@ -134,6 +143,10 @@ class KvloomConfig(QuantizationConfig):  # type: ignore[misc]
         """Tell those that quantise weights how vLLM names them."""
         if self.weights is not None:
             self.weights.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_cache_scale_mapper(self) -> Any:
+        """Names of the checkpoint's cache scales, which its own method knows."""
+        return (self.weights or QuantizationConfig).get_cache_scale_mapper()
 
     def _serve(self, layer: Attention, index: int, layouts: Mapping[int, BlockLayout]) -> None:
         _refuse_attention(layer, index)
@@ -195,8 +208,12 @@ def weights_config(model_name: str, hf_config: Any, revision: str | None) -> Qua
 def _weights_fields(model_name: str, revision: str | None) -> dict[str, Any] | None:
     """What a checkpoint's files say of its quantised weights; in vLLM's config the plan's name stands there."""
     config = get_hf_file_to_dict("config.json", model_name, revision) or {}
-    own: dict[str, Any] | None = config.get("quantization_config") or config.get("compression_config")
-    return own or get_hf_file_to_dict("hf_quant_config.json", model_name, revision)
+    text, name = config.get("text_config") or {}, "quantization_config"
+    for own in (config.get(name), text.get(name), config.get("compression_config")):
+        if own and own.get("quant_method") != "kvloom":  # a config may name a plan, too
+            return dict(own)
+    own = get_hf_file_to_dict("hf_quant_config.json", model_name, revision)
+    return own and dict(own)
 
 
 def _build(impl: KvloomImpl, config: VllmConfig) -> None:
@@ -224,7 +241,7 @@ def _refuse_engine(config: VllmConfig, page_tokens: int) -> None:
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--speculative-config": config.speculative_config is not None,
-        "--kv-transfer-config": config.kv_transfer_config is not None,
+        "--kv-transfer-config or --kv-offloading-size": config.kv_transfer_config is not None,
         "--kv-cache-dtype": cache.cache_dtype != "auto",
         "--block-size": cache.user_specified_block_size and cache.block_size != page_tokens,
     }
