@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +52,14 @@ def make_folder(config: Any, folder: Path) -> Path:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t1").save_pretrained(folder)
     return folder
+
+
+def read_loads(text: str) -> list[tuple[int, ...]]:
+    """Requests at a time, prompt tokens and new tokens of each load, ``32x8192+256,...``."""
+    found = [re.fullmatch(r"(\d+)x(\d+)\+(\d+)", load) for load in text.split(",")]
+    if not all(found):
+        raise ArgumentTypeError(f"cannot read {text!r}; give loads like 1x8192+256,32x8192+256")
+    return [tuple(map(int, it.groups())) for it in found if it]
 
 
 def plan_of(word: str, config: Any) -> Plan:
@@ -112,8 +120,7 @@ def _cache_size(log: Path) -> str:
 
 def ask(name: str, url: str, asked: Namespace, vocabulary: int) -> Iterator[Record]:
     """Records of one server, load by load, with prompts that the other servers get, too."""
-    for n, load in enumerate(asked.loads.split(",")):
-        concurrency, prompt, new = map(int, re.fullmatch(r"(\d+)x(\d+)\+(\d+)", load).groups())  # type: ignore[union-attr]
+    for n, (concurrency, prompt, new) in enumerate(asked.loads):
         draw = random.Random(n)
         prompts = [
             [draw.randrange(2, vocabulary) for _ in range(prompt)] for _ in range((asked.requests or concurrency) + 1)
@@ -127,7 +134,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--model", help="a folder whose config is to be taken in place of a shape")
     parser.add_argument("--caches", default="auto,fp8,K4V2")
-    parser.add_argument("--loads", default="1x8192+256,32x8192+256,96x8192+256")
+    parser.add_argument("--loads", type=read_loads, default="1x8192+256,32x8192+256,96x8192+256")
     parser.add_argument("--requests", type=int, help="of each load; as many as come at a time by default")
     parser.add_argument("--serve", default="--max-model-len 16384", help="for all servers")
     parser.add_argument("--logs", type=Path, default=Path("runs/vllm"), help="and records")
@@ -150,9 +157,9 @@ def measured(asked: Namespace) -> Iterator[Record]:
         folder = make_folder(config, Path(place) / "model")
         common = ["--model", str(folder), "--served-model-name", asked.model or asked.shape, "--load-format", "dummy"]
         common += ["--no-enable-prefix-caching", *shlex.split(asked.serve)]
-        for cache in asked.caches.split(","):
-            arguments = [*common, *cache_arguments(cache, config, folder)]
-            with server(cache, arguments, asked.logs / f"{cache.replace('/', '-')}.log") as url:
+        arguments = {cache: cache_arguments(cache, config, folder) for cache in asked.caches.split(",")}
+        for cache, own in arguments.items():
+            with server(cache, [*common, *own], asked.logs / f"{cache.replace('/', '-')}.log") as url:
                 yield from ask(cache, url, asked, config.vocab_size)
 
 

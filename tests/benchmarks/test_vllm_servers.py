@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import vllm_servers
+from kvloom.errors import PlanError
 from kvloom.plan import Plan
 from tests.bench.serving.fake import Fake, served
 from tests.cache import tiny
@@ -66,7 +67,7 @@ def test_one_that_stops_is_said_with_the_end_of_its_log(tmp_path, monkeypatch):
 
 
 def test_servers_are_asked_the_same():
-    asked, fakes = Namespace(loads="2x7+3,3x5+2", requests=None), [Fake(), Fake()]
+    asked, fakes = Namespace(loads=vllm_servers.read_loads("2x7+3,3x5+2"), requests=None), [Fake(), Fake()]
     records = []
     for name, fake in zip("ab", fakes, strict=True):
         with served(fake) as url:
@@ -77,6 +78,17 @@ def test_servers_are_asked_the_same():
     one, other = (sorted(str(body["prompt"]) for body in fake.asked) for fake in fakes)
     assert one == other
     assert len(set(one)) == len(one)
+
+
+@pytest.mark.parametrize("wrong", [["--loads", "2x7+3,32x8K+16"], ["--caches", "auto,K4V2,kvloom/K9V9"]])
+def test_what_cannot_be_read_is_refused_before_a_server_starts(config, tmp_path, monkeypatch, wrong):
+    config.save_pretrained(tmp_path)
+    started = []
+    monkeypatch.setattr(vllm_servers.subprocess, "Popen", lambda *args, **more: started.append(args))
+    monkeypatch.setattr("sys.argv", ["it", "--model", str(tmp_path), "--logs", str(tmp_path / "logs"), *wrong])
+    with pytest.raises((SystemExit, PlanError)):
+        vllm_servers.main()
+    assert started == []
 
 
 def test_what_was_asked_before_a_run_breaks_off_is_kept(tmp_path, monkeypatch, capsys):
