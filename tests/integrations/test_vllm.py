@@ -597,6 +597,13 @@ def test_context_parallelism_is_refused(wide, monkeypatch):
     refused_by_a_worker(ModelError, message, wide[1], monkeypatch, world_size=8, decode_context_parallel_size=2)
 
 
+def test_batch_invariance_is_refused(wide, monkeypatch):
+    """vLLM asks the attention that it would have taken, not the one that serves the plan."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    message = "^VLLM_BATCH_INVARIANT does not go with quantization kvloom"
+    refused_by_a_worker(ModelError, message, wide[1], monkeypatch)
+
+
 def test_heads_that_cannot_be_split_are_refused(tmp_path, monkeypatch):
     model = make("Llama", tmp_path, hidden_size=192, num_attention_heads=6, num_key_value_heads=3)
     plan_of(model, MIXED).save(plan_file(tmp_path))

@@ -28,8 +28,9 @@ packed, where a whole one reads it exactly; with ``"quantized"`` only the roundi
 
 **Refused at start-up**, in one sentence: plans that evict, keep a window of recent tokens, pack keys before RoPE, or
 whose layers differ in sinks or in the tokens of a page; models with other than full-attention layers, whose blocks vLLM
-would pad to the widest; KV heads that workers cannot share evenly, context parallelism, speculative decoding, KV
-transfer. What a worker refuses stands in its log.
+would pad to the widest, with other than plain causal attention, or with other KV heads in vLLM than in transformers; KV
+heads that workers cannot share evenly, context parallelism, speculative decoding, KV transfer and offloading, batch
+invariance. What a worker refuses stands in its log.
 
 **Several workers.** With ``--tensor-parallel-size`` each worker serves its part of the plan, `kvloom.Plan.shard`: its
 KV heads, with their specs and matrices. Workers that are more than the KV heads hold one head each, as vLLM splits

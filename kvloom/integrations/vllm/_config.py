@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
@@ -244,6 +245,7 @@ def _refuse_engine(config: VllmConfig, page_tokens: int) -> None:
         "--kv-transfer-config or --kv-offloading-size": config.kv_transfer_config is not None,
         "--kv-cache-dtype": cache.cache_dtype != "auto",
         "--block-size": cache.user_specified_block_size and cache.block_size != page_tokens,
+        "VLLM_BATCH_INVARIANT": envs.VLLM_BATCH_INVARIANT,
     }
     for option, is_asked in refused.items():
         if is_asked:
