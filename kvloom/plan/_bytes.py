@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from kvloom.errors import PlanError
 from kvloom.eviction import Room, slot_nbytes
 from kvloom.pages import Format, PageLayout, Role, SideLayout, page_layout, page_tokens_of
 from kvloom.plan._spec import LayerPlan, Window
@@ -23,11 +24,11 @@ def itemsize(dtype: object) -> int:
     """Bytes of a compute dtype given by name or as a torch dtype.
 
     Raises:
-        ValueError: It is not a floating-point dtype a model computes in.
+        PlanError: It is not a floating-point dtype a model computes in.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in _ITEMSIZE:
-        raise ValueError(f"dtype {name!r} is not one of {sorted(_ITEMSIZE)}")
+        raise PlanError(f"dtype {name!r} is not one that models compute in: choose one of {sorted(_ITEMSIZE)}.")
     return _ITEMSIZE[name]
 
 

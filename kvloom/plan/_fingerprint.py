@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field, WithJsonSchema, field_serializer, field_validator, model_validator
 
 from kvloom.errors import ModelError
+from kvloom.plan._bytes import itemsize
 from kvloom.plan._spec import PlanModel, format_layers, parse_layers
+from kvloom.plan._validate import validated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_FULL_ATTENTION = "full_attention"
+_LAYERS_SCHEMA = {
+    "anyOf": [{"type": "integer"}, {"type": "string"}, {"type": "array", "items": {"type": "integer"}, "minItems": 1}]
+}
+"""Of ``packed_layers`` as files have them."""
 
 
 class Fingerprint(PlanModel):
@@ -30,7 +36,7 @@ class Fingerprint(PlanModel):
 
     architecture: str
     num_layers: int = Field(gt=0)
-    packed_layers: tuple[int, ...] = Field(min_length=1)
+    packed_layers: Annotated[tuple[int, ...], WithJsonSchema(_LAYERS_SCHEMA)] = Field(min_length=1)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     dtype: str = "bfloat16"
@@ -39,6 +45,22 @@ class Fingerprint(PlanModel):
     @classmethod
     def _packed_layers_parse(cls, layers: Any) -> Any:
         return parse_layers(layers) if isinstance(layers, str | int) else layers
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype_is_known(cls, dtype: str) -> str:
+        itemsize(dtype)
+        return dtype
+
+    @model_validator(mode="after")
+    def _layers_are_the_models(self) -> Fingerprint:
+        layers = self.packed_layers
+        if any(low >= high for low, high in pairwise((-1, *layers, self.num_layers))):
+            raise ValueError(
+                f"packed_layers are {format_layers(list(layers))}: name rising indices from 0 to num_layers - 1 = "
+                f"{self.num_layers - 1}"
+            )
+        return self
 
     @field_serializer("packed_layers")
     def _packed_layers_text(self, layers: tuple[int, ...]) -> int | str:
@@ -51,6 +73,7 @@ class Fingerprint(PlanModel):
         Raises:
             ModelError: The model does arithmetic on cached keys (MLA), has no full-attention layer, or its layers
                 differ in KV heads or head_dim.
+            PlanError: It computes in a dtype that caches are not kept in.
         """
         config = getattr(model, "config", model)
         text = config.get_text_config(decoder=True)
@@ -63,14 +86,15 @@ class Fingerprint(PlanModel):
                 "kvloom packs models whose full-attention layers share one shape."
             )
         heads, dim = shapes.pop()
-        return cls(
-            architecture=_architecture(config),
-            num_layers=text.num_hidden_layers,
-            packed_layers=tuple(packed),
-            num_kv_heads=heads,
-            head_dim=dim,
-            dtype=_dtype_name(getattr(model, "dtype", None) or getattr(config, "dtype", None)),
-        )
+        shape = {
+            "architecture": _architecture(config),
+            "num_layers": text.num_hidden_layers,
+            "packed_layers": tuple(packed),
+            "num_kv_heads": heads,
+            "head_dim": dim,
+            "dtype": _dtype_name(getattr(model, "dtype", None) or getattr(config, "dtype", None)),
+        }
+        return validated(cls, shape, _architecture(config))
 
     @classmethod
     def of_any(cls, model: Any) -> Fingerprint:

@@ -234,7 +234,7 @@ class Plan(PlanModel):
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path} is not a JSON plan (cut short, or another kind of file): {error}.") from None
         plan = validated(cls, data, str(path))
         if plan.tensors:

@@ -12,6 +12,9 @@ from kvloom.pages import GROUP_SIZES, PASSTHROUGH_BITS, Codebook, Format, Groupi
 Bits = Literal[1, 2, 3, 4, 5, 6, 8, 16]
 GroupSize = Literal[11, 16, 32, 64, 128, 256, "head_dim"]
 
+_MOST_LAYERS = 2**16
+"""Layers beyond these are no model's: a slip of the pen must not fill the memory."""
+
 _GROUPING_LABEL = {"per_channel": "ch", "per_token": "tok"}
 
 
@@ -255,7 +258,7 @@ def parse_layers(layers: int | str) -> tuple[int, ...]:
     """Indices named by ``5``, ``"0-3"`` or ``"0-3,7"``.
 
     Raises:
-        ValueError: The text is not a list of indices and rising ranges.
+        ValueError: The text is not a list of indices and rising ranges, or names a layer that no model has.
     """
     parts = [part.strip().split("-") for part in str(layers).split(",")]
     try:
@@ -264,6 +267,8 @@ def parse_layers(layers: int | str) -> tuple[int, ...]:
         spans = []
     if len(spans) != len(parts) or any(first > last for first, last in spans):
         raise ValueError(f"layers {layers!r} is neither an index nor ranges such as '0-3' or '0-3,7'")
+    if any(last >= _MOST_LAYERS for _, last in spans):
+        raise ValueError(f"layers {layers!r} names a layer from {_MOST_LAYERS} on, which no model has: lower it")
     return tuple(i for first, last in spans for i in range(first, last + 1))
 
 

@@ -262,6 +262,49 @@ def test_the_published_schema_is_the_schema() -> None:
     assert set(schema["properties"]) == {"schema_version", "model", "layers", "prefill", "tensors", "provenance"}
 
 
+def test_the_published_schema_takes_layers_as_they_are_saved() -> None:
+    saved = json.loads(Plan.uniform(MODEL).to_json())["model"]["packed_layers"]
+    assert saved == "0-3"
+    published = plan_schema()["$defs"]["Fingerprint"]["properties"]["packed_layers"]
+    assert {"type": "string"} in published["anyOf"]
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "message"),
+    [
+        ("packed_layers", [0, 0, 1, 2, 3], "packed_layers are 0,0-3: name rising indices"),
+        ("packed_layers", [-1, 0, 1, 2, 3], "packed_layers are -1-3: name rising indices"),
+        ("packed_layers", "0-4", "from 0 to num_layers - 1 = 3"),
+        ("packed_layers", "0-99999999999", "names a layer from 65536 on"),
+        ("dtype", "int8", "field model.dtype: dtype 'int8'"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(tmp_path: Path, field: str, given: object, message: str) -> None:
+    plan = json.loads(Plan.uniform(MODEL).to_json())
+    plan["model"][field] = given
+    path = tmp_path / "kv_plan.json"
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+
+
+def test_a_slip_in_a_range_of_layers_does_not_fill_the_memory() -> None:
+    with pytest.raises(ValueError, match="names a layer from 65536 on"):
+        parse_layers("0-31,30-99999999999")
+
+
+def test_json_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kv_plan.json"
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(PlanError, match="is not a JSON plan"):
+        Plan.load(path)
+
+
+def test_bytes_in_a_dtype_nothing_computes_in_are_refused() -> None:
+    with pytest.raises(PlanError, match="dtype 'int8' is not one that models compute in"):
+        Plan.uniform(MODEL).nbytes(1, 64, "int8")
+
+
 def test_a_copy_with_other_layers_knows_them() -> None:
     model = Fingerprint(
         architecture="X", num_layers=2, packed_layers=(0, 1), num_kv_heads=1, head_dim=64, dtype="float32"

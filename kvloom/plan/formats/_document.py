@@ -24,7 +24,7 @@ def read_document(path: str | Path) -> Any:
         raise PlanError(f"cannot read {path}: {error.strerror}.") from None
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise PlanError(f"{path} is cut short or another kind of file ({reason}).") from None
 
