@@ -110,6 +110,7 @@ def test_three_bit_values_and_windows_apart_are_substituted_only_when_asked() ->
         ({"quant_bits": [row(1, 1, None, None)] * 4, "ratios": "paper"}, "k_bits 1 and no k_residual_ratio"),
         ({"quant_bits": [row()] * 4, "rpc": "total"}, "field rpc"),
         ({"quant_bits": [row()] * 4, "group_size": 24}, "group_size is 24"),
+        ({"quant_bits": [row()] * 4, "group_size": -1}, "field group_size"),
         ({"quant_bit": [row()] * 4}, "field quant_bits"),
         ([row(2, 4, 0.2, 0.3)] * 4, "share one window"),
     ],

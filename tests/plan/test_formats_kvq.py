@@ -112,6 +112,7 @@ def test_one_window_for_both_only_when_asked() -> None:
         ({"budget": 4, "norms": {**NORMS, "w_v": [1.0]}}, "norms.w_k has 4 layers and norms.w_v has 1"),
         ({"budget": 4, "norms": {"w_k": [1.0], "w_v": [1.0]}}, "norms leaves out layer 1-3"),
         ({"budget": 4, "norms": "none.json"}, "cannot read none.json"),
+        ({"budget": 4, "norms": {**NORMS, "w_v": [1.0, 1.0, 1.0, float("inf")]}}, "norms.w_v.3"),
         ({"budget": 1.58, "norms": NORMS}, "the budget buys from bit_range"),
         ({"nbits": 4, "group_size": 40}, "group_size .k, layer 0. 40 does not divide"),
     ],
@@ -120,6 +121,16 @@ def test_what_the_later_cannot_say_names_its_field(fields: dict[str, Any], names
     with pytest.raises(PlanError, match=names) as caught:
         later(**fields)
     assert "\n" not in str(caught.value)
+
+
+def test_a_budget_below_the_smallest_width_is_said_to_be_passed() -> None:
+    plan = later(budget=1, bit_range=[2, 4], norms=NORMS)
+    assert "budget 1 is not met exactly: KVQ's rule spends 2.000 bits" in notes_of(plan)
+
+
+def test_norms_may_be_in_any_unit() -> None:
+    norms = [5.0, 1.0, 9.0, 2.0, 7.0, 3.0]
+    assert spend_bits([1e-6 * norm for norm in norms], 22, [2, 3, 4, 8]) == spend_bits(norms, 22, [2, 3, 4, 8])
 
 
 norms = st.lists(st.floats(1, 60), min_size=2, max_size=24)

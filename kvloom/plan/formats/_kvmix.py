@@ -56,7 +56,7 @@ class Config(Document):
     """
 
     quant_bits: dict[int, Layer]
-    group_size: int = 32
+    group_size: int = Field(default=32, gt=0)
     rpc: Literal["residual", "context"] = "residual"
     ratios: Literal["paper", "repository"] | None = None
 

@@ -54,8 +54,8 @@ class Counts(Document):
 class Norms(Document):
     """Norms of each layer's key and value projection, as in the JSON files of its ``assets``."""
 
-    w_k: list[Annotated[float, Field(gt=0)]]
-    w_v: list[Annotated[float, Field(gt=0)]]
+    w_k: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    w_v: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
 
 
 class Config(Document):
@@ -115,7 +115,7 @@ def _bits(config: Config, model: Fingerprint, deviations: Deviations) -> dict[in
     norms = _norms(config, model)
     total = len(norms) * (config.budget or 0)
     widths = spend_bits(norms, total, config.bit_range or _WIDTHS)
-    if sum(widths) < total - 1e-6:
+    if abs(sum(widths) - total) > 1e-6:
         deviations.note(
             f"budget {config.budget:g} is not met exactly: KVQ's rule spends {sum(widths) / len(widths):.3f} bits"
         )

@@ -33,7 +33,7 @@ def spend_bits(norms: Sequence[float], total: float, widths: Sequence[float]) ->
                 continue
             now, then = ladder[step], ladder[step + 1]
             gain = norm**2 * (4.0**-now - 4.0**-then) / (then - now)
-            if gain > best + _TOLERANCE:
+            if gain > best:  # without a tolerance: norms may be in any unit
                 best, chosen = gain, i
         if chosen is None:
             break
