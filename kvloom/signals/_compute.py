@@ -103,11 +103,12 @@ def compute_profile(
         The profile; each of its numbers is a mean over prompts beside its standard deviation.
 
     Raises:
-        DataError: A prompt has nothing to score, is too short to fill a page, or gives no finite loss, `batch` is not
-            positive, or `labels` are given for a signal without a backward pass.
+        DataError: A prompt has nothing to score, is too short to fill a page, or gives no finite loss or score, `batch`
+            is not positive, or `labels` are given for a signal without a backward pass.
         ModelError: The model's attention, or its key and value projections, cannot be measured.
         PlanError: A format does not fit the model's head_dim, its rotation or its codebook is to be calibrated for each
             layer, or no signal has that name.
+        ValueError: A signal of your own gives scores of another shape than it should.
     """
     if batch < 1:
         raise DataError(f"batch is {batch}; read at least one prompt at a time.")
@@ -170,7 +171,9 @@ def _read(
             report(done, total, _LABEL)
 
         if isinstance(signal, ModelSignal):
-            batches.append({signal.name: signal.measure(meter, some, pieces, step)})
+            measured = signal.measure(meter, some, pieces, step)
+            _check_scores(signal.name, measured, meter, len(some))
+            batches.append({signal.name: measured})
         else:
             batches.append(_looked_at(meter, some, passes, pieces))
             step()
@@ -187,11 +190,37 @@ def _looked_at(
 
     def make() -> dict[str, Tensor]:
         read = meter.read(prompts, passes)
+        for name, sides in read.items():
+            _check_scores(name, sides, meter, len(prompts))
         return {f"{name}.{side}": scores for name, sides in read.items() for side, scores in sides.items()}
 
     made = pieces.get(dict(prompts.identity), make)
     names = [signal.name for signals in passes.values() for signal in signals]
     return {name: {side: made[f"{name}.{side}"] for side in SIDES} for name in names}
+
+
+def _check_scores(name: str, scores: Scores, meter: Meter, batch: int) -> None:
+    """Refuse what a signal must not give, before it is kept.
+
+    Raises:
+        DataError: A score is not finite.
+        ValueError: The signal gives another shape than it should.
+    """
+    for side in SIDES:
+        given, heads = scores[side], meter.shape.num_kv_heads
+        columns = 1 if name == WEIGHT_GRADIENT.name else len(meter.formats[side])
+        if given.shape not in {(batch, len(meter.layers), own, columns) for own in (1, heads)}:
+            raise ValueError(
+                f"signal {name!r} scores the {side}s of {len(meter.layers)} layers as {list(given.shape)}: give "
+                f"[{batch} prompts, {heads} heads or 1, {columns} formats] of each layer."
+            )
+        wrong = (~given.isfinite()).any(dim=0).flatten(1).any(dim=1)
+        if bool(wrong.any()):
+            layer = meter.layers[int(wrong.int().argmax())]
+            raise DataError(
+                f"signal {name!r} gives no finite number for the {side}s of layer {layer}: load the model in a wider "
+                "dtype (float32), or choose another signal."
+            )
 
 
 def silent(done: int, total: int, label: str) -> None:

@@ -45,8 +45,8 @@ class GradientNorm(LayerSignal):
 
 
 def relative_errors(evidence: Evidence) -> Tensor:
-    """`||x_hat - x|| / ||x||` of each format over a layer's packed keys or values, `[batch, 1, formats]`."""
-    whole = _norm(evidence.states[:, :, evidence.packed].float())
+    """`||x_hat - x|| / ||x||` of each format over a layer's packed keys or values, `[batch, 1, formats]`; zeros: 0."""
+    whole = _norm(evidence.states[:, :, evidence.packed].float()).clamp_min(torch.finfo(torch.float32).tiny)
     formats = [state_error(evidence.states, evidence.packed, fmt, evidence.rope) for fmt in evidence.formats]
     return (torch.stack([_norm(error) for error in formats], dim=1) / whole[:, None])[:, None]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvloom.signals._base import Evidence, LayerSignal
 from kvloom.signals._replay import output_changes
-from kvloom.signals._state_error import one_norm
+from kvloom.signals._state_error import relative
 from kvloom.signals._stored import as_read
 
 
@@ -25,6 +25,6 @@ class OutputError(LayerSignal):
         stored = [as_read(evidence.states, evidence.packed, fmt, evidence.rope) for fmt in evidence.formats]
         total, queries = torch.zeros((len(stored), *evidence.states.shape[:2]), device=evidence.states.device), 0
         for exact, changes in output_changes(evidence.attention, evidence.side, stored):
-            total += (one_norm(changes) / one_norm(exact)).sum(dim=(3, 4))
+            total += relative(changes, exact).sum(dim=(3, 4))
             queries += exact.shape[2] * exact.shape[3]
         return total.permute(1, 2, 0) / max(queries, 1)

@@ -20,14 +20,15 @@ class StateError(LayerSignal):
 
     def score(self, evidence: Evidence) -> Tensor:
         """See `LayerSignal.score`; `[batch, kv_heads, formats]`, without unit."""
-        exact = one_norm(evidence.states[:, :, evidence.packed])
+        exact = evidence.states[:, :, evidence.packed]
         errors = [state_error(evidence.states, evidence.packed, fmt, evidence.rope) for fmt in evidence.formats]
-        return torch.stack([(one_norm(error) / exact).mean(dim=2) for error in errors], dim=2)
+        return torch.stack([relative(error, exact).mean(dim=2) for error in errors], dim=2)
 
 
-def one_norm(vectors: Tensor) -> Tensor:
-    """Sum of absolute values along the last dimension, float32 and never 0."""
-    return vectors.float().abs().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+def relative(error: Tensor, exact: Tensor) -> Tensor:
+    """Ratio of 1-norms along the last dimension, float32; 0 where both are 0."""
+    whole = exact.float().abs().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return error.float().abs().sum(dim=-1) / whole
 
 
 STATE_ERROR = StateError()

@@ -90,6 +90,29 @@ def test_any_registered_signal_can_predict() -> None:
         register(ErrorEnergy())
 
 
+@pytest.mark.parametrize(
+    ("shape", "error", "message"),
+    [
+        ((1, 5, 1), ValueError, r"scores the keys of 3 layers as \[1, 3, 5, 1\]: give \[1 prompts, 2 heads or 1"),
+        ((1, 1), ValueError, "scores the keys"),
+        ((1, 1, 2), ValueError, "1 formats"),
+        ((1, 1, 1), DataError, "gives no finite number for the keys of layer 1"),
+    ],
+)
+def test_a_wrong_signal_is_told_what_is_wrong(shape, error, message, tmp_path) -> None:
+    class Wrong(LayerSignal):
+        name = f"test_wrong_{'_'.join(map(str, shape))}"
+
+        def score(self, evidence: Evidence) -> torch.Tensor:
+            return torch.full(shape, torch.nan if evidence.layer == 1 else 1.0)
+
+    register(Wrong())
+    out = tmp_path / "profile.json"
+    with pytest.raises(error, match=message):
+        compute_profile(tiny("llama"), random_tokens(1, 80), signal=Wrong.name, out=out, **SPECS)
+    assert not list(tmp_path.iterdir())  # nothing wrong is kept for the next run
+
+
 def test_bad_data_is_refused_in_a_sentence() -> None:
     model, tokens = tiny("llama"), random_tokens(2, 80)
     with pytest.raises(DataError, match="prompt 0 has fewer than two tokens"):

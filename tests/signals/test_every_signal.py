@@ -316,6 +316,15 @@ def test_signals_of_padding_are_those_of_the_text() -> None:
     assert masked.table.key_loss[1] == pytest.approx(plain.table.key_loss[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", signals())
+def test_zeros_lose_nothing(name: str) -> None:
+    model = tiny("llama")
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.v_proj.weight)
+    table = compute_profile(model, random_tokens(1, TOKENS), signal=name, value_specs=VALUES, window=WINDOW).table
+    assert table.value_loss[1] == [0.0] * len(VALUES)
+    assert all(loss > 0 for loss in table.value_loss[0])
+
+
 def test_names_are_sorted_and_found() -> None:
     assert list(signals()) == sorted(signals())
     assert all(get(name).name == name for name in signals())
