@@ -49,11 +49,9 @@ class KVQ(Allocator):
                 the smallest width fits into the budget.
         """
         problem = Problem.of(profile, budget, window, prefill, self.name)
-        ladders = self._ladders(profile.table)
-        widths = sorted(set.intersection(*(set(own) for own in ladders)))
-        if not widths:
-            raise PlanError("keys and values share no bits among their candidates: profile with more formats")
-        norms = self._norms_of(profile.table, widths[0])
+        norms = self._norms_of(profile.table)
+        ladders = self._ladders(profile.table, norms)
+        widths = _shared(ladders)
 
         def picks(bits: int) -> tuple[int, ...]:
             chosen = [own[int(width)] for own, width in zip(ladders, spend_bits(norms, bits, widths), strict=True)]
@@ -69,7 +67,7 @@ class KVQ(Allocator):
             least, most = (middle, most) if fits else (least, middle - 1)
         return problem.plan(picks(least), self.name)
 
-    def _norms_of(self, table: LossTable, bits: int) -> list[float]:
+    def _norms_of(self, table: LossTable) -> list[float]:
         """A norm for each tensor, keys and values in turn."""
         if self._norms is not None:
             if len(self._norms) != 2 * len(table.layers):
@@ -78,14 +76,16 @@ class KVQ(Allocator):
                     "[K0, V0, K1, V1, ...]"
                 )
             return list(self._norms)
-        columns = [_column(specs, bits) for specs in (table.key_specs, table.value_specs)]
+        sides = (table.key_specs, table.value_specs)
+        bits = _shared([ladder(specs) for specs in sides])[0]
+        columns = [specs.index(ladder(specs)[bits]) for specs in sides]
         return [
             max(math.sqrt(max(losses[column], 0.0) * 4**bits), _LEAST_NORM)
-            for sides in side_losses(table).values()
-            for losses, column in zip(sides, columns, strict=True)
+            for losses_of in side_losses(table).values()
+            for losses, column in zip(losses_of, columns, strict=True)
         ]
 
-    def _ladders(self, table: LossTable) -> list[Ladder]:
+    def _ladders(self, table: LossTable, norms: Sequence[float]) -> list[Ladder]:
         """The formats that each tensor may have, keys and values in turn."""
         sides = (table.key_specs, table.value_specs)
         if self._group_budget is None:
@@ -94,9 +94,20 @@ class KVQ(Allocator):
         sizes = sorted(set(sized[0]) & set(sized[1]))
         if not sizes:
             raise PlanError("keys and values share no group size among their candidates: profile with more formats")
-        norms = self._norms_of(table, min(ladder(table.key_specs)))
         groups = spend_groups(norms, self._group_budget, sizes)
         return [sized[n % 2][size] for n, size in enumerate(groups)]
+
+
+def _shared(ladders: Sequence[Ladder]) -> list[int]:
+    """Widths that all tensors may have, rising.
+
+    Raises:
+        PlanError: There are none.
+    """
+    widths = sorted(set.intersection(*(set(own) for own in ladders)))
+    if not widths:
+        raise PlanError("keys and values share no bits among their candidates: profile with more formats")
+    return widths
 
 
 def _sized(specs: Sequence[TensorSpec], head_dim: int) -> dict[int, Ladder]:
@@ -105,7 +116,3 @@ def _sized(specs: Sequence[TensorSpec], head_dim: int) -> dict[int, Ladder]:
     for spec in specs:
         sizes.setdefault(head_dim if spec.group_size == "head_dim" else spec.group_size, spec.group_size)
     return {size: ladder(specs, named) for size, named in sizes.items()}
-
-
-def _column(specs: Sequence[TensorSpec], bits: int) -> int:
-    return specs.index(ladder(specs)[bits])

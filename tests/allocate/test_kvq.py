@@ -100,6 +100,13 @@ def test_a_value_group_of_the_whole_head_is_a_size_like_others():
     assert (plan.spec(0).key.group_size, plan.spec(0).value.group_size) == (64, "head_dim")
 
 
+def test_groups_are_bought_where_one_side_has_more_widths():
+    """Norms are those that a width of both sides implies."""
+    measured = profile(2, keys=[channel(b, 32) for b in (1, 2, 4)], values=[token(b, 32) for b in (2, 4)])
+    plan = allocate(measured, Budget.bits(6, TOKENS), method=KVQ(group_budget=32))
+    assert bits_of(plan) == ([4, 4], [4, 4])
+
+
 @pytest.mark.parametrize(
     ("keys", "values", "method", "bits", "why"),
     [
