@@ -28,7 +28,7 @@ def itemsize(dtype: object) -> int:
     """
     name = str(dtype).removeprefix("torch.")
     if name not in _ITEMSIZE:
-        raise PlanError(f"dtype {name!r} is not one that models compute in: choose one of {sorted(_ITEMSIZE)}.")
+        raise PlanError(f"dtype {name!r} is not known: give one of {', '.join(_ITEMSIZE)}.")
     return _ITEMSIZE[name]
 
 

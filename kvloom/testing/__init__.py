@@ -16,7 +16,7 @@ from __future__ import annotations
 from kvloom.testing._cached import check_attention, check_bytes, check_lengths, check_saved
 from kvloom.testing._codec import CACHE_CHECKS, CODEC_CHECKS, check_codec
 from kvloom.testing._encoding import check_codes, check_dtypes, check_facts, check_pages_apart, check_repeats
-from kvloom.testing._errors import check_bound, check_constant_groups, check_nonfinite
+from kvloom.testing._errors import check_bound, check_constant_groups, check_large, check_nonfinite
 from kvloom.testing._formats import cache_formats, codec_formats
 from kvloom.testing._policy import (
     POLICY_CHECKS,
@@ -45,6 +45,7 @@ __all__ = [
     "check_dtypes",
     "check_facts",
     "check_kept",
+    "check_large",
     "check_lengths",
     "check_nonfinite",
     "check_padding",

@@ -8,7 +8,7 @@ from kvloom.codecs import Codec
 from kvloom.pages import Format
 from kvloom.testing._cached import check_attention, check_bytes, check_lengths, check_saved
 from kvloom.testing._encoding import check_codes, check_dtypes, check_facts, check_pages_apart, check_repeats
-from kvloom.testing._errors import check_bound, check_constant_groups, check_nonfinite
+from kvloom.testing._errors import check_bound, check_constant_groups, check_large, check_nonfinite
 from kvloom.testing._formats import cache_formats, codec_formats
 
 Check = Callable[[Codec, Format], None]
@@ -20,6 +20,7 @@ CODEC_CHECKS: tuple[Check, ...] = (
     check_dtypes,
     check_bound,
     check_constant_groups,
+    check_large,
     check_nonfinite,
 )
 """Checks of the codec alone, for every format of `codec_formats`."""

@@ -12,6 +12,7 @@ from kvloom.testing._samples import pages
 SIZES = (1.0, 1e-3, 1e-6, 20.0, 0.1, 0.01)
 OFFSETS = (0.0, 0.0, 0.0, 0.0, 100.0, -3.0)
 CONSTANTS = (0.0, 1.0, -3.25, 0.1, 1234.5, -1e-9)
+LARGE = 6e4
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 
@@ -23,6 +24,16 @@ def check_bound(codec: Codec, fmt: Format) -> None:
 def check_constant_groups(codec: Codec, fmt: Format) -> None:
     """Groups of equal elements, zeros among them, come back finite and within the bound."""
     _check_within_bound(codec, 0 * pages(fmt) + _six(CONSTANTS), fmt, "groups of equal elements")
+
+
+def check_large(codec: Codec, fmt: Format) -> None:
+    """Elements near the end of fp16's range come back finite and within the bound, or are refused by CacheError."""
+    large = LARGE * pages(fmt).tanh()
+    try:
+        codec.encode(large, fmt)
+    except CacheError:
+        return
+    _check_within_bound(codec, large, fmt, f"elements as large as {LARGE:g}")
 
 
 def _six(numbers: tuple[float, ...]) -> torch.Tensor:

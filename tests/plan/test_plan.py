@@ -301,7 +301,7 @@ def test_json_that_is_too_deep_is_refused(tmp_path: Path) -> None:
 
 
 def test_bytes_in_a_dtype_nothing_computes_in_are_refused() -> None:
-    with pytest.raises(PlanError, match="dtype 'int8' is not one that models compute in"):
+    with pytest.raises(PlanError, match="dtype 'int8' is not known: give one of"):
         Plan.uniform(MODEL).nbytes(1, 64, "int8")
 
 

@@ -157,6 +157,20 @@ class ZeroDivided(Wrong):
         return ungroup(value * (scale / scale), encoded.codes.shape, fmt)
 
 
+class Overflowing(Wrong):
+    """Parameters twice as large as they might be."""
+
+    facts = CodecFacts(form="opaque", bits=BITS)
+
+    def encode(self, x: torch.Tensor, fmt: Format) -> Encoded:
+        encoded = super().encode(x, fmt)
+        return Encoded(encoded.codes, tuple((2 * param.float()).half() for param in encoded.params))
+
+    def decode(self, encoded: Encoded, fmt: Format) -> torch.Tensor:
+        halved = tuple((param.float() / 2).half() for param in encoded.params)
+        return super().decode(Encoded(encoded.codes, halved), fmt)
+
+
 class Swallowing(Wrong):
     def encode(self, x: torch.Tensor, fmt: Format) -> Encoded:
         return super().encode(x.nan_to_num(0, 0, 0), fmt)

@@ -41,6 +41,7 @@ def test_a_codec_of_another_form_passes() -> None:
         (own.Shifted(), testing.check_bound, "of random elements"),
         (own.Shifted(), testing.check_constant_groups, "of groups of equal elements"),
         (own.ZeroDivided(), testing.check_constant_groups, "do not decode to finite numbers"),
+        (own.Overflowing(), testing.check_large, "elements as large as 60000 do not decode to finite numbers"),
         (own.Swallowing(), testing.check_nonfinite, "nan among the elements is encoded"),
         (own.SwallowingInfinity(), testing.check_nonfinite, "inf among the elements is encoded"),
         (own.RefusingOtherwise(), testing.check_nonfinite, "ZeroDivisionError, not CacheError"),
