@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._shard import local_entry, local_tensors
 from kvloom.plan._spec import Evict, GroupSize, HeadPlan, LayerPlan, PlanModel, TensorSpec, Window, format_layers
 from kvloom.plan._tensors import PlanTensors, rotation_name
-from kvloom.plan._validate import validated
+from kvloom.plan._validate import once, validated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,10 +228,13 @@ class Plan(PlanModel):
         """Read a plan file.
 
         Raises:
-            PlanError: The file is missing, is not JSON, or a field is wrong; the message names the field.
+            PlanError: The file is missing, is no JSON, or a field is wrong or given twice; the message names the field.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            data = json.loads(text, object_pairs_hook=partial(once, where=str(path)))
+        except PlanError:
+            raise
         except OSError as error:
             raise PlanError(f"cannot read the plan {path}: {error.strerror}.") from None
         except (ValueError, RecursionError) as error:

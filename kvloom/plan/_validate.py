@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -21,6 +22,20 @@ def validated(kind: type[M], data: Any, where: str) -> M:
         return kind.model_validate(data)
     except ValidationError as error:
         raise PlanError(explain(error, where)) from None
+
+
+def once(pairs: Iterable[tuple[Hashable, Any]], where: str) -> dict[Any, Any]:
+    """A JSON object or a YAML mapping that names everything once.
+
+    Raises:
+        PlanError: It names something twice, of which only one would count; the message starts with ``where``.
+    """
+    found: dict[Hashable, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise PlanError(f"{where}: {name} is given twice in one place: keep one of the two.")
+        found[name] = value
+    return found
 
 
 def explain(error: ValidationError, where: str) -> str:

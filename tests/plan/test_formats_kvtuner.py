@@ -121,6 +121,15 @@ def test_a_table_of_heads() -> None:
     assert plan.layers[0].layers == "0-3"
 
 
+@pytest.mark.parametrize(("name", "quote"), [("layers.yaml", ""), ("layers.json", '"')])
+def test_a_layer_given_twice_is_refused(tmp_path: Path, name: str, quote: str) -> None:
+    path = tmp_path / name
+    row = '{"nbits_key": 4, "nbits_value": 2}'
+    path.write_text("{" + ", ".join(f"{quote}{layer}{quote}: {row}" for layer in (0, 1, 2, 3, 2)) + "}")
+    with pytest.raises(PlanError, match=rf"{name}: 2 is given twice"):
+        import_plan(path, "kvtuner-kivi", MODEL)
+
+
 def test_bare_tables_need_their_scheme(tmp_path: Path) -> None:
     path = tmp_path / "Model_kivi_KVTuner4_0.yaml"
     path.write_text(yaml.safe_dump(TABLE))

@@ -300,6 +300,14 @@ def test_json_that_is_too_deep_is_refused(tmp_path: Path) -> None:
         Plan.load(path)
 
 
+def test_what_is_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kv_plan.json"
+    text = Plan.uniform(MODEL, 4, 4).to_json()
+    path.write_text(text.replace('"bits": 4', '"bits": 4, "bits": 2', 1), encoding="utf-8")
+    with pytest.raises(PlanError, match=r"kv_plan.json: bits is given twice in one place"):
+        Plan.load(path)
+
+
 def test_bytes_in_a_dtype_nothing_computes_in_are_refused() -> None:
     with pytest.raises(PlanError, match="dtype 'int8' is not known: give one of"):
         Plan.uniform(MODEL).nbytes(1, 64, "int8")
