@@ -123,7 +123,8 @@ def _read(
     model: PreTrainedModel, entries: Mapping[int, LayerPlan], shape: Fingerprint, prompts: Prompts, report: Progress
 ) -> tuple[dict[tuple[int, Role], Tensor], dict[int, Tensor]]:
     """Covariances of the states by layer and side, second moments of the queries by layer; one pass a prompt."""
-    packed = {layer: _packed(entry, shape, prompts.tokens.shape[1]) for layer, entry in entries.items()}
+    pages = {layer: _page_tokens(entry, shape) for layer, entry in entries.items()}
+    packed = {n: packed_slice(prompts.tokens.shape[1], entries[n].window, pages[n]) for n in entries}
     states: dict[tuple[int, Role], Tensor] = {}
     queries: dict[int, Tensor] = {}
     for done, prompt in enumerate(prompts.tokens):
@@ -138,15 +139,14 @@ def _read(
             each: tuple[tuple[Role, Tensor], ...] = (("key", caught.key), ("value", caught.value))
             for n, (side, cached) in enumerate(each):
                 specs = [entries[layer].head(head)[n] for head in range(shape.num_kv_heads)]
-                covariance = state_covariance(cached[0, :, packed[layer]], specs).cpu()
+                covariance = state_covariance(cached[0, :, packed[layer]], specs, pages[layer]).cpu()
                 states[layer, side] = states.get((layer, side), zeros) + covariance
     report(len(prompts), len(prompts), _LABEL)
     return states, queries
 
 
-def _packed(entry: LayerPlan, shape: Fingerprint, tokens: int) -> slice:
-    layouts = head_layouts(entry, shape.num_kv_heads, shape.head_dim, 2)
-    return packed_slice(tokens, entry.window, layouts[0].page_tokens)
+def _page_tokens(entry: LayerPlan, shape: Fingerprint) -> int:
+    return head_layouts(entry, shape.num_kv_heads, shape.head_dim, 2)[0].page_tokens
 
 
 def moment(x: Tensor) -> Tensor:
@@ -155,13 +155,14 @@ def moment(x: Tensor) -> Tensor:
     return wide.mT @ wide
 
 
-def state_covariance(states: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
+def state_covariance(states: Tensor, specs: Sequence[TensorSpec], page_tokens: int) -> Tensor:
     """What of the states is rounded: their variation within the groups that share a zero point.
 
     Args:
         states: Keys or values ``[kv_heads, tokens, head_dim]``, whole pages.
         specs: Format of each head. ``per_channel`` groups carry their channel's mean in the zero point; of it a
             thousandth counts. In ``per_token`` groups everything counts.
+        page_tokens: Tokens of a page, on which groups start anew (the last one may be shorter).
 
     Returns:
         float64 ``[kv_heads, head_dim, head_dim]``.
@@ -170,7 +171,8 @@ def state_covariance(states: Tensor, specs: Sequence[TensorSpec]) -> Tensor:
     for head, spec in zip(states.double(), specs, strict=True):
         whole = moment(head)
         if spec.grouping == "per_channel":
-            groups = head.unflatten(0, (-1, int(spec.group_size)))
-            whole = _MEAN_SHARE * whole + moment((groups - groups.mean(1, keepdim=True)).flatten(0, 1))
+            groups = head.unflatten(0, (-1, page_tokens)).split(int(spec.group_size), dim=1)
+            within = torch.cat([group - group.mean(1, keepdim=True) for group in groups], dim=1)
+            whole = _MEAN_SHARE * whole + moment(within.flatten(0, 1))
         sums.append(whole)
     return torch.stack(sums)

@@ -102,7 +102,7 @@ def test_readers_see_smaller_errors_on_other_prompts() -> None:
 def test_state_covariance_is_that_of_the_groups() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 64, 16) + 5
-    found = state_covariance(x, [PER_CHANNEL, PER_TOKEN])
+    found = state_covariance(x, [PER_CHANNEL, PER_TOKEN], 64)
     expected = torch.zeros(2, 16, 16, dtype=torch.float64)
     for t in range(64):
         group = x[0, t // 32 * 32 : t // 32 * 32 + 32].double()
@@ -110,6 +110,32 @@ def test_state_covariance_is_that_of_the_groups() -> None:
         expected[0] += torch.outer(away, away) + 1e-3 * torch.outer(whole, whole)
         expected[1] += torch.outer(x[1, t].double(), x[1, t].double())
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_that_do_not_fill_a_page_start_anew_on_the_next() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 128, 16) + 5
+    found = state_covariance(x, [TensorSpec(codec="kvmix3", bits=3, grouping="per_channel", group_size=11)], 64)
+    expected = 1e-3 * x[0].double().T @ x[0].double()
+    for page in x[0].double().split(64):
+        for group in page.split(11):
+            expected += (group - group.mean(0)).T @ (group - group.mean(0))
+    torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        TensorSpec(codec="kvmix3", bits=3, grouping="per_channel", group_size=11),
+        TensorSpec(bits=16, grouping="per_channel", group_size=256),
+    ],
+)
+def test_any_group_size_can_be_turned(key: TensorSpec) -> None:
+    model = tiny("llama")
+    plan = Plan(model=Fingerprint.of(model), layers=(LayerPlan(layers="0-2", key=key, value=PER_TOKEN),))
+    turned = calibrate_rotations(model, plan, random_tokens(1, 200))
+    assert turned.spec(0).value.rotation == "calibrated"
+    assert turned.spec(0).key.rotation == ("calibrated" if key.bits == 3 else None)
 
 
 def test_output_moment_is_what_the_projection_makes_of_an_error() -> None:
