@@ -37,7 +37,7 @@ class Fingerprint(PlanModel):
     architecture: str
     num_layers: int = Field(gt=0)
     packed_layers: Annotated[tuple[int, ...], WithJsonSchema(_LAYERS_SCHEMA)] = Field(min_length=1)
-    num_kv_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0, le=2**12)
     head_dim: int = Field(gt=0)
     dtype: str = "bfloat16"
 

@@ -277,6 +277,7 @@ def test_the_published_schema_takes_layers_as_they_are_saved() -> None:
         ("packed_layers", "0-4", "from 0 to num_layers - 1 = 3"),
         ("packed_layers", "0-99999999999", "names a layer from 65536 on"),
         ("dtype", "int8", "field model.dtype: dtype 'int8'"),
+        ("num_kv_heads", 10**9, "field model.num_kv_heads: Input should be less than or equal to 4096"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(tmp_path: Path, field: str, given: object, message: str) -> None:
