@@ -28,13 +28,18 @@ def check_policy(policy: Policy) -> None:
 
 
 def check_counts(policy: Policy) -> None:
-    """It has a name, keeps no more of the newest tokens than its budget, and its layers' budgets add up."""
+    """It has a name, a larger budget leaves more room beside the newest tokens, and its layers' budgets add up."""
     if not getattr(policy, "name", ""):
         raise AssertionError(f"{type(policy).__name__} has no name.")
+    room = 0
     for budget in (200, 1000):
         newest = policy.newest(budget)
-        if not 0 <= newest <= budget:
-            raise AssertionError(f"{policy.name}: it always keeps {newest} newest tokens of a budget of {budget}.")
+        if not (newest >= 0 and budget - newest > room):
+            raise AssertionError(
+                f"{policy.name}: it always keeps {newest} newest tokens of a budget of {budget}, and a larger budget "
+                "has to leave more room for sinks and protected tokens."
+            )
+        room = budget - newest
         for layers in (1, 7, 32):
             budgets = [policy.layer_budget(budget, n, layers, 10**6, _SINKS + newest) for n in range(layers)]
             if sum(budgets) != layers * budget:

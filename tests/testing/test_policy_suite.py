@@ -20,6 +20,15 @@ class Greedy(KeyNorm):
         return budget + 1
 
 
+class Crowded(KeyNorm):
+    """No budget is large enough for sinks and protected tokens."""
+
+    name = "wrong"
+
+    def newest(self, budget: int) -> int:
+        return budget - 4
+
+
 class Lossy(KeyNorm):
     name = "wrong"
 
@@ -98,6 +107,7 @@ calls: list[int] = []
     [
         (Nameless(), testing.check_counts, "Nameless has no name"),
         (Greedy(), testing.check_counts, "always keeps 201 newest tokens of a budget of 200"),
+        (Crowded(), testing.check_counts, "996 newest tokens of a budget of 1000, and a larger budget"),
         (Lossy(), testing.check_counts, "budgets of 7 layers add up to 1379, not 1400"),
         (OfTheLast(), testing.check_scores, r"scores are torch.float32 \[2, 2, 8\], not floating \[2, 2, 300\]"),
         (Whole(), testing.check_scores, "scores are torch.int64"),
