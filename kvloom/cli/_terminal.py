@@ -162,17 +162,17 @@ def calibration(
 def meter(
     model: str, windows: int, window: int, at_once: int, text: list[str] | None, seed: int, device: str | None
 ) -> Callable[[Plan], dict[str, float]]:
-    """`kvloom.evaluate.kld_meter` of a model in fp32, on texts to score on, with a bar for each plan."""
+    """A `kvloom.evaluate.KldMeter` of a model in fp32, on texts to score on, with a bar for each plan."""
     from kvloom.assets import EVALUATION, texts, token_windows
-    from kvloom.evaluate import kld_meter
+    from kvloom.evaluate import KldMeter
 
     sources = texts(text or EVALUATION)
     loaded, tokenizer = load(model, device, "float32")
-    rows = token_windows(tokenizer, sources, window, windows, seed)
+    own = KldMeter(loaded, token_windows(tokenizer, sources, window, windows, seed), batch=at_once)
 
     def measure(plan: Plan) -> dict[str, float]:
         with progress() as update:
-            return kld_meter(loaded, rows, batch=at_once, progress=update)(plan)
+            return own(plan, update)
 
     return measure
 

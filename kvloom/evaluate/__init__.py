@@ -20,7 +20,7 @@ from kvloom.evaluate._fidelity import Protocol, fidelity
 from kvloom.evaluate._live import live_bytes
 from kvloom.evaluate._mean_score import mean_score
 from kvloom.evaluate._memory import memory, weights_of
-from kvloom.evaluate._meter import kld_meter
+from kvloom.evaluate._meter import KldMeter
 from kvloom.evaluate._needle import NeedleCase, needle, needle_cases, needle_prompt
 from kvloom.evaluate._paired import paired_difference, paired_speed
 from kvloom.evaluate._peers import BEST_AXES, Peers, peer_contestants
@@ -38,6 +38,7 @@ __all__ = [
     "WARM_UP",
     "Chosen",
     "Contestant",
+    "KldMeter",
     "Ledger",
     "NeedleCase",
     "Peers",
@@ -61,7 +62,6 @@ __all__ = [
     "evaluate",
     "fidelity",
     "fingerprint",
-    "kld_meter",
     "live_bytes",
     "mean_score",
     "memory",

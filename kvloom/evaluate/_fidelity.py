@@ -95,6 +95,7 @@ def fidelity(
     name: str | None = None,
     out: Path | None = None,
     batch: int = 1,
+    reference: Callable[[Tensor], Tensor] | None = None,
     progress: Progress = silent,
 ) -> list[Record]:
     """Score contestants against the dense cache on the same windows.
@@ -116,6 +117,8 @@ def fidelity(
             had.
         batch: windows in one forward pass: as many as a GPU has room for take little more time than
             one.
+        reference: gives the dense cache's logits of windows `[batch, tokens]`, from whoever has kept them; by default
+            they are computed.
         progress: told before every piece of work.
 
     Returns:
@@ -137,7 +140,7 @@ def fidelity(
     check_model(model)
     check_windows(model, windows, contestants, protocol)
     ledger = open_pieces(out, model)
-    scored = score_windows(model, windows, contestants, protocol, ledger, progress, batch)
+    scored = score_windows(model, windows, contestants, protocol, ledger, progress, batch, reference=reference)
     context = {
         **surroundings(model, name),
         "text": {"names": list(texts), "sha256": tokens_hash(windows)},
@@ -160,6 +163,7 @@ def score_windows(
     batch: int = 1,
     kind: str = "fidelity_piece",
     kept: Callable[[Record], Record] = dict,
+    reference: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[Record]]:
     """Score every (contestant, window) that the ledger does not have yet, `batch` windows at a time.
 
@@ -173,6 +177,7 @@ def score_windows(
         batch: windows in one forward pass.
         kind: of the pieces in the ledger.
         kept: what the ledger keeps of a piece, by default all of it.
+        reference: gives the dense cache's logits of windows; by default they are computed.
 
     Returns:
         For each contestant what is kept of the pieces of all windows, in order. A piece has packed token scores,
@@ -183,13 +188,14 @@ def score_windows(
         [fingerprint({**shared, **contestant.identity, "window": tokens_hash(window)}) for window in windows]
         for contestant in contestants
     ]
+    logits_of_rows = reference or partial(dense_logits, model, protocol=protocol)
     done, total = 0, windows.shape[0] * len(contestants)
     for first, rows in zip(range(0, len(windows), batch), windows.to(model.device).split(batch), strict=True):
-        reference = lru_cache(maxsize=1)(partial(dense_logits, model, rows, protocol))
+        dense = lru_cache(maxsize=1)(partial(logits_of_rows, rows))
         for contestant, own in zip(contestants, keys, strict=True):
             progress(f"window {first + 1}, {contestant.name}", done, total)
             wanted = own[first : first + len(rows)]
-            ledger.fill(kind, wanted, partial(_kept_scores, model, rows, contestant, reference, protocol, kept))
+            ledger.fill(kind, wanted, partial(_kept_scores, model, rows, contestant, dense, protocol, kept))
             done += len(rows)
     progress("scored", done, total)
     return [[ledger[key] for key in own] for own in keys]
