@@ -22,7 +22,7 @@ from kvloom._ledger import Record, fingerprint
 from kvloom.errors import DataError
 from kvloom.evaluate._asking import ask
 from kvloom.evaluate._contestants import Contestant, check_names
-from kvloom.evaluate._context import Progress, check_model, silent, surroundings
+from kvloom.evaluate._context import Progress, check_model, reads_at_most, silent, surroundings
 from kvloom.evaluate._live import fullest
 from kvloom.evaluate._mean_score import mean_score
 from kvloom.evaluate._records import open_pieces, write_results
@@ -163,12 +163,13 @@ def needle(
         the fullest cache.
 
     Raises:
-        DataError: see `needle_prompt`; or a length does not fit a contestant.
+        DataError: see `needle_prompt`; or a length does not fit a contestant or the model.
         ModelError: the model is in training mode.
     """
     cases = needle_cases() if cases is None else cases
     check_names(contestants)
     check_model(model)
+    _check_lengths(model, cases)
     prompts: list[list[int]] = [needle_prompt(tokenizer, haystack, case)[0].tolist() for case in cases]
 
     def tell(place: int, contestant: Contestant, done: int, total: int) -> None:
@@ -191,6 +192,14 @@ def needle(
     ]
     write_results(out, records, model)
     return records
+
+
+def _check_lengths(model: PreTrainedModel, cases: Sequence[NeedleCase]) -> None:
+    longest, reads = max(case.tokens for case in cases) + NEW_TOKENS, reads_at_most(model)
+    if reads and longest > reads:
+        raise DataError(
+            f"needle takes {longest} tokens of prompt and answer, and the model reads {reads}: give smaller lengths."
+        )
 
 
 def _record(contestant: Contestant, cases: Sequence[NeedleCase], answers: Sequence[Record], where: Record) -> Record:

@@ -44,6 +44,11 @@ def build_needles(records: Sequence[Record]) -> list[NeedleGrid]:
     return [_grid(record) for record in sorted(latest.values(), key=config_order)]
 
 
+def needle_lengths(record: Record) -> list[float]:
+    """The lengths of a record's prompts, in order."""
+    return sorted({tokens for case in _cases(record) if (tokens := number(case.get("tokens"))) is not None})
+
+
 def _grid(record: Record) -> NeedleGrid:
     cases: dict[tuple[float, float], list[bool]] = {}
     for case in _cases(record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvloom.report._format import DASH, format_bits, format_count, format_interval, format_share
+from kvloom.report._needle import needle_lengths
 from kvloom.report._records import Record
 from kvloom.report._values import Interval, number
 
@@ -27,7 +28,7 @@ def render_tasks(records: Sequence[Record]) -> str:
 def _line(record: Record) -> tuple[str, ...]:
     return (
         str(record.get("task", record["kind"])),
-        format_count(number(record.get("length"))),
+        _tokens(record),
         str(record["name"]),
         format_bits(number(record.get("true_bits"))),
         format_interval(Interval.of(record["score"]), format_share),
@@ -35,3 +36,11 @@ def _line(record: Record) -> tuple[str, ...]:
         format_count(number(record.get("total"))),
         str(record.get("prefill", DASH)),
     )
+
+
+def _tokens(record: Record) -> str:
+    """The length of a task, or the least and the greatest one of needles."""
+    lengths = needle_lengths(record) if record["kind"] == "needle" else []
+    if not lengths:
+        return format_count(number(record.get("length")))
+    return " to ".join(map(format_count, sorted({lengths[0], lengths[-1]})))

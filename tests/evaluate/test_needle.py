@@ -108,3 +108,10 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert resumed[0]["cases"] == whole[0]["cases"]
     assert json.loads(out.read_text()) == resumed[0]
     assert all(0 <= token < VOCABULARY for token in text_of(needle_prompt(Letters(), HAYSTACK, cases[0])))
+
+
+def test_needles_longer_than_the_model_reads_are_refused():
+    model = tiny_model()
+    case = NeedleCase(model.config.max_position_embeddings - 15, 0.5, 0)
+    with pytest.raises(DataError, match="needle takes 1025 tokens of prompt and answer, and the model reads 1024"):
+        needle(model, Letters(), HAYSTACK, [dense_contestant(model)], cases=[case])

@@ -95,3 +95,12 @@ def test_task_scores_have_a_line_each() -> None:
     assert rule.startswith("-" * len("ruler/vt") + "  ")
     assert heading.startswith("Task      Tokens")
     assert lines[1].startswith("needle")
+
+
+def test_needles_of_different_lengths_are_told_apart() -> None:
+    def needle(*lengths: object) -> Record:
+        cases = [{"tokens": tokens, "depth": 0.5, "found": True} for tokens in lengths]
+        return {"kind": "needle", "name": "dense", "cases": cases, "score": 1.0}
+
+    lines = render_text([needle(4096, 1024, 2048), needle(8000), needle(None)]).splitlines()[2:]
+    assert [re.split(r" {2,}", line)[1] for line in lines] == ["1,024 to 4,096", "8,000", "–"]
