@@ -103,7 +103,7 @@ def check_budget(budget: Budget | None, method: str) -> Budget:
         PlanError: there is none.
     """
     if budget is None:
-        raise PlanError(f"budget is missing: method {method!r} needs one, such as Budget.bits(3, 2048)")
+        raise PlanError(f"budget is missing: method {method!r} needs one, such as --bits 3 or Budget.bits(3, 2048)")
     return budget
 
 

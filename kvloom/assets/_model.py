@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""Names of the weights' dtypes; auto is the checkpoint's own."""
+
 
 def load_model(
     name_or_path: str | Path = MODEL_NAME,
@@ -35,18 +38,32 @@ def load_model(
 
     Raises:
         DataError: the packaged model has not been fetched.
-        ModelError: there is no such folder or hub id, it is not a causal language model, or it cannot be split; or a
-            device is given for all processes.
+        ModelError: there is no such folder or hub id, it is not a causal language model, or it cannot be split; a
+            device is given for all processes, or is not here; or the dtype is not known.
     """
     import torch
 
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not known: give one of {', '.join(_DTYPES)}.")
     if sharded and started_processes() > 1:
         kind = shared_device(device)
         return _load(_source(name_or_path), dtype or _usual_dtype(kind), None)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = _present(device)
     return _load(_source(name_or_path), dtype or _usual_dtype(device.type), device)
+
+
+def _present(device: torch.device | str) -> torch.device:
+    """A device that can hold a tensor."""
+    import torch
+
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one error for it
+        raise ModelError(
+            f"device {str(device)!r} is not here ({_first_sentence(error)}): give cpu, cuda or cuda:1."
+        ) from None
 
 
 def _usual_dtype(device_type: str) -> torch.dtype | str:

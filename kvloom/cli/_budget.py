@@ -43,7 +43,7 @@ def budget_of(
     if bytes_per_token is not None:
         return Budget.bytes_per_token(bytes_per_token, tokens, dtype)
     if memory is not None:
-        return Budget.memory(memory, batch or 1, tokens, dtype)
+        return Budget.memory(memory, 1 if batch is None else batch, tokens, dtype)
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, progress
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, output_file, progress
 
 
 def calibrate(
@@ -30,6 +30,7 @@ def calibrate(
     import kvloom
 
     wanted = kvloom.Plan.load(plan)
+    output_file(output)
     loaded, prompts_of, names = calibration(model, text, seed, device, dtype)
     with progress() as update:
         made = kvloom.calibrate(

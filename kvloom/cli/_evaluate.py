@@ -7,12 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, Window, err, load, progress, without_bars
+from kvloom.cli._terminal import (
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    Texts,
+    Window,
+    config_of,
+    err,
+    load,
+    named_plans,
+    output_file,
+    progress,
+    without_bars,
+)
 
 if TYPE_CHECKING:
     from kvloom import Plan
 
-Plans = Annotated[list[Path], typer.Option(help="A kv_plan.json; give it again for more.")]
+Plans = Annotated[
+    list[str], typer.Option(help="A kv_plan.json or a preset such as kvloom/K4V4; give it again for more.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Results, in JSON lines.")]
 Limit = Annotated[int | None, typer.Option(help="At most so many cases of each task.")]
 Prefill = Annotated[
@@ -60,7 +76,8 @@ def evaluate(
         seed=seed,
     )
     chosen = choose(_names(tasks), settings)
-    plans = _plans(plan)
+    plans = named_plans(plan, config_of(model, None))
+    output_file(output)
     for note in chosen.notes:
         err.print(note)
     loaded, tokenizer = load(model, device, dtype, sharded=True)
@@ -88,7 +105,8 @@ def lm_eval(
     from kvloom.integrations.lm_eval import harness
     from kvloom.report import render_text
 
-    plans = _plans(plan)
+    plans = named_plans(plan, config_of(model, None))
+    output_file(output)
     loaded, tokenizer = load(model, device, dtype)
     with progress() as update:
         records = harness(
@@ -110,24 +128,17 @@ def _names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",")]
 
 
-def _plans(paths: list[Path]) -> list[tuple[str, Plan]]:
-    """The plans of files, each with its file's name."""
-    from kvloom import Plan
-
-    return [(path.stem, Plan.load(path)) for path in paths]
-
-
-def _contestants(plans: list[tuple[str, Plan]], model: Any, prefill: str) -> list[Any]:
+def _contestants(plans: dict[str, Plan], model: Any, prefill: str) -> list[Any]:
     """The uncompressed cache and every plan's."""
     from kvloom.evaluate import dense_contestant, plan_contestant, plan_method, shared_prefill
 
     wanted: Any = None if prefill == "plan" else prefill
-    mode = shared_prefill((it for _, it in plans), wanted)
+    mode = shared_prefill(plans.values(), wanted)
     if mode != wanted:
         err.print(
             "A plan evicts, which chooses among tokens read exactly: all plans read prompts so (--prefill exact)."
         )
-    packed = [plan_contestant(it, model, name=name, method=plan_method(it), prefill=mode) for name, it in plans]
+    packed = [plan_contestant(it, model, name=name, method=plan_method(it), prefill=mode) for name, it in plans.items()]
     return [dense_contestant(model), *packed]
 
 

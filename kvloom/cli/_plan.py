@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of, constraints_of
-from kvloom.cli._terminal import AtOnce, Device, Seed, Texts, Window, Windows, err, meter
+from kvloom.cli._terminal import AtOnce, Device, Seed, Texts, Window, Windows, err, meter, output_file
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def plan(
     if front:
         _write_front(curve, front)
         return
+    output_file(output)
     if max_kld is not None and model:
         about = f"{windows} windows of {window} tokens of {', '.join(text or ['the evaluation essays'])}, {model}"
         made = _smallest(curve, max_kld, meter(model, windows, window, at_once, text, seed, device), about)
@@ -147,6 +148,7 @@ def convert(
     from kvloom.assets import load_config
 
     shape = load_config(model)
+    output_file(target)
     notes = kvloom.plan.convert(
         source, target, shape, source_format=source_format, target_format=target_format, substitute=substitute
     )

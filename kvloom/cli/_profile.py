@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, progress
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, output_file, progress
 
 if TYPE_CHECKING:
     from kvloom.plan import Evict
@@ -49,6 +49,7 @@ def profile(
     )
 
     candidates = _candidates(evict)
+    output_file(output)
     loaded, prompts_of, names = calibration(model, text, seed, device, dtype)
     keys, values = default_specs(Fingerprint.of(loaded).head_dim)
     if rotated:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvloom.cli._budget import Tokens
-from kvloom.cli._terminal import err, without_bars
+from kvloom.cli._terminal import err, output_file, without_bars
 from kvloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def report(
     if model and not profile:
         raise DataError("--model is that of --profile: give both, or neither.")
     records = load_records(runs)
+    output_file(output)
     if profile:
         records.append(_front(profile, model, "8K", "bfloat16", by_head=False))
     pictures = save_pictures(records, png) if png else []
@@ -61,6 +62,7 @@ def explore(
     """Write a page with a memory budget to drag and the best plan of it: bits, predicted loss, contexts that fit."""
     from kvloom.report import render_html
 
+    output_file(output)
     record = _front(profile, model, tokens, dtype, by_head=by_head)
     output.write_text(render_html([record], title), encoding="utf-8")
     typer.echo(f"wrote {output} with {len(record['plans'])} plans")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvloom.cli._terminal import Device, Dtype, Model, err, load
+from kvloom.cli._terminal import Device, Dtype, Model, config_of, err, load
+from kvloom.errors import DataError
 
 if TYPE_CHECKING:
     from kvloom import Plan
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
-    plan: Annotated[Path | None, typer.Option(help="A kv_plan.json; the uncompressed cache without it.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="A kv_plan.json, or a preset such as kvloom/K4V4; the uncompressed cache without it."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     growing: Annotated[
         bool, typer.Option("--growing", help="A growing cache also on a GPU, where its size is fixed by default.")
@@ -32,13 +35,16 @@ def generate(
     """Generate text through the packed cache, greedily; on a GPU every step is one replayed graph."""
     from transformers import TextStreamer
 
-    from kvloom import Plan, decode_loop
+    from kvloom import decode_loop
     from kvloom.bench import StepTimes
     from kvloom.generation import serves
+    from kvloom.plan import find_plan
 
-    wanted = Plan.load(plan) if plan else None
+    wanted = find_plan(plan, config_of(model, None))[1] if plan else None
     loaded, tokenizer = load(model, device, dtype, sharded=True)
     inputs = _inputs(tokenizer, prompt, raw).to(loaded.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise DataError("--prompt has no tokens: give a text.")
     fixed = loaded.device.type == "cuda" and not growing
     cache = _cache(wanted, loaded, inputs.input_ids.shape[1] + max_new_tokens if fixed else None)
     times = StepTimes(loaded.device)

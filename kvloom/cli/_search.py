@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of
-from kvloom.cli._terminal import AtOnce, Device, Model, Texts, Window, Windows, err, meter
+from kvloom.cli._terminal import AtOnce, Device, Model, Texts, Window, Windows, err, meter, output_file
 from kvloom.errors import PlanError
 
 
@@ -41,6 +41,7 @@ def search(
     if budget is None:
         raise PlanError("budget is missing: give --bits, --bytes-per-token or --memory")
     measured = Profile.load(profile)
+    output_file(output)
     measure = meter(model, windows, window, at_once, text, 0, device)
     objective = Objective(
         f"KLD of {model} on {windows} windows of {window} tokens of {text or 'the evaluation essays'}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +15,7 @@ from rich.table import Table as Drawn
 from rich.text import Text
 
 from kvloom.cli._processes import speaks
-from kvloom.errors import ModelError, PlanError
+from kvloom.errors import DataError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +57,19 @@ def without_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def output_file(path: Path) -> None:
+    """Make the folder of an output before any work that would be lost if it could not be written.
+
+    Raises:
+        DataError: the output is a folder, or cannot be written.
+    """
+    if path.is_dir():
+        raise DataError(f"the output {path} is a folder: name a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise DataError(f"the output {path} cannot be written: name a file in a folder of yours.")
 
 
 def load(model: str, device: Any, dtype: Any, *, sharded: bool = False) -> tuple[Any, Any]:

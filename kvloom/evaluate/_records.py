@@ -18,8 +18,10 @@ def open_pieces(out: Path | None, model: PreTrainedModel) -> Ledger:
     """The finished pieces of a results file. Of processes that share a model all read them, and the first one writes.
 
     Raises:
-        DataError: the file of pieces is no ledger.
+        DataError: the file of pieces is no ledger, or the results file exists and is not JSON lines.
     """
+    if out:
+        _read(out)
     path = pieces_path(out) if out else None
     if path is None or leads(model):
         return Ledger(path)
@@ -40,11 +42,15 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     Raises:
         DataError: the file exists and is not JSON lines.
     """
-    kept = list(parse_lines(path, path.read_text(encoding="utf-8"))) if path.exists() else []
-    merged = {(record.get("kind"), record.get("id", n)): record for n, record in enumerate(kept)}
+    merged = {(record.get("kind"), record.get("id", n)): record for n, record in enumerate(_read(path))}
     merged |= {(record["kind"], record["id"]): record for record in records}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     lines = [json.dumps(record) + "\n" for record in merged.values()]
     partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(path)
+
+
+def _read(path: Path) -> list[Record]:
+    """The records of a results file; none if it is not there."""
+    return list(parse_lines(path, path.read_text(encoding="utf-8"))) if path.exists() else []

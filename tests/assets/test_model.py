@@ -94,3 +94,17 @@ def test_a_configuration_loads_without_its_weights(tiny: Path, tmp_path: Path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelError, match=r"configuration of .* cannot be loaded"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"dtype": "fp16"}, "dtype 'fp16' is not known: give one of float32, bfloat16, float16"),
+        ({"device": "gpu"}, "device 'gpu' is not here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not here"),
+    ],
+)
+def test_an_unknown_dtype_or_device_is_one_sentence(tiny: Path, words: dict[str, str], message: str):
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(tiny, **words)
+    assert "\n" not in str(caught.value)

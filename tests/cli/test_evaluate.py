@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvloom import Plan, _extras
+from kvloom.assets import load_config
 from kvloom.plan import Evict
 from kvloom.report import load_records
 from tests.evaluate.tasks.data import longbench_row, write_gsm8k, write_rows
@@ -120,3 +121,35 @@ def test_lm_eval_runs_local_tasks(kvloom, folder: Path, tmp_path: Path):
         ("lm-eval/sums", "k2"),
     ]
     assert "lm-eval/sums" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "--plan", "kvloom/K4V4", "-o", "{tmp}"], "is a folder: name a file"),
+        (["eval", "--plan", "kvloom/K4V4", "-o", "{tmp}/other.json"], "line 1 is not a JSON object"),
+        (["eval", "--plan", "kvloom/K4V4", "--tasks", "ruler/niah"], "'ruler/niah' is not known: choose among ruler/"),
+        (["eval", "--plan", "kvloom/K4V4", "--dtype", "fp16"], "dtype 'fp16' is not known"),
+        (["calibrate", "--plan", "{tmp}/plan.json", "-o", "{tmp}"], "is a folder: name a file"),
+        (["generate", "--prompt", "", "--raw"], "--prompt has no tokens: give a text"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(kvloom, folder: Path, tmp_path: Path, words: list[str], message: str):
+    (tmp_path / "other.json").write_text("{\n}\n")
+    Plan.uniform(load_config(folder / "tiny"), 4, 4).save(tmp_path / "plan.json")
+    command, *options = (word.format(tmp=tmp_path) for word in words)
+    done = kvloom(command, folder / "tiny", *options)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert not list(tmp_path.glob("*.pieces"))
+
+
+def test_presets_are_scored_and_generate_as_files_do(kvloom, folder: Path, tmp_path: Path):
+    out = tmp_path / "runs" / "eval.jsonl"
+    words = ["--tasks", "memory", "--plan", "kvloom/K4V4", "-o", out]
+    done = kvloom("eval", folder / "tiny", *words)
+    assert done.exit_code == 0, done.output
+    assert {record["name"] for record in load_records(out)} == {"dense", "kvloom/K4V4"}
+    done = kvloom("generate", folder / "tiny", "--plan", "kvloom/K4V4", "--prompt", "abc", "--max-new-tokens", "2")
+    assert done.exit_code == 0, done.output
+    assert "true bits" in done.stderr

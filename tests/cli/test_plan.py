@@ -102,6 +102,8 @@ def test_kvmix_needs_no_budget(kvloom, profile: Path, target: Path):
         (["--bits", "4", "--batch", "2"], "--batch goes with --memory"),
         (["--bits", "0.5"], "budget"),
         ([], "budget"),
+        (["--memory", "1GiB", "--batch", "0"], "budget.batch is 0"),
+        (["--bits", "4", "--dtype", "fp16"], "dtype 'fp16' is not known: give one of float64, float32"),
         (["--bits", "4", "--method", "magic"], "'magic' is unknown"),
         (["--memory", "6G"], "6GiB"),
     ],
@@ -298,3 +300,9 @@ def test_search_measures_and_can_go_on(kvloom, profile: Path, target: Path, tmp_
     assert len(measured) <= 40
     assert (tmp_path / "front" / "front.json").exists()
     assert "budget is missing" in kvloom("search", "some-model", profile).stderr
+
+
+def test_a_folder_of_an_output_is_made(kvloom, profile: Path, tmp_path: Path):
+    target = tmp_path / "plans" / "3.json"
+    assert kvloom("plan", profile, "--bits", "4", "-o", target).exit_code == 0
+    assert Plan.load(target).true_bits(8192) <= 4

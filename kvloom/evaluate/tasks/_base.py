@@ -110,7 +110,7 @@ def choose(names: Iterable[str], settings: Settings) -> Chosen:
 def _group(name: str, settings: Settings) -> tuple[list[Task], Mapping[str, Exception]]:
     members = [member for member in task_names() if member.startswith(f"{name}/")]
     if not members:
-        raise DataError(f"The task {name!r} is not known: choose among {', '.join(_shown())}.")
+        raise DataError(f"The task {name!r} is not known: choose among {', '.join(_shown(name))}.")
     made: list[Task] = []
     missing: dict[str, Exception] = {}
     for member in members:
@@ -123,6 +123,7 @@ def _group(name: str, settings: Settings) -> tuple[list[Task], Mapping[str, Exce
     return made, missing
 
 
-def _shown() -> list[str]:
-    """Tasks and groups, a group in place of its members."""
-    return list(dict.fromkeys(name.partition("/")[0] for name in task_names()))
+def _shown(unknown: str) -> list[str]:
+    """Tasks and groups, a group in place of its members; but the members of the group that is named."""
+    members = [name for name in task_names() if name.startswith(f"{unknown.partition('/')[0]}/")]
+    return members or list(dict.fromkeys(name.partition("/")[0] for name in task_names()))
