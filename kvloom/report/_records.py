@@ -30,11 +30,15 @@ def load_records(source: str | Path) -> list[Record]:
 
     Raises:
         DataError: The path does not exist, a file is not one of kvloom's result files, or no
-            record was found.
+            record of a kind that this version knows was found.
     """
     records = [record for file in _result_files(Path(source)) for record in _read_file(file)]
     if not records:
         raise DataError(f"{source} holds no result records; write some with `kvloom eval` first.")
+    if not any(record["kind"] in KINDS for record in records):
+        raise DataError(
+            f"{source} holds no record whose `kind` is one of {', '.join(KINDS)}; name results written by kvloom."
+        )
     return records
 
 
@@ -64,10 +68,6 @@ def _read_file(file: Path) -> list[Record]:
                 f"{file}, line {number} is not JSON; name a results file written by kvloom, or delete that line."
             ) from error
         records.append(_checked(record, file, number))
-    if records and not any(record["kind"] in KINDS for record in records):
-        raise DataError(
-            f"{file} holds no record whose `kind` is one of {', '.join(KINDS)}; name a results file written by kvloom."
-        )
     return records
 
 

@@ -44,6 +44,12 @@ def test_a_last_record_cut_short_is_skipped_with_a_warning(tmp_path: Path, keep:
         assert load_records(file) == [DENSE]
 
 
+def test_a_folder_may_have_files_of_unknown_kinds_beside_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text(json.dumps(DENSE))
+    (tmp_path / "serve.jsonl").write_text('{"kind": "serve", "name": "fp16"}\n')
+    assert [record["kind"] for record in load_records(tmp_path)] == ["fidelity", "serve"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
