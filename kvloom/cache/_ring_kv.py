@@ -21,6 +21,11 @@ class RingKV:
     value: torch.Tensor
     level: torch.Tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the tokens."""
+        return self.key.device
+
     def mask_of(self, mask: torch.Tensor | None) -> torch.Tensor:
         """The part of a mask by place that is about the slots; slots without a token are hidden.
 

@@ -63,48 +63,47 @@ def decode_loop(
     """
     _check_request(generation_config, inputs)
     cache = _checked(inputs.get("past_key_values"))
-    with torch.cuda.device_of(input_ids):  # graphs and events are the current device's
-        if token_streamer is not None:
-            token_streamer.put(input_ids.cpu())
-        held = int(cache.get_seq_length())
-        prompt, limit = Prompt.of(input_ids, inputs.get("attention_mask"), held), int(generation_config.max_length)
-        batch, length = input_ids.shape
-        cache.check(room_for=prompt.new.shape[1] + max(0, limit - length - 1))
-        options = {"logits_to_keep": 1} if inputs.get("logits_to_keep") else {}
-        logits = prompt.read(model, cache, generation_config.prefill_chunk_size, options)
-        held = prompt.tokens
-        ids = input_ids.new_full((batch, max(limit, length + 1)), _pad_token(generation_config))
-        pad = ids[0, -1].clone()
-        ids[:, :length] = input_ids
-        unfinished = torch.ones(batch, dtype=torch.bool, device=ids.device)
-        told, mirror, step = Told(generation_config), Mirror(ids.device, batch), None
-        while True:
-            told.add_logits(logits)
-            scores = cast(Any, logits_processor)(ids[:, :length], logits)
-            told.add_scores(scores)
-            chosen = torch.where(unfinished, _chosen(scores, bool(generation_config.do_sample)), pad)
-            ids[:, length] = chosen
-            length += 1
-            unfinished = unfinished & ~stopping_criteria(ids[:, :length], told.scores)
-            mirror.take(chosen, unfinished)
-            is_last = length >= limit
-            # What cannot be taken back exactly has to be wanted: the host waits before such a step.
-            waits = is_last or not _undoes_step(cache, held)
-            if (waits and not mirror.show(token_streamer)) or is_last:
-                break
-            if step is None:
-                step = step_of(model, cache, ~prompt.mask, logits, _compiles(model, generation_config))
-                step.position.copy_(prompt.next_position())
-            step.token.copy_(chosen[:, None])
-            step(cache)
-            logits, held = step.scores, held + 1
-            if not waits and not mirror.show(token_streamer):
-                cache.crop(-1)
-                break
-        if token_streamer is not None:
-            token_streamer.end()
-        cache.check()
-        return told.output(ids[:, :length].clone(), cache)
+    if token_streamer is not None:
+        token_streamer.put(input_ids.cpu())
+    held = int(cache.get_seq_length())
+    prompt, limit = Prompt.of(input_ids, inputs.get("attention_mask"), held), int(generation_config.max_length)
+    batch, length = input_ids.shape
+    cache.check(room_for=prompt.new.shape[1] + max(0, limit - length - 1))
+    options = {"logits_to_keep": 1} if inputs.get("logits_to_keep") else {}
+    logits = prompt.read(model, cache, generation_config.prefill_chunk_size, options)
+    held = prompt.tokens
+    ids = input_ids.new_full((batch, max(limit, length + 1)), _pad_token(generation_config))
+    pad = ids[0, -1].clone()
+    ids[:, :length] = input_ids
+    unfinished = torch.ones(batch, dtype=torch.bool, device=ids.device)
+    told, mirror, step = Told(generation_config), Mirror(ids.device, batch), None
+    while True:
+        told.add_logits(logits)
+        scores = cast(Any, logits_processor)(ids[:, :length], logits)
+        told.add_scores(scores)
+        chosen = torch.where(unfinished, _chosen(scores, bool(generation_config.do_sample)), pad)
+        ids[:, length] = chosen
+        length += 1
+        unfinished = unfinished & ~stopping_criteria(ids[:, :length], told.scores)
+        mirror.take(chosen, unfinished)
+        is_last = length >= limit
+        # What cannot be taken back exactly has to be wanted: the host waits before such a step.
+        waits = is_last or not _undoes_step(cache, held)
+        if (waits and not mirror.show(token_streamer)) or is_last:
+            break
+        if step is None:
+            step = step_of(model, cache, ~prompt.mask, logits, _compiles(model, generation_config))
+            step.position.copy_(prompt.next_position())
+        step.token.copy_(chosen[:, None])
+        step(cache)
+        logits, held = step.scores, held + 1
+        if not waits and not mirror.show(token_streamer):
+            cache.crop(-1)
+            break
+    if token_streamer is not None:
+        token_streamer.end()
+    cache.check()
+    return told.output(ids[:, :length].clone(), cache)
 
 
 def serves(cache: object) -> TypeGuard[LoomCache]:

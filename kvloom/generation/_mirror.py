@@ -35,7 +35,7 @@ class Mirror:
         self._tokens.copy_(tokens, non_blocking=True)
         self._goes_on.copy_(unfinished.any(), non_blocking=True)
         if self._taken is not None:
-            self._taken.record()
+            self._taken.record(torch.cuda.current_stream(tokens.device))
 
     def show(self, streamer: BaseStreamer | None) -> bool:
         """Wait for the copies and stream the tokens; whether a sequence is unfinished."""

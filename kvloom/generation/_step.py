@@ -89,11 +89,12 @@ class Step:
 
     def __call__(self, cache: LoomCache) -> None:
         """Read `token` at `position`, append it to the cache, and set `scores`."""
-        if self._waits or cache.waits_at(self._tokens):
-            self._run(cache)
-        else:
-            with nullcontext() if cache.is_graph_safe else kernels.between_pages():
-                self._replay(cache)
+        with torch.cuda.device_of(self.token):  # graphs are of the current device
+            if self._waits or cache.waits_at(self._tokens):
+                self._run(cache)
+            else:
+                with nullcontext() if cache.is_graph_safe else kernels.between_pages():
+                    self._replay(cache)
         self._tokens += 1
 
     def _replay(self, cache: LoomCache) -> None:

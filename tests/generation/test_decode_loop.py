@@ -180,7 +180,7 @@ def test_stopping_criteria(model, plan):
 
 
 def test_steps_are_of_the_device_of_the_tokens(model, plan, monkeypatch):
-    """Graphs, streams and events are of the device that is current, which need not be the model's."""
+    """Graphs are of the device that is current, which need not be the model's."""
     chosen, seen = [], []
 
     @contextmanager
@@ -189,9 +189,9 @@ def test_steps_are_of_the_device_of_the_tokens(model, plan, monkeypatch):
         yield
         chosen.pop()
 
-    run = _step.Step.__call__
+    run = _step.Step._run
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(_step.Step, "__call__", lambda *args: (seen.append(list(chosen)), run(*args))[1])
+    monkeypatch.setattr(_step.Step, "_run", lambda *args: (seen.append(list(chosen)), run(*args))[1])
     tiny.greedy(model, tiny.prompt(20), LoomCache(plan, model, max_tokens=ROOM), 4, custom_generate=decode_loop)
     assert seen == [[torch.device("cpu")]] * 3
     assert not chosen
