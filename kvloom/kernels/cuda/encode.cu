@@ -413,26 +413,26 @@ template <class S> struct ClipSearch {
             attempt(moves_low ? __fadd_rn(low, cut) : best_low, moves_high ? __fsub_rn(high, cut) : best_high);
         }
     }
+    // The line of least squares through the elements over their codes is the grid's and that of what the grid leaves of them:
+    // sums of codes are exact in fp32, and those of what is left need not be, as it is small.
     __device__ __forceinline__ void refit() {
         const Grid grid = best.grid();
-        double sum_x = 0, sum_code = 0, products = 0, squares = 0;
+        float codes = 0.f, squares = 0.f, offs = 0.f, products = 0.f;
 #pragma unroll
         for (int i = 0; i < Team<S>::OWN; i++) {
-            sum_x += team.x[i];
-            sum_code += (double)(code<S>(team.x[i], grid) & 0xff);
+            const float own = __fsub_rn(__uint_as_float(code<S>(team.x[i], grid)), ROUND);
+            const float off = __fmaf_rn(own, -grid.scale, __fsub_rn(team.x[i], grid.zero));
+            codes += own;
+            squares = __fmaf_rn(own, own, squares);
+            offs += off;
+            products = __fmaf_rn(off, own, products);
         }
-        const double mean_x = S::SYMMETRIC ? 0.0 : Team<S>::sum(sum_x) / S::GROUP;
-        const double mean_code = S::SYMMETRIC ? 0.5 * S::LEVELS : Team<S>::sum(sum_code) / S::GROUP;
-#pragma unroll
-        for (int i = 0; i < Team<S>::OWN; i++) {
-            const double off = (double)(code<S>(team.x[i], grid) & 0xff) - mean_code;
-            products += (team.x[i] - mean_x) * off;
-            squares += off * off;
-        }
-        products = Team<S>::sum(products);
-        squares = Team<S>::sum(squares);
-        const double slope = products / (squares > 0 ? squares : 1.0), start = mean_x - slope * mean_code;
-        const float most = __fmul_rn((float)LARGEST, spread), end = (float)(start + slope * S::LEVELS);
+        const double sum = Team<S>::sum(codes), left = Team<S>::sum(offs), about = S::SYMMETRIC ? 0.5 * S::LEVELS : sum / S::GROUP;
+        const double product = Team<S>::sum(products) - about * left;
+        const double square = Team<S>::sum(squares) - about * (2 * sum - S::GROUP * about);
+        const double more = square > 0 ? __fdividef(product, square) : -grid.scale;  // than the grid's slope
+        const double start = grid.zero + (S::SYMMETRIC ? 0.0 : left / S::GROUP) - more * about;
+        const float most = __fmul_rn((float)LARGEST, spread), end = (float)(start + (grid.scale + more) * S::LEVELS);
         attempt(fminf(fmaxf((float)start, low), __fadd_rn(low, most)), fminf(fmaxf(end, __fsub_rn(high, most)), high));
     }
     __device__ __forceinline__ void run() {
