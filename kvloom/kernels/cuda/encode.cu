@@ -321,16 +321,18 @@ template <class S> __device__ __forceinline__ bool quantise_per_token(const ELEM
     return is_bad;
 }
 
-// Lanes that share a group, as many as leave each 16 elements: what a lane does for each grid is shared by them.
-__host__ __device__ constexpr int team_lanes(int group) {
+// Lanes that share a group: as few as leave each at most `most` elements.
+__host__ __device__ constexpr int team_lanes(int group, int most) {
     int lanes = 1;
-    while (group % (2 * lanes) == 0 && group / (2 * lanes) >= 16) lanes *= 2;
+    while (lanes * most < group && group % (2 * lanes) == 0) lanes *= 2;
     return lanes;
 }
 
 // A group in the registers of its lanes. In per_channel groups neighbouring lanes have neighbouring channels, else elements.
+// What a lane does once for each of many grids is little beside 64 elements; Lloyd-Max has two grids, and much to unroll.
 template <class S> struct Team {
-    static constexpr int LANES = team_lanes(S::GROUP), OWN = S::GROUP / LANES, TEAMS = 32 / LANES, STEP = S::PER_CHANNEL ? TEAMS : 1;
+    static constexpr int LANES = team_lanes(S::GROUP, S::CODEC == CLIPPED ? 64 : 31), OWN = S::GROUP / LANES;
+    static constexpr int TEAMS = 32 / LANES, STEP = S::PER_CHANNEL ? TEAMS : 1;
     float x[OWN];
 
     template <class T, class F> static __device__ __forceinline__ T reduced(T own, F join) {
@@ -361,18 +363,16 @@ __device__ __forceinline__ __half half_near(double x) { return __double2half(fmi
 template <class S> struct ClipSearch {
     const Team<S>& team;
     float low, high, spread;  // of the whole range
-    float best_low, best_high, error;
+    float best_low, best_high, error;  // of the best grid so far
     Params<S> best;
 
-    static constexpr int PLACES = 8;
+    static constexpr int PLACES = 8, TURNS = S::SYMMETRIC ? 1 : 3, REFITS = 2;
     static constexpr double LARGEST = 1.0 / S::LEVELS < 0.35 ? 1.0 / S::LEVELS : 0.35;
 
     __device__ __forceinline__ ClipSearch(const Team<S>& team, float least, float most)
         : team(team), low(S::SYMMETRIC ? -fmaxf(fabsf(least), fabsf(most)) : least),
           high(S::SYMMETRIC ? fmaxf(fabsf(least), fabsf(most)) : most), spread(high - low), best_low(low), best_high(high),
-          best(low, high) {
-        error = squared_error(best);
-    }
+          error(3.4e38f), best(low, high) {}
     // Six instructions an element. Quotients miss 2^-21 of their size, which matters only half-way between two codes, where both
     // have the same error. Elements' distances from zero miss 2^-24 of theirs, a sum of 64 squares 64 * 2^-24 of its own.
     __device__ __forceinline__ float squared_error(const Params<S>& params) const {
@@ -388,15 +388,17 @@ template <class S> struct ClipSearch {
         }
         return Team<S>::sum(own);
     }
-    __device__ __forceinline__ void attempt(float from, float to) {
+    __device__ __forceinline__ bool attempt(float from, float to) {
         const Params<S> params(from, to);
         const float own = squared_error(params);
-        if (own < error) {
+        const bool is_better = own < error;
+        if (is_better) {
             error = own;
             best = params;
             best_low = from;
             best_high = to;
         }
+        return is_better;
     }
     // Shares of the range to cut off, as constants: divided in fp64 for every grid, they take an eighth of the search.
     __host__ __device__ static constexpr float share(int place) { return (float)(LARGEST * place / (PLACES - 1)); }
@@ -406,11 +408,16 @@ template <class S> struct ClipSearch {
         const float more = place & 1 ? (place & 2 ? S7 : S5) : (place & 2 ? S6 : S4);
         return place & 4 ? more : few;
     }
-    __device__ __forceinline__ void move(bool moves_low, bool moves_high, int first) {
+    // Every place of the ends that move in this turn but the one where they are; in the first turn that one, too.
+    __device__ __forceinline__ void move(int turn, int& low_place) {
+        const bool moves_low = S::SYMMETRIC || turn != 1, moves_high = S::SYMMETRIC || turn == 1;
+        const int now = turn == 2 ? low_place : 0;
 #pragma unroll 1
-        for (int place = first; place < PLACES; place++) {
+        for (int i = turn > 0; i < PLACES; i++) {
+            const int place = i - (i > 0 && i <= now);
             const float cut = __fmul_rn(share_of(place), spread);
-            attempt(moves_low ? __fadd_rn(low, cut) : best_low, moves_high ? __fsub_rn(high, cut) : best_high);
+            const float from = moves_low ? __fadd_rn(low, cut) : best_low, to = moves_high ? __fsub_rn(high, cut) : best_high;
+            if (attempt(from, to) && moves_low) low_place = place;
         }
     }
     // The line of least squares through the elements over their codes is the grid's and that of what the grid leaves of them:
@@ -436,15 +443,11 @@ template <class S> struct ClipSearch {
         attempt(fminf(fmaxf((float)start, low), __fadd_rn(low, most)), fminf(fmaxf(end, __fsub_rn(high, most)), high));
     }
     __device__ __forceinline__ void run() {
-        if (S::SYMMETRIC) {
-            move(true, true, 1);  // place 0 is where the ends are
-        } else {
-            move(true, false, 1);
-            move(false, true, 1);
-            move(true, false, 0);
-        }
-        refit();
-        refit();
+        int low_place = 0;
+#pragma unroll 1
+        for (int turn = 0; turn < TURNS; turn++) move(turn, low_place);
+#pragma unroll 1
+        for (int i = 0; i < REFITS; i++) refit();
     }
 };
 
