@@ -9,6 +9,7 @@ import torch
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """No autocast of a device within it."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
