@@ -143,14 +143,19 @@ def test_replayed_graphs(bounded):
 
 
 @pytest.mark.gpu
-def test_ranks_try_whether_anything_arrives():
+def test_ranks_try_whether_anything_arrives(monkeypatch):
     """Two at a time find that it does; one alone that it does not, and the device goes on."""
-    ranks = Ranks(2)
+    ranks, alone = Ranks(2), Ranks(2)
 
-    def tried(rank):
+    def tried(rank, meetings=ranks.meetings):
         with torch.cuda.stream(ranks.streams[rank]):
-            return _cuda_sums.arrives(ranks.meetings[rank])
+            return _cuda_sums.arrives(meetings[rank])
 
+    # Memory is reserved and kernels are loaded before one rank waits for another: both may wait for the device.
+    _nvrtc.module("sum_ranks.cu", _cuda_sums._build(torch.float32, 2, _cuda_sums._POLLS_OF_A_TRY, tries=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda_sums, "_POLLS_OF_A_TRY", 1 << 10)
+        assert [tried(rank, alone.meetings) for rank in range(2)] == [False, False]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(tried, range(2))) == [True, True]
     assert not tried(0)
