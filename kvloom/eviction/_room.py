@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Places in a sequence fit in 16 bits up to here.
 _SHORT = 2**16
+# A ratio of 0.999 settles in fewer.
+_ROUNDS = 1 << 16
 # A prompt of any length: longer ones do not change what a budget in tokens means.
 _LONG = 2**40
 
@@ -85,11 +87,20 @@ class Room:
 
     @lru_cache(maxsize=4096)  # noqa: B019 (rooms are few and small)
     def _enough(self, limit: int) -> int:
-        """The least limit from ``limit`` on that holds what is never evicted, and the page that leaves next."""
+        """The least limit from ``limit`` on that holds what is never evicted, and the page that leaves next.
+
+        What a limit needs does not fall with it: the least one that is enough is met from below.
+        """
         leaving = self.page_tokens if self.policy.evicts_while_decoding else 0
         protected = sum(-(-(end - start) // self.page_tokens) + 1 for start, end in self.protect) * self.page_tokens
-        while limit < self.sinks + max(self.newest(limit), self.exact(limit)) + leaving + protected or limit < 1:
-            limit += 1
+        limit, rounds = max(1, limit), 0
+        while limit < (need := self.sinks + max(self.newest(limit), self.exact(limit)) + leaving + protected):
+            limit, rounds = need, rounds + 1
+            if rounds > _ROUNDS:
+                raise PlanError(
+                    f"no evict.budget holds what is never evicted: the newest tokens of policy {self.policy.name!r} "
+                    "and of window.recent_ratio grow with it."
+                )
         return limit
 
     def split(self, tail: int, limit: int, kept: int) -> tuple[int, int]:

@@ -75,6 +75,18 @@ def test_budgets_that_cannot_hold_what_never_leaves(policy, fields, least) -> No
             room(policy, least - 1, **fields).check()
 
 
+def test_what_no_budget_holds_is_said_at_once() -> None:
+    """Plans are read in no time, however much they protect."""
+    assert room(SnapKV(), 100, protect=((0, 10**12),)).limit(10**13) > 10**12
+
+    class Greedy(SnapKV):
+        def newest(self, budget: int) -> int:
+            return budget
+
+    with pytest.raises(PlanError, match=r"no evict\.budget holds what is never evicted"):
+        room(Greedy(), 100).check()
+
+
 def test_missing_sinks_are_named() -> None:
     with pytest.raises(PlanError, match=r"keeps the first 4 tokens and window\.sinks is 3: set window\.sinks to 4"):
         room(StreamingLLM(), 500, sinks=3).check()
