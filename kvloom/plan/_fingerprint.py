@@ -71,13 +71,14 @@ class Fingerprint(PlanModel):
         """Fingerprint of a transformers model or config.
 
         Raises:
-            ModelError: The model does arithmetic on cached keys (MLA), has no full-attention layer, or its layers
-                differ in KV heads or head_dim.
+            ModelError: The model does arithmetic on cached keys (MLA) or caches an image's (Mllama), has no
+                full-attention layer, or its layers differ in KV heads or head_dim.
             PlanError: It computes in a dtype that caches are not kept in.
         """
         config = getattr(model, "config", model)
         text = config.get_text_config(decoder=True)
         _refuse_latent(text)
+        _refuse_cross_attention(text)
         packed = full_attention_layers(text)
         shapes = {_shape(text, layer) for layer in packed}
         if len(shapes) != 1:
@@ -140,8 +141,19 @@ def full_attention_layers(text_config: PreTrainedConfig) -> list[int]:
     layers = DynamicCache(config=text_config).layers
     packed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if not packed:
-        raise ModelError(f"{_architecture(text_config)} has no full-attention layer, so there is no cache to pack.")
+        raise ModelError(
+            f"{_architecture(text_config)} has no full-attention layer whose cache is keys and values alone, so there "
+            "is nothing to pack."
+        )
     return packed
+
+
+def _refuse_cross_attention(text: Any) -> None:
+    if getattr(text, "cross_attention_layers", None):
+        raise ModelError(
+            f"{_architecture(text)} keeps keys and values of images in layers of its cache and looks into them "
+            "(cross_attention_layers in its config), so kvloom cannot hand it packed ones; use its own cache."
+        )
 
 
 def _refuse_latent(text: Any) -> None:

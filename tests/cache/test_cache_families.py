@@ -18,6 +18,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    MllamaTextConfig,
 )
 
 from kvloom.cache import LoomCache, disable, enable, loom_attention
@@ -277,6 +278,12 @@ def test_latent_attention_is_refused():
     plan = tiny.passthrough(tiny.build("llama"))
     with pytest.raises(ModelError, match="latent"):
         LoomCache(plan, config)
+
+
+def test_a_model_that_looks_into_its_cache_for_images_is_refused():
+    config = MllamaTextConfig(num_hidden_layers=4, cross_attention_layers=[1])
+    with pytest.raises(ModelError, match="keeps keys and values of images in layers of its cache"):
+        Plan.uniform(config)
 
 
 def test_a_model_of_sliding_windows_only_is_refused():
