@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from kvloom.errors import KernelError
 from kvloom.kernels._base import SUM_NBYTES
 from kvloom.kernels._nvrtc import Defines, module
 
@@ -151,7 +152,15 @@ def _is_able(group: Any, device: torch.device) -> bool:
     if device.type != "cuda" or not 2 <= group.size() <= MAX_RANKS:
         return False
     others = set(range(torch.cuda.device_count())) - {device.index}
-    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
+    if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
+        return False
+    try:
+        with torch.cuda.device(device):
+            module("sum_ranks.cu", _build(torch.float32, group.size(), _POLLS_OF_A_TRY, tries=True))
+    except KernelError as error:
+        _say(str(error))
+        return False
+    return True
 
 
 def _opened(group: Any, device: torch.device) -> tuple[Any, list[int], int]:
@@ -159,7 +168,6 @@ def _opened(group: Any, device: torch.device) -> tuple[Any, list[int], int]:
     from torch.distributed import _symmetric_memory as symmetric
 
     with torch.cuda.device(device):
-        module("sum_ranks.cu", _build(torch.float32, group.size(), _POLLS_OF_A_TRY, tries=True))
         buffer = symmetric.empty(buffer_nbytes(group.size()), dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize()
         handle = symmetric.rendezvous(buffer, group.group_name)
