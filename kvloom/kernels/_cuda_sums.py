@@ -68,11 +68,11 @@ def sum_ranks(x: torch.Tensor, meeting: Meeting) -> torch.Tensor:
         KernelError: The kernel cannot be built.
     """
     x = x.contiguous()
-    return _sum(x.clone() if x.data_ptr() % _PIECE else x, meeting, _build(x.dtype, meeting.ranks, _POLLS))
+    x = x.clone() if x.data_ptr() % _PIECE else x
+    return _sum(x, torch.empty_like(x), meeting, _build(x.dtype, meeting.ranks, _POLLS))
 
 
-def _sum(x: torch.Tensor, meeting: Meeting, build: Defines) -> torch.Tensor:
-    out = torch.empty_like(x)
+def _sum(x: torch.Tensor, out: torch.Tensor, meeting: Meeting, build: Defines) -> torch.Tensor:
     pieces = x.nbytes // _PIECE
     with torch.cuda.device(x.device):
         module("sum_ranks.cu", build).launch(
@@ -92,7 +92,8 @@ def arrives(meeting: Meeting) -> bool:
     build = _build(torch.float32, meeting.ranks, _POLLS_OF_A_TRY, tries=True)
     numbers = torch.arange(SUM_NBYTES // 4, dtype=torch.float32, device=meeting.buffers.device)
     # Three times: both halves of the buffers, and one again.
-    outs = [_sum(numbers + (meeting.rank + n), meeting, build) for n in range(3)]
+    poison = torch.full_like(numbers, torch.nan)
+    outs = [_sum(numbers + (meeting.rank + n), poison.clone(), meeting, build) for n in range(3)]
     others = meeting.ranks * (meeting.ranks - 1) // 2
     return all(out.equal(meeting.ranks * (numbers + n) + others) for n, out in enumerate(outs))
 

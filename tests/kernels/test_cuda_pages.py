@@ -220,7 +220,9 @@ def test_searched_grids_are_the_references(options, dtype: torch.dtype) -> None:
             ):
                 error, other = squared_errors(x, ours, fmt), squared_errors(x, theirs, fmt)
                 assert error.sum() <= other.sum() * (1 + 1e-3)
-                assert (error <= other * 1.02 + 1e-10).all()  # a step of fp16 more or less, where sums are rounded
+                # Where sums are rounded, a step of fp16 more or less: 2^-11 of 255 levels is an eighth of one.
+                worse = 1.1 if options["bits"] == 8 else 1.02
+                assert (error <= other * worse + 1e-10).all()
 
 
 @ON_GPU
