@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvloom.signals._eviction import FOLLOWING, compute_eviction, default_candidates
     from kvloom.signals._eviction_table import EvictionTable
     from kvloom.signals._profile import GradientNorms, Profile
-    from kvloom.signals._registry import get, register, signals
+    from kvloom.signals._registry import get, register, registered, signals
     from kvloom.signals._rotations import calibrate_rotations
     from kvloom.signals._table import LossTable
 
@@ -43,6 +43,7 @@ _HOMES = {
     "default_specs": "kvloom.signals._compute",
     "get": "kvloom.signals._registry",
     "register": "kvloom.signals._registry",
+    "registered": "kvloom.signals._registry",
     "rotated_specs": "kvloom.signals._compute",
     "signals": "kvloom.signals._registry",
 }
@@ -71,6 +72,7 @@ __all__ = [
     "default_specs",
     "get",
     "register",
+    "registered",
     "rotated_specs",
     "signals",
 ]

@@ -70,7 +70,11 @@ class Evidence:
 
 
 class Signal(ABC):
-    """Says what storing a layer's keys or values would cost. Stateless; one file a method."""
+    """Says what storing a layer's keys or values would cost. Stateless; one file a method.
+
+    `kvloom.testing.check_signal` checks what is asked here: losses are finite, not negative and those of more bits not
+    larger; they depend on the prompt alone, and the model is left as it was.
+    """
 
     name: ClassVar[str]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from kvloom.errors import PlanError
 from kvloom.signals._base import Signal
 from kvloom.signals._cache_norm import CacheNorm
 from kvloom.signals._error_gradient import ErrorGradient
 from kvloom.signals._first_order import FirstOrder
 from kvloom.signals._fisher import Fisher
-from kvloom.signals._gradient_norm import GradientNorm
+from kvloom.signals._gradient_norm import WEIGHT_GRADIENT, GradientNorm
 from kvloom.signals._measured_kl import MeasuredKL
 from kvloom.signals._output_error import OutputError
 from kvloom.signals._query_weighted import QueryWeighted
@@ -25,10 +28,27 @@ def register(signal: Signal) -> Signal:
     Raises:
         ValueError: Another signal has that name.
     """
-    if signal.name in _SIGNALS:
+    if signal.name in (*_SIGNALS, WEIGHT_GRADIENT.name):
         raise ValueError(f"the signal name {signal.name!r} is taken; choose another.")
     _SIGNALS[signal.name] = signal
     return signal
+
+
+@contextmanager
+def registered(signal: Signal) -> Iterator[None]:
+    """Within the context profiles may name `signal`; afterwards its name means what it did before.
+
+    Raises:
+        ValueError: The name is one of kvloom's own, of no signal.
+    """
+    previous = _SIGNALS.pop(signal.name, None)
+    register(signal)
+    try:
+        yield
+    finally:
+        del _SIGNALS[signal.name]
+        if previous is not None:
+            register(previous)
 
 
 def get(name: str) -> Signal:

@@ -1,6 +1,6 @@
-"""Conformance tests for what users add to kvloom: is my codec, my eviction policy, a good citizen?
+"""Conformance tests for what users add to kvloom: is my codec, my eviction policy, my signal, a good citizen?
 
-    from kvloom.testing import check_codec, check_policy
+    from kvloom.testing import check_codec, check_policy, check_signal
 
     def test_my_codec():
         check_codec(MyCodec())
@@ -8,7 +8,11 @@
     def test_my_policy():
         check_policy(MyPolicy(window=16))
 
-Every check raises AssertionError with a sentence that names the codec and the format, or the policy, and what is wrong.
+    def test_my_signal():
+        check_signal(MySignal())
+
+Every check raises AssertionError with a sentence that names the codec and the format, the policy or the signal, and
+what is wrong.
 """
 
 from __future__ import annotations
@@ -28,14 +32,29 @@ from kvloom.testing._policy import (
     check_scores,
     check_sequences_apart,
 )
+from kvloom.testing._signal import (
+    SIGNAL_CHECKS,
+    SignalCheck,
+    check_bits,
+    check_kind,
+    check_losses,
+    check_losses_repeat,
+    check_prompts_apart,
+    check_resumed,
+    check_signal,
+    check_untouched,
+)
 
 __all__ = [
     "CACHE_CHECKS",
     "CODEC_CHECKS",
     "POLICY_CHECKS",
+    "SIGNAL_CHECKS",
     "PolicyCheck",
+    "SignalCheck",
     "cache_formats",
     "check_attention",
+    "check_bits",
     "check_bound",
     "check_bytes",
     "check_codec",
@@ -45,15 +64,22 @@ __all__ = [
     "check_dtypes",
     "check_facts",
     "check_kept",
+    "check_kind",
     "check_large",
     "check_lengths",
+    "check_losses",
+    "check_losses_repeat",
     "check_nonfinite",
     "check_padding",
     "check_pages_apart",
     "check_policy",
+    "check_prompts_apart",
     "check_repeats",
+    "check_resumed",
     "check_saved",
     "check_scores",
     "check_sequences_apart",
+    "check_signal",
+    "check_untouched",
     "codec_formats",
 ]

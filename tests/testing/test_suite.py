@@ -93,9 +93,9 @@ def test_a_codec_that_misstates_its_points_is_found() -> None:
 
 
 def test_every_check_is_in_the_suite() -> None:
-    whole = {"check_codec", "check_facts", "check_policy"}
+    whole = {"check_codec", "check_facts", "check_policy", "check_signal"}
     public = {name for name in testing.__all__ if name.startswith("check_")} - whole
-    checks = (*testing.CODEC_CHECKS, *testing.CACHE_CHECKS, *testing.POLICY_CHECKS)
+    checks = (*testing.CODEC_CHECKS, *testing.CACHE_CHECKS, *testing.POLICY_CHECKS, *testing.SIGNAL_CHECKS)
     assert {check.__name__ for check in checks} == public
 
 
