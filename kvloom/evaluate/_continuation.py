@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvloom._ledger import Record
+from kvloom._vocabulary import check_vocabulary
 from kvloom.cache import local_shape
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant
@@ -68,10 +69,11 @@ class Continuations:
             what the cache held at the end.
 
         Raises:
-            DataError: either is empty, or logits are not finite.
+            DataError: either is empty, a token id is not in the model's vocabulary, or logits are not finite.
         """
         if not context or not continuation:
             raise DataError("A continuation is scored after a context: give each at least one token.")
+        check_vocabulary(self._model, torch.tensor([*context, *continuation]))
         total, is_greedy = 0.0, True
         with attention(self._model, packed=self._contestant.plan is not None):
             cache = deepcopy(self._filled(tuple(context)))

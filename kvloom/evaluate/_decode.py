@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvloom._ledger import Record, fingerprint
+from kvloom._vocabulary import check_vocabulary
 from kvloom.errors import DataError
 from kvloom.evaluate._bootstrap import median_interval
 from kvloom.evaluate._contestants import Contestant, check_names
@@ -60,7 +61,7 @@ def decode_speed(
         `paired_speed` can compare.
 
     Raises:
-        DataError: the text is too short, or a contestant cannot hold that prompt.
+        DataError: the text is too short or another model's tokenizer's, or a contestant cannot hold that prompt.
         ModelError: the model is in training mode.
     """
     check_names(contestants)
@@ -71,6 +72,7 @@ def decode_speed(
             f"{WARM_UP} + {steps} steps need {context + WARM_UP + steps} tokens of one text: give "
             "a longer text, or fewer steps."
         )
+    check_vocabulary(model, tokens)
     total = len(contestants) + WARM_UP + steps
     tokens = tokens.to(model.device)
     progress("prompt", 0, total)

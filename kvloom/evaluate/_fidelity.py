@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvloom._ledger import Ledger, Record, fingerprint, pack_floats, unpack_floats
+from kvloom._vocabulary import check_vocabulary
 from kvloom.cache import local_shape
 from kvloom.errors import DataError
 from kvloom.evaluate._bootstrap import block_mean, block_quantile
@@ -358,12 +359,7 @@ def check_windows(
         raise DataError(
             f"windows hold {tokens} tokens each, and the model reads at most {longest}: give shorter windows."
         )
-    vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-    if windows.min() < 0 or windows.max() >= vocabulary:
-        raise DataError(
-            f"windows hold token ids from {int(windows.min())} to {int(windows.max())}, and the "
-            f"model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer."
-        )
+    check_vocabulary(model, windows)
     for contestant in contestants:
         if contestant.evicts and not protocol.prompt:
             raise DataError(

@@ -62,7 +62,7 @@ class Reader:
         """Log-likelihood in nats, and whether the continuation is the greedy one; see `Continuations.score`.
 
         Raises:
-            DataError: a part is empty, or logits are not finite.
+            DataError: a part is empty, a token id is not in the model's vocabulary, or logits are not finite.
         """
         asked = {"context": list(context), "continuation": list(continuation)}
         piece = self._piece("continuation_piece", asked, lambda: self._continuations.score(context, continuation))

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kvloom._vocabulary import check_vocabulary
 from kvloom.cache import INVARIANT, disable, enable, reads_pages
 from kvloom.errors import DataError
 from kvloom.evaluate._contestants import Contestant
@@ -79,9 +80,13 @@ class Prompt:
     Args:
         model: the model.
         tokens: `[batch, tokens]` int64 on the model's device.
+
+    Raises:
+        DataError: a token id is not in the model's vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor) -> None:
+        check_vocabulary(model, tokens)
         self.tokens = tokens
         self._model = model
 

@@ -75,7 +75,7 @@ def calibrate_codebooks(
         PlanError: No codec of the plan needs a codebook.
     """
     plan.model.check(Fingerprint.of(model))
-    prompts = Prompts.of(tokens, attention_mask, seed=0)
+    prompts = Prompts.of(model, tokens, attention_mask, seed=0)
     rope = rope_of(model, plan.pre_rope_layers) if plan.pre_rope_layers else None
     units = list(_units(plan, prompts.tokens.shape[1], rope))
     if not units:

@@ -103,8 +103,9 @@ def compute_profile(
         The profile; each of its numbers is a mean over prompts beside its standard deviation.
 
     Raises:
-        DataError: A prompt has nothing to score, is too short to fill a page, or gives no finite loss or score, `batch`
-            is not positive, or `labels` are given for a signal without a backward pass.
+        DataError: A token id is not in the model's vocabulary, a prompt has nothing to score, is too short to fill a
+            page, or gives no finite loss or score, `batch` is not positive, or `labels` are given for a signal without
+            a backward pass.
         ModelError: The model's attention, or its key and value projections, cannot be measured.
         PlanError: A format does not fit the model's head_dim, its rotation or its codebook is to be calibrated for each
             layer, or no signal has that name.
@@ -117,7 +118,7 @@ def compute_profile(
     fingerprint = Fingerprint.of(model)
     defaults = default_specs(fingerprint.head_dim)
     keys, values = list(key_specs or defaults[0]), list(value_specs or defaults[1])
-    prompts = Prompts.of(tokens, attention_mask, seed)
+    prompts = Prompts.of(model, tokens, attention_mask, seed)
     meter = Meter(model, fingerprint, keys, values, window, prompts.tokens.shape[1])
     about = {
         "signal": signal,

@@ -95,7 +95,7 @@ def compute_eviction(
             not go with the window.
     """
     asked = list(candidates or default_candidates())
-    shape, prompts = Fingerprint.of(model), Prompts.of(tokens, None, seed)
+    shape, prompts = Fingerprint.of(model), Prompts.of(model, tokens, None, seed)
     prompt = prompts.tokens.shape[1] - following
     if prompt < 1 or following < 2:
         raise DataError(
@@ -114,7 +114,7 @@ def compute_eviction(
     progress(0, len(prompts), _LABEL)
     rows = []
     for n in range(len(prompts)):
-        text = _Text.of(prompts.batch(n, 1), following, seed + n * _DRAWS)
+        text = _Text.of(model, prompts.batch(n, 1), following, seed + n * _DRAWS)
         rows.append(pieces.get(dict(text.whole.identity), partial(_piece, model, shape, text, rooms))["loss"])
         progress(n + 1, len(prompts), _LABEL)
     losses = torch.stack(rows).double()
@@ -167,10 +167,10 @@ class _Text:
     draws: list[Prompts]
 
     @classmethod
-    def of(cls, whole: Prompts, following: int, seed: int) -> _Text:
+    def of(cls, model: PreTrainedModel, whole: Prompts, following: int, seed: int) -> _Text:
         """A text of `[1, prompt + following]` tokens."""
         prompt, rest = whole.tokens[:, :-following], whole.tokens[:, -following:]
-        return cls(whole, prompt, [Prompts.of(rest, None, seed + n) for n in range(_DRAWS)])
+        return cls(whole, prompt, [Prompts.of(model, rest, None, seed + n) for n in range(_DRAWS)])
 
 
 def _piece(model: PreTrainedModel, shape: Fingerprint, text: _Text, rooms: Sequence[Room]) -> dict[str, Tensor]:

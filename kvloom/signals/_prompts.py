@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvloom._vocabulary import check_vocabulary
 from kvloom.errors import DataError
 from kvloom.signals._base import Labels
 from kvloom.signals._calibration import Calibration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Prompts:
     uniform: Tensor
 
     @classmethod
-    def of(cls, tokens: Tensor, mask: Tensor | None, seed: int) -> Prompts:
-        """Checks prompts; see `compute_profile` for the arguments and errors."""
+    def of(cls, model: PreTrainedModel, tokens: Tensor, mask: Tensor | None, seed: int) -> Prompts:
+        """Checks prompts for a model; see `compute_profile` for the arguments and errors."""
         if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.is_floating_point():
             raise DataError(
                 f"tokens must be integers [prompts, tokens] of at least one prompt; got {list(tokens.shape)}."
@@ -40,6 +45,7 @@ class Prompts:
         if mask is not None and mask.shape != tokens.shape:
             raise DataError(f"attention_mask {list(mask.shape)} must have the shape of tokens {list(tokens.shape)}.")
         tokens = tokens.cpu().long().contiguous()
+        check_vocabulary(model, tokens)
         mask = None if mask is None else mask.cpu().bool()
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         scored = torch.zeros_like(real)

@@ -78,7 +78,7 @@ def calibrate_rotations(
         raise PlanError(
             "every side of the plan has 16 bits, which round nothing, or keys before RoPE: there is nothing to rotate."
         )
-    prompts = Prompts.of(tokens, None, 0)
+    prompts = Prompts.of(model, tokens, None, 0)
     readers = {(layer, "value"): output_moment(model, layer, shape) for layer, side in sides if side == "value"}
     states, queries = _read(model, entries, shape, prompts, progress or silent)
     readers |= {(layer, "key"): moment for layer, moment in queries.items()}

@@ -83,6 +83,15 @@ def test_an_empty_part_is_refused(model):
     assert Continuations(model, dense_contestant(model)).score([1], [2])["context"] == 1
 
 
+@pytest.mark.parametrize(("context", "continuation"), [([3, 97], [4]), ([3], [4, 97]), ([3, 4], [-97])])
+def test_token_ids_of_another_tokenizer_are_refused(model, context, continuation):
+    """The last of a continuation is never read, only looked up in what the model says."""
+    with pytest.raises(DataError, match=r"vocabulary has 97 \(0 to 96\): use the model's own tokenizer"):
+        Continuations(model, packed(model)).score(context, continuation)
+    with pytest.raises(DataError, match="use the model's own tokenizer"):
+        Reader(model, Letters(), packed(model)).answer([*context, *continuation], Request(4))
+
+
 def test_a_reader_keeps_what_it_has_done(model, tmp_path):
     out, request = tmp_path / "out.jsonl", Request(5, stop=("!",))
     first = Reader(model, Letters(), packed(model), out=out)

@@ -75,3 +75,10 @@ def test_records_of_two_runs_do_not_pair(model):
 def test_a_short_text_is_refused(model):
     with pytest.raises(DataError, match="need 26 tokens"):
         decode_speed(model, random_windows(1, 25)[0], [dense_contestant(model)], context=20, steps=4)
+
+
+def test_token_ids_of_another_tokenizer_are_refused(model):
+    tokens = random_windows(1, 30)[0]
+    tokens[24] = 97  # only decoded, not of the prompt
+    with pytest.raises(DataError, match="vocabulary has 97"):
+        decode_speed(model, tokens, [dense_contestant(model)], context=20, steps=4)

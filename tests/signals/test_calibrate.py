@@ -39,7 +39,7 @@ def test_codebooks_are_those_of_what_the_rotations_make() -> None:
     assert seen == [(0, 1), (1, 1)] * 2
     spec, forward = made.spec(1).value, made.rotations()[1]["value"].float()
     assert (spec.rotation, len(spec.codebook)) == ("calibrated", 8)
-    caught = _attention(model, made.model, Prompts.of(tokens, None, 0))[1]
+    caught = _attention(model, made.model, Prompts.of(model, tokens, None, 0))[1]
     x = caught.value[0, :, :128] @ forward
     slope = caught.state_gradients()[1][0, :, :128] @ torch.linalg.inv(forward).mT
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)

@@ -34,7 +34,7 @@ def weighted_errors(model, plan, tokens) -> dict[tuple[int, int], float]:
     sinks = plan.layers[0].window.sinks
     packed = slice(sinks, sinks + (tokens.shape[1] - 1 - sinks) // 64 * 64)
     found = {}
-    for layer, caught in _attention(model, plan.model, Prompts.of(tokens, None, 0)).items():
+    for layer, caught in _attention(model, plan.model, Prompts.of(model, tokens, None, 0)).items():
         specs = plan.spec(layer).key, plan.spec(layer).value
         states = (caught.key, caught.value)
         for side, (spec, x, slope) in enumerate(zip(specs, states, caught.state_gradients(), strict=True)):
@@ -48,7 +48,7 @@ def test_gradients_are_those_of_the_loss(family: str) -> None:
     """Against a finite difference of the loss along the keys, or the values, of one layer."""
     model, tokens = tiny(family), random_tokens(1, 70)
     layer = Fingerprint.of(model).packed_layers[0]
-    caught = _attention(model, Fingerprint.of(model), Prompts.of(tokens, None, 0))[layer]
+    caught = _attention(model, Fingerprint.of(model), Prompts.of(model, tokens, None, 0))[layer]
     for side, slope in enumerate(caught.state_gradients()):
         direction = torch.randn(slope.shape, generator=torch.Generator().manual_seed(side))
         expected = float((slope * direction).sum())
@@ -91,7 +91,7 @@ def test_codebooks_beat_uniform_ones_on_what_they_were_calibrated_on(rotation: s
 def test_they_are_the_k_means_of_normalised_elements_by_hand() -> None:
     model, tokens = tiny("llama"), random_tokens(1, 130)
     made = calibrate_codebooks(model, plan_of(model), tokens)
-    caught = _attention(model, made.model, Prompts.of(tokens, None, 0))[1]
+    caught = _attention(model, made.model, Prompts.of(model, tokens, None, 0))[1]
     x, slope = caught.value[:, :, :128], caught.state_gradients()[1][:, :, :128]
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     check_means((2 * x - high - low) / (high - low), ((high - low) / 2 * slope).square(), made.spec(1).value)
@@ -115,7 +115,7 @@ def test_outliers_do_not_count() -> None:
     model, tokens = tiny("llama"), random_tokens(1, 130)
     spec = VALUE.model_copy(update={"outliers": 0.05})
     made = calibrate_codebooks(model, plan_of(model, PLAIN, spec), tokens)
-    caught = _attention(model, made.model, Prompts.of(tokens, None, 0))[1]
+    caught = _attention(model, made.model, Prompts.of(model, tokens, None, 0))[1]
     pages, slope = (x[0, :, :128].unflatten(1, (2, 64)) for x in (caught.value, caught.state_gradients()[1]))
     dense, outliers = split(pages, spec.format(16), 48)  # 0.05 * 64 * 16, in whole 16 bytes
     kept = torch.ones(2, 2, 64 * 16).scatter(-1, outliers.index, 0.0).view_as(pages)

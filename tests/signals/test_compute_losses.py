@@ -119,7 +119,7 @@ def test_passthrough_costs_nothing_and_bits_pay() -> None:
 
 
 def test_next_tokens_are_drawn_from_the_model() -> None:
-    prompts = Prompts.of(torch.zeros(1, 20_000, dtype=torch.long), None, seed=3)
+    prompts = Prompts.of(tiny("llama"), torch.zeros(1, 20_000, dtype=torch.long), None, seed=3)
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2]).expand(1, 20_000, 4)
     drawn = prompts.next_tokens("sampled", probabilities)[0]
     counts = torch.bincount(drawn, minlength=4) / 20_000

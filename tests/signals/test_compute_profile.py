@@ -125,6 +125,10 @@ def test_bad_data_is_refused_in_a_sentence() -> None:
         compute_profile(model, tokens[0])
     with pytest.raises(DataError, match="never fill a page of 64 tokens"):
         compute_profile(model, tokens, window=Window(recent=40))
+    with pytest.raises(DataError, match=r"go from \d+ to 61, .* vocabulary has 61 \(0 to 60\): use the model's own"):
+        compute_profile(model, random_tokens(1, 80).index_fill(1, torch.tensor([3]), 61))
+    with pytest.raises(DataError, match="go from -1 to "):
+        compute_profile(model, random_tokens(1, 80).index_fill(1, torch.tensor([3]), -1), signal="weight_frobenius")
     with pytest.raises(DataError, match="batch is 0"):
         compute_profile(model, tokens, batch=0)
     with pytest.raises(PlanError, match="signal 'magic' is unknown; choose one of cache_frobenius"):

@@ -114,7 +114,7 @@ def slow_losses(model, tokens: Tensor, evicts: list[Evict], seed: int) -> Tensor
     model.set_attn_implementation("sdpa")
     losses = torch.zeros(len(slow.output), len(evicts))
     for draw in range(_DRAWS):
-        prompts = Prompts.of(tokens[:, PROMPT:], None, seed + draw)
+        prompts = Prompts.of(model, tokens[:, PROMPT:], None, seed + draw)
         labels = prompts.next_tokens("sampled", logits.detach().softmax(-1)[None])[0]
         log_p = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         gradients = torch.autograd.grad(log_p, list(slow.output.values()), retain_graph=True)
