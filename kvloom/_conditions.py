@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
+import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,4 +72,27 @@ def code_hash(code: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(ast.dump(ast.parse(file.read_bytes())).encode())
+    return digest.hexdigest()
+
+
+def own_code_hash(made_by: Iterable[object]) -> str | None:
+    """Hash of the files, comments aside, that the classes of objects come from, bases included; kvloom's own count not.
+
+    Args:
+        made_by: signals, codecs or policies, which users can write.
+
+    Returns:
+        None if a class has no file (of a notebook, or typed in), so that nobody can tell whether it has changed.
+    """
+    known = {"kvloom", *sys.stdlib_module_names}
+    names = {base.__module__ for each in made_by for base in type(each).__mro__}
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        if name.partition(".")[0] in known:
+            continue
+        try:
+            source = inspect.getsource(sys.modules[name])
+        except (KeyError, OSError, TypeError):
+            return None
+        digest.update(ast.dump(ast.parse(source)).encode())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvloom import codecs
 from kvloom.errors import DataError
 from kvloom.plan import Fingerprint, TensorSpec, Window
 from kvloom.signals._base import SIDES, Labels, LayerSignal, ModelSignal, Scores, Signal
@@ -96,7 +97,8 @@ def compute_profile(
         seed: Of the drawn next tokens.
         signal: Name of the registered signal that predicts losses.
         out: The file the profile will be saved to: finished pieces are kept beside it, in `<out>.pieces`, so that a run
-            that was killed goes on where it stopped.
+            that was killed goes on where it stopped. Those of a signal or a codec of your own are read again while its
+            file is the same, and not kept if it has none.
         progress: Called after each batch.
 
     Returns:
@@ -126,7 +128,8 @@ def compute_profile(
         "window": window.model_dump(mode="json"),
         "specs": [[spec.model_dump(mode="json") for spec in specs] for specs in (keys, values)],
     }
-    pieces = Pieces(out, model, about)
+    storing = (codecs.get(fmt.codec) for formats in meter.formats.values() for fmt in formats)
+    pieces = Pieces(out, model, about, [chosen, *storing])
     scores = _read(meter, prompts, chosen, passes, pieces, batch, progress or silent)
     norms = scores.get(WEIGHT_GRADIENT.name)
     return Profile(

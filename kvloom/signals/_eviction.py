@@ -110,7 +110,7 @@ def compute_eviction(
         "following": following,
         "seed": seed,
     }
-    pieces = Pieces(out, model, about)
+    pieces = Pieces(out, model, about, [room.policy for room in rooms])
     progress(0, len(prompts), _LABEL)
     rows = []
     for n in range(len(prompts)):

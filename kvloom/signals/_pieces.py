@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvloom._conditions import conditions
+from kvloom._conditions import conditions, own_code_hash
 from kvloom._ledger import Ledger, Record, fingerprint, pack_floats, pieces_path, unpack_floats
 
 if TYPE_CHECKING:
@@ -25,15 +25,18 @@ class Pieces:
         out: The measurement's output file, or None: pieces are not kept.
         model: What is measured.
         about: What else all pieces depend on, in JSON types.
+        made_by: Signals, codecs or policies behind them: pieces of other code are not taken, and none are kept of code
+            without a file.
 
     Attributes:
         seconds: Time that all pieces asked for took, in this run or in an earlier one.
     """
 
-    def __init__(self, out: Path | None, model: PreTrainedModel, about: Record) -> None:
+    def __init__(self, out: Path | None, model: PreTrainedModel, about: Record, made_by: Iterable[object]) -> None:
         self.seconds = 0.0
-        self._ledger = Ledger(pieces_path(out)) if out else None
-        self._about = {**conditions(model, _CODE), **about} if out else {}
+        own_code = own_code_hash(made_by)
+        self._ledger = Ledger(pieces_path(out)) if out and own_code else None
+        self._about = {**conditions(model, _CODE), "own_code": own_code, **about} if self._ledger else {}
 
     def get(self, of: Record, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """A piece: float32 tensors on the CPU by name.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from kvloom import codecs, eviction
 from kvloom.errors import DataError
-from kvloom.plan import TensorSpec
-from kvloom.signals import compute_profile
+from kvloom.plan import Evict, TensorSpec
+from kvloom.signals import Signal, compute_eviction, compute_profile, registered
 from tests.signals.models import random_tokens, tiny
 
 SPECS = {
@@ -91,3 +94,121 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     (tmp_path / "profile.json.pieces").write_text(json.dumps({"name": "x"}) + "\n")
     with pytest.raises(DataError, match="not a file of unfinished kvloom work"):
         compute_profile(tiny("llama"), random_tokens(1, 80), out=tmp_path / "profile.json", **SPECS)
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes a file, as a user would between two runs, and imports it."""
+
+    def imported(source: str, name: str = "mine"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of two sources with one date the first would stay
+        spec.loader.exec_module(module)
+        return module
+
+    return imported
+
+
+SIGNAL = """
+from kvloom.signals import get
+
+
+def scaled(scores):
+    return 3 * scores
+
+
+class Mine(type(get("state_error"))):
+    name = "mine"
+
+    def score(self, evidence):
+        return scaled(super().score(evidence))
+"""
+CHANGED = SIGNAL.replace("3 *", "6 *")
+CHILD = "from mine import Mine\nclass Child(Mine):\n    pass\n"
+
+
+def profiled(signal: Signal, out: Path) -> tuple[float, int]:
+    """A loss, and how many passes it took."""
+    model, passes = counted(tiny("llama"))
+    with registered(signal):
+        table = compute_profile(model, random_tokens(1, 80), signal=signal.name, out=out, **SPECS).table
+    return table.key_loss[0][0], len(passes)
+
+
+def test_pieces_of_a_signal_that_has_changed_are_not_taken(tmp_path: Path, read) -> None:
+    out = tmp_path / "profile.json"
+    loss, _ = profiled(read(SIGNAL).Mine(), out)
+    assert profiled(read(SIGNAL + "\n# a remark\n").Mine(), out) == (loss, 0)
+    assert profiled(read(CHANGED).Mine(), out) == (pytest.approx(2 * loss), 1)
+
+
+def test_a_signals_base_counts_too(tmp_path: Path, read) -> None:
+    out = tmp_path / "profile.json"
+    read(SIGNAL)
+    loss, _ = profiled(read(CHILD, "child").Child(), out)
+    read(CHANGED)
+    assert profiled(read(CHILD, "child").Child(), out) == (pytest.approx(2 * loss), 1)
+
+
+def test_pieces_of_a_signal_without_a_file_are_not_kept(tmp_path: Path) -> None:
+    typed = {"__name__": "typed"}
+    exec(SIGNAL, typed)
+    for _ in range(2):
+        assert profiled(typed["Mine"](), tmp_path / "profile.json")[1] == 1
+    assert not list(tmp_path.iterdir())
+
+
+CODEC = """
+from kvloom.codecs import Affine
+
+
+class Mine(Affine):
+    name = "mine"
+
+    def decode(self, encoded, fmt):
+        return super().decode(encoded, fmt) * 1.5
+"""
+
+
+def test_pieces_of_a_codec_that_has_changed_are_not_taken(tmp_path: Path, read) -> None:
+    losses = []
+    for source in (CODEC, CODEC.replace("1.5", "2.5")):
+        with codecs.registered(read(source).Mine()):
+            specs = {"key_specs": [SPECS["key_specs"][0].model_copy(update={"codec": "mine"})]}
+            out = tmp_path / "profile.json"
+            table = compute_profile(
+                tiny("llama"), random_tokens(1, 80), signal="state_error", out=out, **{**SPECS, **specs}
+            ).table
+        losses.append(table.key_loss[0][0])
+    assert losses[1] > 2 * losses[0]
+
+
+POLICY = """
+from kvloom.eviction import KeyNorm
+
+
+class Mine(KeyNorm):
+    name = "mine"
+
+    def scores(self, seen):
+        return super().scores(seen)
+"""
+
+
+def test_pieces_of_a_policy_that_has_changed_are_not_taken(tmp_path: Path, read) -> None:
+    losses = []
+    for source in (POLICY, POLICY.replace("super()", "-super()")):
+        with eviction.registered(read(source).Mine):
+            table = compute_eviction(
+                tiny("llama"),
+                random_tokens(1, 200),
+                candidates=[Evict(policy="mine", budget=0.25)],
+                following=20,
+                out=tmp_path / "table.json",
+            )
+        losses.append(table.loss)
+    assert losses[0] != losses[1]
