@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -44,3 +49,21 @@ def smollm2(fetched: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from kvloom.assets import load_model
 
     return load_model(device="cpu")
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """Writes a file, as a user would between two runs, and gives the module read from it."""
+
+    def read(source: str, name: str = "mine") -> ModuleType:
+        path = tmp_path / "own" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of two sources with one date the first would stay
+        spec.loader.exec_module(module)
+        return module
+
+    return read

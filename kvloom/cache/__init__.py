@@ -9,6 +9,7 @@ from kvloom.cache._fixed import FixedLayer
 from kvloom.cache._fixed_bytes import fixed_nbytes
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
+from kvloom.cache._made_by import made_by
 from kvloom.cache._rope import Rope, rope_of
 from kvloom.cache._rotation import SideRotation, side_rotation, turned
 from kvloom.cache._shard import Shard, local_shape, shard_of
@@ -31,6 +32,7 @@ __all__ = [
     "fixed_nbytes",
     "local_shape",
     "loom_attention",
+    "made_by",
     "reads_pages",
     "rope_of",
     "shard_of",

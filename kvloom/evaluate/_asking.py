@@ -58,7 +58,8 @@ def ask(
         hashes, prompt = [tokens_hash(row[None]) for row in tokens], Prompt(model, tokens.to(model.device))
         for contestant, answered in zip(contestants, answers, strict=True):
             progress(places[0], contestant, done, total)
-            keys = [fingerprint({**shared, **contestant.identity, "prompt": each}) for each in hashes]
+            own = {**shared, **contestant.conditions}
+            keys = [fingerprint({**own, "prompt": each}) for each in hashes]
             ledger.fill("answer_piece", keys, partial(replies, model, tokenizer, contestant, prompt, request))
             answered.update((place, ledger[key]) for place, key in zip(places, keys, strict=True))
             done += len(places)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 from transformers import DynamicCache
 
+from kvloom._conditions import own_code_hash
 from kvloom._ledger import Record
-from kvloom.cache import LoomCache
+from kvloom.cache import LoomCache, made_by
 from kvloom.errors import DataError
 from kvloom.evaluate._steps import FEWEST_STEPS, fixed_cache
 
@@ -92,6 +94,15 @@ class Contestant:
             "offset": self.offset,
             "plan": plan,
         }
+
+    @property
+    def conditions(self) -> Record:
+        """What its pieces depend on: its identity, and codecs and policies that are not kvloom's.
+
+        Of code without a file they are others each time, so that no piece is met again.
+        """
+        own_code = own_code_hash(made_by(self.plan) if self.plan else ())
+        return {**self.identity, "own_code": own_code or uuid4().hex}
 
     @property
     def labels(self) -> Record:

@@ -186,8 +186,8 @@ def score_windows(
     """
     shared = {**conditions(model), **protocol.fields}
     keys = [
-        [fingerprint({**shared, **contestant.identity, "window": tokens_hash(window)}) for window in windows]
-        for contestant in contestants
+        [fingerprint({**shared, **own, "window": tokens_hash(window)}) for window in windows]
+        for own in (contestant.conditions for contestant in contestants)
     ]
     logits_of_rows = reference or partial(dense_logits, model, protocol=protocol)
     done, total = 0, windows.shape[0] * len(contestants)

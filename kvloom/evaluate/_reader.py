@@ -50,7 +50,7 @@ class Reader:
         self._tokenizer = tokenizer
         self._continuations = Continuations(model, contestant, chunk)
         self._ledger = open_pieces(out, model)
-        self._shared = {**conditions(model), **contestant.identity, "chunk": chunk}
+        self._shared = {**conditions(model), **contestant.conditions, "chunk": chunk}
         self._used: list[Record] = []
 
     @property

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvloom import codecs
 from kvloom.cache import LoomCache, disable, enable
 from kvloom.errors import DataError, ModelError
-from kvloom.evaluate import Reader, Request, dense_contestant, plan_contestant
+from kvloom.evaluate import Reader, Request, dense_contestant, fidelity, plan_contestant
 from kvloom.evaluate._continuation import Continuations
 from kvloom.plan import Plan
 from tests.evaluate.tiny_llama import Letters, random_windows, tiny_model
@@ -123,3 +124,43 @@ def test_a_model_in_training_mode_is_refused():
     training = tiny_model().train()
     with pytest.raises(ModelError, match="eval"):
         Reader(training, Letters(), dense_contestant(training))
+
+
+CODEC = """
+from kvloom.codecs import Affine
+from kvloom.pages import CodecFacts
+
+
+class Mine(Affine):
+    name = "mine"
+    facts = CodecFacts(form="opaque", bits=(2,))
+
+    def decode(self, encoded, fmt):
+        return super().decode(encoded, fmt) * 1.0
+"""
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_pieces_of_a_codec_that_has_changed_are_not_taken(model, tmp_path, own_file, has_file):
+    found = []
+    for factor in ("1.0", "1.5"):
+        source, typed = CODEC.replace("1.0", factor), {"__name__": "typed"}
+        exec(source, typed)
+        with codecs.registered((own_file(source).Mine if has_file else typed["Mine"])()):
+            plan = Plan.uniform(model, 2, 2, key_codec="mine", value_codec="mine")
+            own = plan_contestant(plan, model, name="own", method="uniform", prefill="quantized")
+            reader = Reader(model, Letters(), own, out=tmp_path / "out.jsonl")
+            found.append(reader.loglikelihood(CONTEXT, CONTINUATION))
+            windows, out = random_windows(1, 256), tmp_path / "fidelity.jsonl"
+            found.append(fidelity(model, windows, [own], out=out)[-1]["kld"]["value"])
+    assert found[0] != found[2]
+    assert found[1] != found[3]
+
+
+def test_pieces_of_a_codec_of_ones_own_that_is_the_same_are_taken(model, tmp_path, own_file):
+    contestants = []
+    for source in (CODEC, CODEC + "\n# a remark\n"):
+        with codecs.registered(own_file(source).Mine()):
+            plan = Plan.uniform(model, 2, 2, key_codec="mine", value_codec="mine")
+            contestants.append(plan_contestant(plan, model, name="own", method="uniform").conditions)
+    assert contestants[0] == contestants[1]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -96,23 +94,6 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
         compute_profile(tiny("llama"), random_tokens(1, 80), out=tmp_path / "profile.json", **SPECS)
 
 
-@pytest.fixture
-def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Writes a file, as a user would between two runs, and imports it."""
-
-    def imported(source: str, name: str = "mine"):
-        path = tmp_path / f"{name}.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of two sources with one date the first would stay
-        spec.loader.exec_module(module)
-        return module
-
-    return imported
-
-
 SIGNAL = """
 from kvloom.signals import get
 
@@ -139,19 +120,19 @@ def profiled(signal: Signal, out: Path) -> tuple[float, int]:
     return table.key_loss[0][0], len(passes)
 
 
-def test_pieces_of_a_signal_that_has_changed_are_not_taken(tmp_path: Path, read) -> None:
+def test_pieces_of_a_signal_that_has_changed_are_not_taken(tmp_path: Path, own_file) -> None:
     out = tmp_path / "profile.json"
-    loss, _ = profiled(read(SIGNAL).Mine(), out)
-    assert profiled(read(SIGNAL + "\n# a remark\n").Mine(), out) == (loss, 0)
-    assert profiled(read(CHANGED).Mine(), out) == (pytest.approx(2 * loss), 1)
+    loss, _ = profiled(own_file(SIGNAL).Mine(), out)
+    assert profiled(own_file(SIGNAL + "\n# a remark\n").Mine(), out) == (loss, 0)
+    assert profiled(own_file(CHANGED).Mine(), out) == (pytest.approx(2 * loss), 1)
 
 
-def test_a_signals_base_counts_too(tmp_path: Path, read) -> None:
+def test_a_signals_base_counts_too(tmp_path: Path, own_file) -> None:
     out = tmp_path / "profile.json"
-    read(SIGNAL)
-    loss, _ = profiled(read(CHILD, "child").Child(), out)
-    read(CHANGED)
-    assert profiled(read(CHILD, "child").Child(), out) == (pytest.approx(2 * loss), 1)
+    own_file(SIGNAL)
+    loss, _ = profiled(own_file(CHILD, "child").Child(), out)
+    own_file(CHANGED)
+    assert profiled(own_file(CHILD, "child").Child(), out) == (pytest.approx(2 * loss), 1)
 
 
 def test_pieces_of_a_signal_without_a_file_are_not_kept(tmp_path: Path) -> None:
@@ -174,10 +155,10 @@ class Mine(Affine):
 """
 
 
-def test_pieces_of_a_codec_that_has_changed_are_not_taken(tmp_path: Path, read) -> None:
+def test_pieces_of_a_codec_that_has_changed_are_not_taken(tmp_path: Path, own_file) -> None:
     losses = []
     for source in (CODEC, CODEC.replace("1.5", "2.5")):
-        with codecs.registered(read(source).Mine()):
+        with codecs.registered(own_file(source).Mine()):
             specs = {"key_specs": [SPECS["key_specs"][0].model_copy(update={"codec": "mine"})]}
             out = tmp_path / "profile.json"
             table = compute_profile(
@@ -199,10 +180,10 @@ class Mine(KeyNorm):
 """
 
 
-def test_pieces_of_a_policy_that_has_changed_are_not_taken(tmp_path: Path, read) -> None:
+def test_pieces_of_a_policy_that_has_changed_are_not_taken(tmp_path: Path, own_file) -> None:
     losses = []
     for source in (POLICY, POLICY.replace("super()", "-super()")):
-        with eviction.registered(read(source).Mine):
+        with eviction.registered(own_file(source).Mine):
             table = compute_eviction(
                 tiny("llama"),
                 random_tokens(1, 200),
