@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
+# With the oldest torch, too, which brings some GB for GPUs: make clean test-oldest OLDEST_TORCH=2.11.0
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 VLLM := .venv-vllm
 
 # Workers of the test run; each one computes on a single thread.
@@ -43,9 +45,9 @@ test-oldest: $(OLDEST)/ready assets
 
 $(OLDEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
-	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	grep -vE '^(torch|transformers|tokenizers|huggingface_hub|cuda-.*|nvidia-.*)==' constraints.txt > $(OLDEST)/constraints.txt
+	printf '%s\n' torch==$(OLDEST_TORCH) transformers==$(OLDEST_TRANSFORMERS) >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH)
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[test]'
 	touch $@
 

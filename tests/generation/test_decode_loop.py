@@ -101,7 +101,9 @@ def test_sliding_windows(tokens):
 def test_a_compiled_pass(model, plan, monkeypatch):
     """As on a GPU, where the compiled pass is captured besides."""
     monkeypatch.setattr(_loop, "_compiles", lambda *_: True)
+    torch._dynamo.utils.counters.clear()
     expected, actual, plain, looped = both(model, plan, tiny.prompt(57, batch=2), new=12)
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert actual.equal(expected)
     assert_same_caches(plain, looped)
 

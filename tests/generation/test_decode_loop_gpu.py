@@ -149,7 +149,9 @@ def test_compiled_steps(request, which):
     options = {"return_dict_in_generate": True, "output_logits": True}
     plain, looped = (LoomCache(plan, model, max_tokens=ROOM) for _ in range(2))
     expected = run(model, plain, prompt(100), 40, **options)
+    torch._dynamo.utils.counters.clear()
     actual = run(model, looped, prompt(100), 40, custom_generate=decode_loop, disable_compile=False, **options)
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert graph_of(looped) is not None
     alike = int((actual.sequences == expected.sequences).all(0).long().cumprod(0).sum()) - 100
     assert alike > 0
