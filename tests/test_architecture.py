@@ -15,7 +15,18 @@ import pytest
 import kvloom
 
 ROOT = Path(kvloom.__file__).parent
-SHARED = {"errors", "_conditions", "_extras", "_lazy", "_ledger", "_processes", "_userdir", "_version", "_vocabulary"}
+SHARED = {
+    "errors",
+    "_conditions",
+    "_dtypes",
+    "_extras",
+    "_lazy",
+    "_ledger",
+    "_processes",
+    "_userdir",
+    "_version",
+    "_vocabulary",
+}
 RUNTIME = {"plan", "pages", "codecs", "kernels", "eviction"}
 PUBLIC_API = "public names of every room"
 

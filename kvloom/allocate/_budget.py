@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from kvloom._dtypes import dtype_name
 from kvloom.errors import PlanError
-from kvloom.plan import Fingerprint, itemsize
+from kvloom.plan import Fingerprint
 
 Unit = Literal["bits", "bytes_per_token", "bytes"]
 
@@ -70,7 +71,7 @@ class Budget:
             if not 0 < getattr(self, name) < float("inf"):
                 raise PlanError(f"budget.{name} is {getattr(self, name)}: give a finite number above 0")
         if self.dtype is not None:
-            itemsize(self.dtype)
+            object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     @classmethod
     def bits(cls, amount: float, tokens: int | str, dtype: str | None = None) -> Budget:

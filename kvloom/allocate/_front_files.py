@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvloom._dtypes import dtype_name
 from kvloom._extras import require
 from kvloom.allocate._front import predicted_loss
 from kvloom.plan import Plan
@@ -33,7 +34,7 @@ def save_front(plans: Sequence[Plan], folder: Path, tokens: int, batch: int = 1,
     entries = [_entry(n, plan, tokens, batch, dtype) for n, plan in enumerate(plans, start=1)]
     for plan, entry in zip(plans, entries, strict=True):
         plan.save(folder / entry.file)
-    about = {"tokens": tokens, "batch": batch, "dtype": dtype or plans[0].model.dtype}
+    about = {"tokens": tokens, "batch": batch, "dtype": dtype_name(dtype or plans[0].model.dtype)}
     listed = {**about, "plans": [asdict(entry) for entry in entries]}
     (folder / "front.json").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
     _draw(entries, folder / "front.png", f"{plans[0].model.architecture}, {batch} x {tokens:,} tokens")

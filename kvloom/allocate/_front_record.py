@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvloom._dtypes import dtype_name
 from kvloom._ledger import Record, fingerprint
 from kvloom.allocate._front import ExactFront, predicted_loss
 from kvloom.plan import GPUS, Plan, TensorSpec, itemsize, longest_context
@@ -34,7 +35,7 @@ def front_record(
         PlanError: there is no plan, see `ExactFront.plans`.
     """
     plans, table = front.plans(points), front.profile.table
-    model, dtype = front.profile.model, front.dtype or front.profile.model.dtype
+    model, dtype = front.profile.model, dtype_name(front.dtype or front.profile.model.dtype)
     about = {
         "model": name,
         "signal": table.signal,

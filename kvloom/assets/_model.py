@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvloom._dtypes import torch_dtype
 from kvloom.assets._fetch import MODEL_NAME, model_dir
 from kvloom.assets._sharding import sharding, shared_device, started_processes
 from kvloom.errors import DataError, ModelError
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_DTYPES = ("float32", "bfloat16", "float16", "auto")
-"""Names of the weights' dtypes; auto is the checkpoint's own."""
+_OWN = "auto"
+"""The word for the dtype of the checkpoint."""
 
 
 def load_model(
@@ -30,8 +31,8 @@ def load_model(
 
     Args:
         name_or_path: "smollm2-135m" (the packaged model), a local folder, or a hub id.
-        dtype: of the weights, as a torch dtype or its name ("bfloat16"); by default float32 on a
-            CPU, where 16-bit arithmetic is slower, and the checkpoint's own elsewhere.
+        dtype: of the weights, as a torch dtype or a word for it ("bfloat16", "bf16"), or "auto" for the checkpoint's
+            own; by default float32 on a CPU, where 16-bit arithmetic is slower, and the checkpoint's own elsewhere.
         device: where the model goes; by default the first GPU, else the CPU.
         sharded: split the model over the processes that torchrun has started (tensor parallelism); each takes its own
             GPU, or the CPU where there is none. In one process it changes nothing.
@@ -39,12 +40,13 @@ def load_model(
     Raises:
         DataError: the packaged model has not been fetched.
         ModelError: there is no such folder or hub id, it is not a causal language model, or it cannot be split; a
-            device is given for all processes, or is not here; or the dtype is not known.
+            device is given for all processes, or is not here.
+        PlanError: the dtype is not known.
     """
     import torch
 
-    if isinstance(dtype, str) and dtype not in _DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not known: give one of {', '.join(_DTYPES)}.")
+    if isinstance(dtype, str) and dtype != _OWN:
+        dtype = torch_dtype(dtype)
     if sharded and started_processes() > 1:
         kind = shared_device(device)
         return _load(_source(name_or_path), dtype or _usual_dtype(kind), None)
@@ -69,7 +71,7 @@ def _present(device: torch.device | str) -> torch.device:
 def _usual_dtype(device_type: str) -> torch.dtype | str:
     import torch
 
-    return torch.float32 if device_type == "cpu" else "auto"
+    return torch.float32 if device_type == "cpu" else _OWN
 
 
 def load_config(name_or_path: str | Path = MODEL_NAME) -> PreTrainedConfig:

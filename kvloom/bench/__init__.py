@@ -15,7 +15,7 @@ records = bench_serve(servers, draw_prompts(token_ids, 129, 512, seed=0), make_t
 from __future__ import annotations
 
 from kvloom.bench._backends import bench_backends
-from kvloom.bench._grid import Grid, Pair, Shape, make_dtype, make_grid
+from kvloom.bench._grid import Grid, Pair, Shape, make_grid
 from kvloom.bench._roofline import check_picture, draw_roofline
 from kvloom.bench._run import bench_device, bench_kernels
 from kvloom.bench._table import Table, tables
@@ -65,7 +65,6 @@ __all__ = [
     "fit_table",
     "generate_tables",
     "is_out_of_memory",
-    "make_dtype",
     "make_grid",
     "make_loads",
     "make_preset",

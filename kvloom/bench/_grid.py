@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from kvloom._dtypes import torch_dtype
 from kvloom.errors import PlanError
 from kvloom.pages import BITS, Format, PageLayout, page_layout
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _DEFAULTS = {
-    "cuda": ("B8x32K,B1x128K,B1x32K,B1x4K,B1x1K", "8:8,4:4,4:2,3:3,2:2,1:1", "fp16"),
-    "cpu": ("B1x2K,B1x512", "4:4,2:2", "fp32"),
+    "cuda": ("B8x32K,B1x128K,B1x32K,B1x4K,B1x1K", "8:8,4:4,4:2,3:3,2:2,1:1", "float16"),
+    "cpu": ("B1x2K,B1x512", "4:4,2:2", "float32"),
 }
 UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _SHAPE = re.compile(r"B(\d+)x(\d+)([KM]?)")
@@ -138,7 +138,7 @@ def make_grid(
         head_dim: Channels of a head.
         key_group: Tokens of a group of keys.
         window: Exact tokens after the packed ones.
-        dtype: ``fp16``, ``bf16`` or ``fp32``.
+        dtype: ``float16``, ``bfloat16`` or ``float32``, or another word for it.
 
     Raises:
         PlanError: A word cannot be read, or does not fit the others; the message names the option.
@@ -153,7 +153,7 @@ def make_grid(
         head_dim=head_dim,
         key_group=key_group,
         window=window,
-        dtype=make_dtype(dtype or default_dtype),
+        dtype=torch_dtype(dtype or default_dtype),
     )
 
 
@@ -182,14 +182,3 @@ def _numbers(option: str, pattern: re.Pattern[str], word: str, example: str) -> 
     if match is None:
         raise PlanError(f"{option}: cannot read {word!r}; give two numbers as in {example}.")
     return int(match[1]), int(match[2])
-
-
-def make_dtype(word: str) -> torch.dtype:
-    """A dtype by the name it has on the command line.
-
-    Raises:
-        PlanError: It is none of `DTYPES`.
-    """
-    if word not in DTYPES:
-        raise PlanError(f"--dtype {word!r} is not one of {', '.join(DTYPES)}.")
-    return DTYPES[word]

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from kvloom._dtypes import torch_dtype
 from kvloom.cli._terminal import (
     Device,
+    Dtype,
     Model,
     OptionalModel,
     Plans,
     Shape,
-    ShortDtype,
     Texts,
     config_of,
     load_or_make,
@@ -39,7 +40,9 @@ def kernels(
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     key_group: Annotated[int, typer.Option(help="Tokens that share a scale of a key channel.")] = 64,
     window: Annotated[int, typer.Option(help="Exact tokens after the packed ones.")] = 32,
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; on a CPU fp32, elsewhere fp16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32; on a CPU float32, elsewhere float16.")
+    ] = None,
     backends: Annotated[str | None, typer.Option(help="cuda,triton,torch; all there are by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, ... or cpu; the first GPU by default.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the roofline: roofline.png, .svg, .pdf.")] = None,
@@ -100,7 +103,7 @@ def generate(
         str | None, typer.Option(help="dynamic,static,quantized,growing,fixed,loop; all of them by default.")
     ] = None,
     device: Device = None,
-    dtype: ShortDtype = None,
+    dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
 ) -> None:
     """Time prompts and decoding, and find the largest batch, with plans' caches and transformers' own."""
@@ -110,7 +113,6 @@ def generate(
         bench_device,
         bench_generate,
         generate_tables,
-        make_dtype,
         make_loads,
         make_preset,
     )
@@ -123,7 +125,7 @@ def generate(
     place = bench_device(device)
     loads = make_loads(shapes or (setting.loads if setting else _LOADS[place.type]))
     plans = named_plans(plan, config_of(model, shape))
-    loaded = load_or_make(model, shape, place, make_dtype(dtype) if dtype else None, sharded=True)
+    loaded = load_or_make(model, shape, place, torch_dtype(dtype) if dtype else None, sharded=True)
     usual = setting.new_tokens if setting else _NEW_TOKENS
     with progress() as update:
         records = bench_generate(

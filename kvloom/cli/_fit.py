@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from kvloom._dtypes import torch_dtype
 from kvloom.cli._terminal import (
     OptionalModel,
     Plans,
     Shape,
-    ShortDtype,
     config_of,
     err,
     load_or_make,
@@ -30,7 +30,9 @@ def fit(
     tokens: Annotated[str, typer.Option(help="Of each sequence, prompt and generated: 32K, ...")] = "32K",
     plan: Plans = None,
     reserve: Annotated[str, typer.Option(help="For the CUDA context, kernels' workspace and gaps.")] = "1GiB",
-    dtype: ShortDtype = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32; the checkpoint's own by default.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say how many sequences fit uncompressed and under plans; on a GPU, allocate them to make sure."""
@@ -43,7 +45,7 @@ def fit(
     if not (gpu or here):
         raise KernelError("there is no GPU here: say how much memory to fill, as in --gpu 80GiB.")
     memory, config = parse_bytes(gpu) if gpu else here, config_of(model, shape)
-    plans, kind = named_plans(plan, config), kvloom.bench.make_dtype(dtype) if dtype else config.dtype
+    plans, kind = named_plans(plan, config), torch_dtype(dtype) if dtype else config.dtype
     capacity = kvloom.bench.fit(
         config,
         plans,

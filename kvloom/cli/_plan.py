@@ -28,7 +28,9 @@ def plan(
     front: Annotated[Path | None, typer.Option(help="Instead: a folder for the best plan of every size.")] = None,
     tokens: Tokens = "8K",
     batch: Annotated[int | None, typer.Option(help="Sequences that share --memory.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of tokens kept exactly; the profiled model's by default.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, ..., of tokens kept exactly; the profiled model's by default.")
+    ] = None,
     method: Annotated[str, typer.Option(help="exact, greedy, joint, kvq, kvtuner; kvmix takes no budget.")] = "exact",
     prefill: Annotated[Literal["exact", "quantized"], typer.Option(help="What a prompt attends to.")] = "exact",
     equal_in: Annotated[int, typer.Option(help="Layers in a block that share their bits.")] = 1,

@@ -19,7 +19,7 @@ Weights = Annotated[
     str | None, typer.Option(help="The profiled model: its weights share memory with the contexts that are told.")
 ]
 ByHead = Annotated[bool, typer.Option("--by-head", help="Every KV head decides by itself.")]
-ExploreDtype = Annotated[str, typer.Option(help="Compute dtype of tokens kept exactly.")]
+ExploreDtype = Annotated[str, typer.Option(help="float16, bfloat16 or float32, of tokens kept exactly.")]
 
 
 def report(

@@ -31,13 +31,12 @@ Model = Annotated[str, typer.Argument(help="smollm2-135m (packaged), a local fol
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the first GPU if there is one.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16, ...; on a CPU float32, elsewhere the checkpoint's own."),
+    typer.Option(help="float16, bfloat16 or float32; on a CPU float32, elsewhere the checkpoint's own."),
 ]
 OptionalModel = Annotated[str | None, typer.Argument(help="As for the other commands; or give --shape.")]
 Shape = Annotated[
     str | None, typer.Option("--shape", help="llama-3.1-8b or llama-2-7b with random weights, in place of MODEL.")
 ]
-ShortDtype = Annotated[str | None, typer.Option("--dtype", help="fp16, bf16 or fp32.")]
 Plans = Annotated[
     list[str] | None,
     typer.Option("--plan", help="A kv_plan.json or a preset such as kvloom/K4V4; give it again for more."),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from kvloom.errors import PlanError
+from kvloom._dtypes import dtype_name
 from kvloom.eviction import Room, slot_nbytes
 from kvloom.pages import Format, PageLayout, Role, SideLayout, page_layout, page_tokens_of
 from kvloom.plan._spec import LayerPlan, Window
@@ -21,15 +21,12 @@ _COUNT_BYTES, _MASS_BYTES = 4, 8
 
 
 def itemsize(dtype: object) -> int:
-    """Bytes of a compute dtype given by name or as a torch dtype.
+    """Bytes of a compute dtype: torch's, its name, or a word such as ``fp16``.
 
     Raises:
         PlanError: It is not a floating-point dtype a model computes in.
     """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _ITEMSIZE:
-        raise PlanError(f"dtype {name!r} is not known: give one of {', '.join(_ITEMSIZE)}.")
-    return _ITEMSIZE[name]
+    return _ITEMSIZE[dtype_name(dtype)]
 
 
 @lru_cache(maxsize=4096)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, WithJsonSchema, field_serializer, field_validator, model_validator
 
+from kvloom._dtypes import dtype_name
 from kvloom.errors import ModelError
-from kvloom.plan._bytes import itemsize
 from kvloom.plan._spec import PlanModel, format_layers, parse_layers
 from kvloom.plan._validate import validated
 
@@ -49,8 +49,7 @@ class Fingerprint(PlanModel):
     @field_validator("dtype")
     @classmethod
     def _dtype_is_known(cls, dtype: str) -> str:
-        itemsize(dtype)
-        return dtype
+        return dtype_name(dtype)
 
     @model_validator(mode="after")
     def _layers_are_the_models(self) -> Fingerprint:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from kvloom._dtypes import dtype_name
 from kvloom.assets import EVALUATION, MODEL_NAME
 from kvloom.errors import DataError
 from kvloom.evaluate import Settings
@@ -35,7 +36,12 @@ class ModelEntry(Entry):
 
     model: str
     name: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: str | None = None
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype_is_known(cls, dtype: str | None) -> str | None:
+        return dtype and dtype_name(dtype)
 
     @property
     def label(self) -> str:

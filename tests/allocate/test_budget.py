@@ -84,7 +84,7 @@ def test_senseless_budgets_name_the_field(field, make):
 
 
 def test_an_unknown_dtype_is_refused_at_once():
-    with pytest.raises(PlanError, match="dtype 'int8' is not known: give one of float64, float32"):
+    with pytest.raises(PlanError, match="dtype 'int8' is not known: give one of float16, bfloat16"):
         Budget.bits(3, 2048, dtype="int8")
 
 

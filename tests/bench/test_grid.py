@@ -48,7 +48,7 @@ def test_a_group_of_128_keys_makes_pages_of_128():
         ("heads", "32", "--heads: cannot read '32'"),
         ("heads", "32/5", "--heads 32/5: query heads must be a multiple of KV heads"),
         ("heads", "32/0", "--heads 32/0"),
-        ("dtype", "int8", "--dtype 'int8' is not one of fp16, bf16, fp32"),
+        ("dtype", "int8", "dtype 'int8' is not known: give one of float16"),
         ("window", -1, "--window -1"),
         ("head_dim", 100, "--head-dim 100"),
         ("key_group", 48, "--key-group 48"),

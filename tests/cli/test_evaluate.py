@@ -129,7 +129,7 @@ def test_lm_eval_runs_local_tasks(kvloom, folder: Path, tmp_path: Path):
         (["eval", "--plan", "kvloom/K4V4", "-o", "{tmp}"], "is a folder: name a file"),
         (["eval", "--plan", "kvloom/K4V4", "-o", "{tmp}/other.json"], "line 1 is not a JSON object"),
         (["eval", "--plan", "kvloom/K4V4", "--tasks", "ruler/niah"], "'ruler/niah' is not known: choose among ruler/"),
-        (["eval", "--plan", "kvloom/K4V4", "--dtype", "fp16"], "dtype 'fp16' is not known"),
+        (["eval", "--plan", "kvloom/K4V4", "--dtype", "fp8"], "dtype 'fp8' is not known"),
         (["calibrate", "--plan", "{tmp}/plan.json", "-o", "{tmp}"], "is a folder: name a file"),
         (["generate", "--prompt", "", "--raw"], "--prompt has no tokens: give a text"),
     ],

@@ -72,7 +72,7 @@ def test_bench_generate_under_a_published_setting(kvloom, plan: Path, monkeypatc
         (["--repeats", "0"], "0 repeats"),
         (["--caches", "paged"], "--caches 'paged' is not one of"),
         (["--preset", "gear"], "--preset 'gear' is not one of kivi, kvmix, kvtuner"),
-        (["--dtype", "int8"], "--dtype 'int8'"),
+        (["--dtype", "int8"], "dtype 'int8' is not known: give one of float16"),
         (["--plan", "absent.json"], "cannot read the plan absent.json"),
         (["--plan", "kvloom/K9V9"], "preset 'kvloom/K9V9' is unknown"),
         (["--plan", "p.json", "--plan", "./p.json"], "another plan is named 'p'"),
@@ -112,6 +112,9 @@ def test_fit_predicts_and_says_that_it_did_not_allocate(kvloom, plan: Path):
     assert [int(row[3]) for row in rows] == [row.predicted for row in found.fits]
     told = json.loads(kvloom("fit", *words, "--reserve", "16MiB", "--json").stdout)
     assert told["dtype"] == "bfloat16"
+    halves = [kvloom("fit", *words, "--json", "--dtype", word).stdout for word in ("fp16", "float16", "half")]
+    assert json.loads(halves[0])["dtype"] == "float16"
+    assert len(set(halves)) == 1
     assert [row["predicted"] for row in told["fits"]] == [row.predicted for row in found.fits]
 
 

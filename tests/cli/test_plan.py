@@ -103,7 +103,7 @@ def test_kvmix_needs_no_budget(kvloom, profile: Path, target: Path):
         (["--bits", "0.5"], "budget"),
         ([], "budget"),
         (["--memory", "1GiB", "--batch", "0"], "budget.batch is 0"),
-        (["--bits", "4", "--dtype", "fp16"], "dtype 'fp16' is not known: give one of float64, float32"),
+        (["--bits", "4", "--dtype", "fp8"], "dtype 'fp8' is not known: give one of float16, bfloat16, float32"),
         (["--bits", "4", "--method", "magic"], "'magic' is unknown"),
         (["--memory", "6G"], "6GiB"),
     ],
