@@ -23,6 +23,7 @@ SHARED = {
     "_lazy",
     "_ledger",
     "_processes",
+    "_sizes",
     "_userdir",
     "_version",
     "_vocabulary",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from kvloom._sizes import parse_bytes, parse_tokens
 from kvloom.allocate._allocate import allocate
 from kvloom.allocate._base import Allocator, allocators, get, register
-from kvloom.allocate._budget import Budget, parse_bytes, parse_tokens
+from kvloom.allocate._budget import Budget
 from kvloom.allocate._constraints import Constraints, parse_pairs, parse_protect
 from kvloom.allocate._exact import Exact
 from kvloom.allocate._front import ExactFront

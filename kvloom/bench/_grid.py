@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kvloom._dtypes import torch_dtype
+from kvloom._sizes import TOKENS, parse_tokens
 from kvloom.errors import PlanError
 from kvloom.pages import BITS, Format, PageLayout, page_layout
 
@@ -15,8 +16,7 @@ _DEFAULTS = {
     "cuda": ("B8x32K,B1x128K,B1x32K,B1x4K,B1x1K", "8:8,4:4,4:2,3:3,2:2,1:1", "float16"),
     "cpu": ("B1x2K,B1x512", "4:4,2:2", "float32"),
 }
-UNITS = {"": 1, "K": 2**10, "M": 2**20}
-_SHAPE = re.compile(r"B(\d+)x(\d+)([KM]?)")
+_SHAPE = re.compile(r"B(\d+)x(.+)")
 _PAIR = re.compile(r"(\d+):(\d+)")
 _HEADS = re.compile(r"(\d+)/(\d+)")
 
@@ -31,8 +31,8 @@ class Shape:
     @property
     def label(self) -> str:
         """As on the command line: ``B8x32K``."""
-        unit = next(unit for unit in ("M", "K", "") if self.tokens % UNITS[unit] == 0)
-        return f"B{self.batch}x{self.tokens // UNITS[unit]}{unit}"
+        unit = next(unit for unit in ("M", "K", "") if self.tokens % TOKENS[unit] == 0)
+        return f"B{self.batch}x{self.tokens // TOKENS[unit]}{unit}"
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,19 @@ def _shape(word: str) -> Shape:
     match = _SHAPE.fullmatch(word)
     if match is None:
         raise PlanError(f"--shapes: cannot read {word!r}; give batch and tokens as in B8x32K.")
-    return Shape(int(match[1]), int(match[2]) * UNITS[match[3]])
+    return Shape(int(match[1]), tokens_of(word, match[2]))
+
+
+def tokens_of(word: str, length: str) -> int:
+    """The tokens of a word of ``--shapes``.
+
+    Raises:
+        PlanError: They cannot be read.
+    """
+    try:
+        return parse_tokens(length)
+    except PlanError as error:
+        raise PlanError(f"--shapes {word}: {error}") from None
 
 
 def _pair(word: str) -> Pair:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvloom._dtypes import torch_dtype
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._terminal import (
     Device,
     Dtype,
@@ -39,7 +40,7 @@ def kernels(
     heads: Annotated[str, typer.Option(help="Query heads and KV heads.")] = "32/8",
     head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     key_group: Annotated[int, typer.Option(help="Tokens that share a scale of a key channel.")] = 64,
-    window: Annotated[int, typer.Option(help="Exact tokens after the packed ones.")] = 32,
+    window: Annotated[int, tokens_option("Exact tokens after the packed ones.", least=0)] = 32,
     dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16 or float32; on a CPU float32, elsewhere float16.")
     ] = None,
@@ -94,7 +95,7 @@ def generate(
     shapes: Annotated[
         str | None, typer.Option(help="Batch and prompt tokens: B1x8K,B*x32K; B* is the largest batch that fits.")
     ] = None,
-    new: Annotated[int | None, typer.Option(help="Generated tokens; 64 by default.")] = None,
+    new: Annotated[int | None, tokens_option("Generated tokens; 64 by default.", least=2)] = None,
     fill: Annotated[
         Literal["prompt", "random"], typer.Option(help="Pass prompts through the model, or fill caches with numbers.")
     ] = "prompt",
@@ -160,22 +161,21 @@ def serve(
     concurrency: Annotated[str | None, typer.Option(help="Requests at a time: 1,8,32; 8 without --rate.")] = None,
     rate: Annotated[str | None, typer.Option(help="Requests a second, at random moments: 2,4.5.")] = None,
     requests: Annotated[int, typer.Option(help="Under each concurrency and rate.", min=1)] = 64,
-    prompt: Annotated[str, typer.Option(help="Tokens of each prompt: 512, 4K.")] = "512",
-    new: Annotated[int, typer.Option(help="Generated tokens of each.")] = 128,
+    prompt: Annotated[int, tokens_option("Tokens of each prompt: 512, 4K.")] = 512,
+    new: Annotated[int, tokens_option("Generated tokens of each.")] = 128,
     text: Texts = None,
     seed: Annotated[int, typer.Option(help="Of prompts and moments; a server may know the prompts of an old one.")] = 0,
     out: Annotated[Path, typer.Option(help="Results file; the same cases are replaced.")] = Path("runs/serve.jsonl"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
 ) -> None:
     """Time running servers: requests and tokens a second, first tokens, and the times between tokens."""
-    from kvloom.allocate import parse_tokens
     from kvloom.assets import EVALUATION, load_tokenizer, texts
     from kvloom.bench import bench_serve, draw_prompts, make_traffic, serve_tables
 
     traffic = make_traffic(concurrency if concurrency or rate else "8", rate)
     content = "\n\n".join(source.content for source in texts(text or EVALUATION))
     tokens = load_tokenizer(model)(content, add_special_tokens=False, verbose=False).input_ids
-    prompts = draw_prompts(tokens, len(traffic) * requests + 1, parse_tokens(prompt), seed)
+    prompts = draw_prompts(tokens, len(traffic) * requests + 1, prompt, seed)
     with progress() as update:
         records = bench_serve(
             _servers(server),

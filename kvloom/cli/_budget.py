@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvloom.cli._numbers import tokens_option
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
     from kvloom import Budget
     from kvloom.allocate import Constraints
 
-Tokens = Annotated[str, typer.Option(help="Context length: 2048, 128K, ...")]
+Tokens = Annotated[int, tokens_option("Context length: 2048, 128K, ...")]
 Bits = Annotated[float | None, typer.Option(help="Budget in true bits a number.")]
 BytesPerToken = Annotated[float | None, typer.Option(help="Budget of one sequence.")]
 Memory = Annotated[str | None, typer.Option(help="Total budget: 6GiB, '24 GB', ...")]
@@ -22,7 +23,7 @@ def budget_of(
     bits: float | None,
     bytes_per_token: float | None,
     memory: str | None,
-    tokens: str,
+    tokens: int,
     batch: int | None,
     dtype: str | None,
 ) -> Budget | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, output_file, progress
 
 
@@ -20,7 +21,7 @@ def calibrate(
         bool, typer.Option("--rotate", help="Turn channels so that queries and outputs notice rounding least.")
     ] = False,
     prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 4,
-    tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 2048,
+    tokens: Annotated[int, tokens_option("Tokens in each prompt.")] = 2048,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,

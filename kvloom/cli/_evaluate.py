@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._terminal import (
     Device,
     Dtype,
@@ -44,7 +45,8 @@ def evaluate(
     output: Output = Path("runs/eval.jsonl"),
     limit: Limit = None,
     length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of prompt and answer, for tasks of any length; give it again.")
+        list[int] | None,
+        tokens_option("Tokens of prompt and answer, for tasks of any length; give it again.", least=2),
     ] = None,
     shots: Annotated[int | None, typer.Option(help="Examples in a GSM8K prompt.")] = None,
     data: Annotated[
@@ -53,7 +55,7 @@ def evaluate(
     prefill: Prefill = "quantized",
     windows: Annotated[int, typer.Option(help="Text windows of fidelity and drift; 0 takes all.", min=0)] = 8,
     window: Window = 2048,
-    chunk: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 128,
+    chunk: Annotated[int, tokens_option("Tokens of one forward pass.")] = 128,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvloom._dtypes import torch_dtype
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._terminal import (
     OptionalModel,
     Plans,
@@ -27,7 +28,7 @@ def fit(
     model: OptionalModel = None,
     shape: Shape = None,
     gpu: Annotated[str | None, typer.Option(help="Its memory: 80GiB, '24 GB'; that of the first GPU here.")] = None,
-    tokens: Annotated[str, typer.Option(help="Of each sequence, prompt and generated: 32K, ...")] = "32K",
+    tokens: Annotated[int, tokens_option("Of each sequence, prompt and generated: 32K, ...")] = 32768,
     plan: Plans = None,
     reserve: Annotated[str, typer.Option(help="For the CUDA context, kernels' workspace and gaps.")] = "1GiB",
     dtype: Annotated[
@@ -39,7 +40,7 @@ def fit(
     import torch
 
     import kvloom.bench
-    from kvloom.allocate import parse_bytes, parse_tokens
+    from kvloom.allocate import parse_bytes
 
     here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     if not (gpu or here):
@@ -50,7 +51,7 @@ def fit(
         config,
         plans,
         memory=memory,
-        tokens=parse_tokens(tokens),
+        tokens=tokens,
         dtype=kind or torch.bfloat16,
         reserve=parse_bytes(reserve),
     )

@@ -26,7 +26,7 @@ def plan(
     memory: Memory = None,
     max_kld: Annotated[float | None, typer.Option(help="Instead: the smallest plan measured to lose no more.")] = None,
     front: Annotated[Path | None, typer.Option(help="Instead: a folder for the best plan of every size.")] = None,
-    tokens: Tokens = "8K",
+    tokens: Tokens = 8192,
     batch: Annotated[int | None, typer.Option(help="Sequences that share --memory.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float16, ..., of tokens kept exactly; the profiled model's by default.")
@@ -51,15 +51,15 @@ def plan(
 ) -> None:
     """Spend a memory budget where it matters."""
     from kvloom import Profile
-    from kvloom.allocate import ExactFront, allocate, parse_tokens
+    from kvloom.allocate import ExactFront, allocate
 
     budget = budget_of(bits, bytes_per_token, memory, tokens, batch, dtype)
     constraints = constraints_of(equal_in, pairs, max_layouts, protect)
     _check_goal(budget, max_kld, front, model)
     one_plan = max_kld is None and front is None
     how = _joint(method, evict, constraints, by_head, one_plan) or _allocator(method, constraints, by_head, one_plan)
-    measured, length = Profile.load(profile), parse_tokens(tokens)
-    curve = ExactFront(measured, length, 1, dtype, constraints, prefill=prefill, by_head=by_head)
+    measured = Profile.load(profile)
+    curve = ExactFront(measured, tokens, 1, dtype, constraints, prefill=prefill, by_head=by_head)
     if front:
         _write_front(curve, front)
         return
@@ -70,7 +70,7 @@ def plan(
     else:
         made = allocate(measured, budget, method=how, prefill=prefill)
     made.save(output)
-    typer.echo(made.describe(length))
+    typer.echo(made.describe(tokens))
     typer.echo(f"wrote {output}")
 
 
@@ -159,12 +159,11 @@ def convert(
     typer.echo(f"wrote {target}")
 
 
-def show(plan: Annotated[Path, typer.Argument(help="A kv_plan.json.")], tokens: Tokens = "32K") -> None:
+def show(plan: Annotated[Path, typer.Argument(help="A kv_plan.json.")], tokens: Tokens = 32768) -> None:
     """Describe a plan: what each layer stores, bytes and true bits."""
     from kvloom import Plan
-    from kvloom.allocate import parse_tokens
 
-    typer.echo(Plan.load(plan).describe(parse_tokens(tokens)))
+    typer.echo(Plan.load(plan).describe(tokens))
 
 
 def schema() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, output_file, progress
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ def profile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
     prompts: Annotated[int, typer.Option(help="Prompts to measure on.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 512,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens the cache will keep exactly.")] = 4,
-    recent: Annotated[int, typer.Option(min=0, help="Newest tokens the cache will keep exactly.")] = 0,
+    tokens: Annotated[int, tokens_option("Tokens in each prompt.")] = 512,
+    sinks: Annotated[int, tokens_option("First tokens the cache will keep exactly.", least=0)] = 4,
+    recent: Annotated[int, tokens_option("Newest tokens the cache will keep exactly.", least=0)] = 0,
     rotated: Annotated[
         bool, typer.Option(help="Measure rotated formats with searched clip ranges too; better at 3 bits and below.")
     ] = False,
@@ -31,7 +32,7 @@ def profile(
         str | None, typer.Option(help="Measure what keeping fewer tokens costs, too: auto, or a policy such as snapkv.")
     ] = None,
     evict_prompts: Annotated[int, typer.Option(help="Prompts that --evict measures on.")] = 8,
-    evict_tokens: Annotated[int, typer.Option(help="Tokens in each of them; 128 more follow.")] = 2048,
+    evict_tokens: Annotated[int, tokens_option("Tokens in each of them; 128 more follow.")] = 2048,
     text: Texts = None,
     seed: Seed = 0,
     device: Device = None,

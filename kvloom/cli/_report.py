@@ -43,7 +43,7 @@ def report(
     records = load_records(runs)
     output_file(output)
     if profile:
-        records.append(_front(profile, model, "8K", "bfloat16", by_head=False))
+        records.append(_front(profile, model, 8192, "bfloat16", by_head=False))
     pictures = save_pictures(records, png) if png else []
     typer.echo(render_text(records))
     output.write_text(render_html(records, title), encoding="utf-8")
@@ -55,7 +55,7 @@ def explore(
     output: Page = Path("explore.html"),
     title: Annotated[str, typer.Option()] = "kvloom explore",
     model: Weights = None,
-    tokens: Tokens = "8K",
+    tokens: Tokens = 8192,
     dtype: ExploreDtype = "bfloat16",
     by_head: ByHead = False,
 ) -> None:
@@ -68,17 +68,17 @@ def explore(
     typer.echo(f"wrote {output} with {len(record['plans'])} plans")
 
 
-def _front(path: Path, model: str | None, tokens: str, dtype: str, *, by_head: bool) -> Record:
+def _front(path: Path, model: str | None, tokens: int, dtype: str, *, by_head: bool) -> Record:
     """The front of a profile, with the weights of the model if it is named."""
     from kvloom import Profile
-    from kvloom.allocate import ExactFront, front_record, parse_tokens
+    from kvloom.allocate import ExactFront, front_record
 
     profile = Profile.load(path)
     about: dict[str, Any] = {}
     if model:
         about = _weights(profile, model)
     with err.status("solving for every budget"):
-        front = ExactFront(profile, parse_tokens(tokens), dtype=dtype, by_head=by_head)
+        front = ExactFront(profile, tokens, dtype=dtype, by_head=by_head)
         return front_record(front, model or profile.model.architecture, **about)
 
 

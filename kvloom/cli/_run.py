@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._terminal import Device, Dtype, Model, config_of, err, load
 from kvloom.errors import DataError
 
@@ -20,7 +21,7 @@ def generate(
         str | None,
         typer.Option(help="A kv_plan.json, or a preset such as kvloom/K4V4; the uncompressed cache without it."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: Annotated[int, tokens_option("At most so many.")] = 128,
     growing: Annotated[
         bool, typer.Option("--growing", help="A growing cache also on a GPU, where its size is fixed by default.")
     ] = False,

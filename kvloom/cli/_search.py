@@ -19,7 +19,7 @@ def search(
     bits: Bits = None,
     bytes_per_token: BytesPerToken = None,
     memory: Memory = None,
-    tokens: Tokens = "8K",
+    tokens: Tokens = 8192,
     batch: Annotated[int | None, typer.Option(help="Sequences that share --memory.")] = None,
     trials: Annotated[int, typer.Option(help="Plans to measure, those of all processes together.")] = 200,
     sampler: Annotated[Literal["nsga2", "moead"], typer.Option(help="What proposes plans.")] = "nsga2",
@@ -35,7 +35,7 @@ def search(
 ) -> None:
     """Search plans by what they are measured to lose, as KVTuner does; processes can share the work."""
     from kvloom import Profile
-    from kvloom.allocate import KVTuner, Objective, StudySettings, parse_tokens, save_front
+    from kvloom.allocate import KVTuner, Objective, StudySettings, save_front
 
     budget = budget_of(bits, bytes_per_token, memory, tokens, batch, None)
     if budget is None:
@@ -51,9 +51,9 @@ def search(
     method = KVTuner(objective, settings, progress=lambda what, done, total: err.print(f"{what} {done} of {total}"))
     made = method.solve(measured, budget, window=measured.table.window, prefill="exact")
     made.save(output)
-    typer.echo(made.describe(parse_tokens(tokens)))
+    typer.echo(made.describe(tokens))
     typer.echo(f"wrote {output}")
     if front:
         plans = method.front(measured, budget, window=measured.table.window)
-        save_front(plans, front, parse_tokens(tokens), batch or 1)
+        save_front(plans, front, tokens, batch or 1)
         typer.echo(f"wrote {len(plans)} plans to {front}")

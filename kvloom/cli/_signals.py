@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._terminal import Device, Dtype, Model, Seed, load, progress
 
 app = typer.Typer(no_args_is_help=True, help="Compare what predicts the loss of a plan.")
@@ -31,10 +32,10 @@ def compare(
     equal: Annotated[int, typer.Option(help="Random plans of equal true bits.")] = 100,
     bits: Annotated[float, typer.Option(help="True bits of those.")] = 3.0,
     windows: Annotated[int, typer.Option(help="Text windows to score plans on.")] = 8,
-    window: Annotated[int, typer.Option(help="Tokens in each window.")] = 1031,
-    chunk: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 512,
+    window: Annotated[int, tokens_option("Tokens in each window.")] = 1031,
+    chunk: Annotated[int, tokens_option("Tokens of one forward pass.")] = 512,
     prompts: Annotated[int, typer.Option(help="Prompts to measure signals on.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens in each prompt.")] = 512,
+    tokens: Annotated[int, tokens_option("Tokens in each prompt.")] = 512,
     batch: Annotated[int, typer.Option(help="Windows, or prompts, in one forward pass.")] = 1,
     share: Annotated[str, typer.Option(help="2/8: measure every eighth plan only, from the second on.")] = "1/1",
     seed: Seed = 0,

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table as Drawn
 from rich.text import Text
 
+from kvloom.cli._numbers import tokens_option
 from kvloom.cli._processes import speaks
 from kvloom.errors import DataError, ModelError, PlanError
 
@@ -47,7 +48,7 @@ Texts = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the choice of text windows.")]
 Windows = Annotated[int, typer.Option(help="Text windows to score.")]
-Window = Annotated[int, typer.Option(help="Tokens in each window.")]
+Window = Annotated[int, tokens_option("Tokens in each window.")]
 AtOnce = Annotated[int, typer.Option(help="Windows in one forward pass; more are faster on a GPU.")]
 
 

@@ -7,9 +7,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kvloom._dtypes import dtype_name
+from kvloom._sizes import parse_tokens
 from kvloom.assets import EVALUATION, MODEL_NAME
 from kvloom.errors import DataError
 from kvloom.evaluate import Settings
@@ -17,6 +28,10 @@ from kvloom.plan import explain
 
 MODEL = "{model}"
 """Stands for the model's name in the files of plans and profiles."""
+
+
+Length = Annotated[int, BeforeValidator(parse_tokens)]
+"""A number of tokens: 2048, 4K or 1M."""
 
 
 class Entry(BaseModel):
@@ -61,7 +76,7 @@ class BudgetEntry(Entry):
 
     bits: float = Field(gt=0)
     profile: str
-    tokens: int | str = "8K"
+    tokens: Length = 8192
     name: str | None = None
 
     @property
@@ -82,11 +97,11 @@ class TaskEntry(Entry):
     task: str
     name: str | None = None
     limit: int | None = None
-    lengths: tuple[int, ...] | None = None
+    lengths: tuple[Length, ...] | None = None
     shots: int | None = None
     windows: int | None = 8
-    window: int = 2048
-    chunk: int = 128
+    window: Length = 2048
+    chunk: Length = 128
     texts: tuple[str, ...] = EVALUATION
     data: Path | None = None
     seed: int = 0

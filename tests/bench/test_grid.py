@@ -10,7 +10,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_words_are_read():
-    grid = make_grid(CUDA, shapes="B8x32K, B1x1M,B2x192", pairs="8:8,4:2", heads="40/8", dtype="bf16")
+    grid = make_grid(CUDA, shapes="B8x32k, B1x1M,B2x192", pairs="8:8,4:2", heads="40/8", dtype="bf16")
     assert grid.shapes == (Shape(8, 32768), Shape(1, 2**20), Shape(2, 192))
     assert [shape.label for shape in grid.shapes] == ["B8x32K", "B1x1M", "B2x192"]
     assert grid.pairs == (Pair(8, 8), Pair(4, 2))
@@ -40,7 +40,7 @@ def test_a_group_of_128_keys_makes_pages_of_128():
     ("option", "word", "message"),
     [
         ("shapes", "8x32K", "--shapes: cannot read '8x32K'"),
-        ("shapes", "B8x32k", "--shapes: cannot read"),
+        ("shapes", "B8x32G", "--shapes B8x32G: cannot read '32G'"),
         ("shapes", "B1x1000", "--shapes B1x1000: give a batch above 0, and tokens in whole pages of 64"),
         ("shapes", "B0x64", "--shapes B0x64"),
         ("pairs", "4-4", "--pairs: cannot read '4-4'; give two numbers as in 4:2"),

@@ -68,7 +68,6 @@ def test_json_is_the_records(bench, tmp_path: Path):
         (["--backends", "magic"], "--backends magic: on cpu there are"),
         (["--key-group", "7"], "--key-group 7"),
         (["--head-dim", "20"], "--head-dim 20"),
-        (["--window", "-3"], "--window -3"),
         (["--plot", "roofline.doc"], "--plot roofline.doc"),
         (["--device", "abacus"], "--device 'abacus'"),
     ],

@@ -68,7 +68,6 @@ def test_bench_generate_under_a_published_setting(kvloom, plan: Path, monkeypatc
         (["--device", "abacus"], "--device 'abacus'"),
         (["--shapes", "8x1K"], "--shapes: cannot read '8x1K'"),
         (["--shapes", "B*x1K"], "the largest batch (B*)"),
-        (["--new", "0"], "0 new tokens"),
         (["--repeats", "0"], "0 repeats"),
         (["--caches", "paged"], "--caches 'paged' is not one of"),
         (["--preset", "gear"], "--preset 'gear' is not one of kivi, kvmix, kvtuner"),
@@ -121,8 +120,6 @@ def test_fit_predicts_and_says_that_it_did_not_allocate(kvloom, plan: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tokens", "0"], "0 tokens: give the tokens of each sequence"),
-        (["--tokens", "many"], "cannot read 'many'"),
         (["--gpu", "80G"], "cannot read '80G'"),
         (["--gpu", "1MiB"], "the weights take"),
         (["--plan", "nope"], "preset 'nope' is unknown"),

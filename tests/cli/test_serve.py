@@ -59,7 +59,6 @@ def test_two_servers_side_by_side(kvloom, words):
         (["--server", "a=http://x", "--server", "a=http://y"], "--server a=http://y: another server is named 'a'"),
         (["--server", "a=http://x", "--rate", "fast"], "--rate: cannot read 'fast'"),
         (["--server", "a=http://x", "--prompt", "4K"], "7 prompts of 4096 tokens cannot begin at different places"),
-        (["--server", "a=http://x", "--new", "0"], "0 new tokens"),
         (["--server", "a=http://x", "--text", "absent.txt"], "'absent.txt' cannot be read"),
     ],
 )

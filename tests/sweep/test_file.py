@@ -28,7 +28,7 @@ def test_names_stand_for_entries_and_paths_start_at_the_file(tmp_path):
         plans: ["plans/{model}.json", kvloom/K4V4, {bits: 3, profile: "p/{model}.json"}]
         tasks:
           - fidelity
-          - {task: needle, name: long, lengths: [8192], texts: [worked, mine.txt], data: sets}
+          - {task: needle, name: long, lengths: [8K], texts: [worked, mine.txt], data: sets}
           - {lm-eval: [mmlu, hellaswag], shots: 0, include: more}
         prefill: plan
         """,
@@ -66,6 +66,7 @@ def test_names_stand_for_entries_and_paths_start_at_the_file(tmp_path):
         ("models: [a]\ntasks: [{task: gsm8k, limits: 2}]", "field tasks.0.task.limits: nothing is known by this name"),
         ("models: [a]\ntasks: [{task: gsm8k, limit: 0}]", "field tasks.0.task: limit is 0"),
         ("models: [a]\ntasks: [{task: ruler, lengths: []}]", "field tasks.0.task: lengths is []"),
+        ("models: [a]\ntasks: [{task: ruler, lengths: [4G]}]", "field tasks.0.task.lengths.0: cannot read '4G'"),
         ("models: [a]\ntasks: [{lm-eval: []}]", "field tasks.0.lm-eval.lm-eval"),
         ("models: [a]\ntasks: [fidelity, 3]", "field tasks.1.task"),
         ("models: [a]\nplans: [{bits: 3}]\ntasks: [fidelity]", "field plans.0.budget.profile: Field required"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kvloom.bench._grid import UNITS, Shape, words
+from kvloom.bench._grid import Shape, tokens_of, words
 from kvloom.errors import PlanError
 
-_LOAD = re.compile(r"B(\d+|\*)x(\d+)([KM]?)")
+_LOAD = re.compile(r"B(\d+|\*)x(.+)")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _load(word: str) -> Load:
     match = _LOAD.fullmatch(word)
     if match is None:
         raise PlanError(f"--shapes: cannot read {word!r}; give batch and prompt tokens as in B8x32K or B*x32K.")
-    load = Load(None if match[1] == "*" else int(match[1]), int(match[2]) * UNITS[match[3]])
+    load = Load(None if match[1] == "*" else int(match[1]), tokens_of(word, match[2]))
     if load.batch == 0 or load.tokens == 0:
         raise PlanError(f"--shapes {word}: give a batch and a number of tokens above 0.")
     return load

@@ -17,7 +17,7 @@ def test_words_are_read():
     ("words", "message"),
     [
         ("8x32K", "--shapes: cannot read '8x32K'; give batch and prompt tokens as in B8x32K or B*x32K."),
-        ("B8x32k", "cannot read 'B8x32k'"),
+        ("B8x32G", "--shapes B8x32G: cannot read '32G'"),
         ("", "cannot read ''"),
         ("B0x64", "--shapes B0x64: give a batch and a number of tokens above 0."),
         ("B*x0", "--shapes B*x0: give a batch"),
