@@ -16,11 +16,13 @@ from kvloom.cli._terminal import (
     Model,
     OptionalModel,
     Plans,
+    Results,
     Shape,
     Texts,
     config_of,
     load_or_make,
     named_plans,
+    output_file,
     print_tables,
     progress,
 )
@@ -34,7 +36,7 @@ _NEW_TOKENS = 64
 
 @app.command()
 def kernels(
-    out: Annotated[Path, typer.Option(help="Results file; the same cases are replaced.")] = Path("runs/kernels.jsonl"),
+    output: Results = Path("runs/kernels.jsonl"),
     shapes: Annotated[str | None, typer.Option(help="Batch and packed tokens: B8x32K,B1x4K.")] = None,
     pairs: Annotated[str | None, typer.Option(help="Bits of keys and values: 8:8,4:2.")] = None,
     heads: Annotated[str, typer.Option(help="Query heads and KV heads.")] = "32/8",
@@ -74,15 +76,16 @@ def kernels(
     chosen = bench_backends(place, [name.strip() for name in backends.split(",")] if backends else None)
     if plot:
         check_picture(plot)
+    output_file(output)
     with progress() as update:
-        records = bench_kernels(grid, place, backends=chosen, out=out, progress=update)
+        records = bench_kernels(grid, place, backends=chosen, out=output, progress=update)
     if plot:
         draw_roofline(records, plot)
     if as_json:
         typer.echo(json.dumps(records))
         return
     print_tables(tables(records))
-    typer.echo("\n".join(f"wrote {path}" for path in (out, plot) if path))
+    typer.echo("\n".join(f"wrote {path}" for path in (output, plot) if path))
 
 
 @app.command()
@@ -91,7 +94,7 @@ def generate(
     shape: Shape = None,
     preset: Annotated[str | None, typer.Option(help="kivi, kvmix or kvtuner: the setting they published.")] = None,
     plan: Plans = None,
-    out: Annotated[Path, typer.Option(help="Results file; the same cases are replaced.")] = Path("runs/generate.jsonl"),
+    output: Results = Path("runs/generate.jsonl"),
     shapes: Annotated[
         str | None, typer.Option(help="Batch and prompt tokens: B1x8K,B*x32K; B* is the largest batch that fits.")
     ] = None,
@@ -99,7 +102,7 @@ def generate(
     fill: Annotated[
         Literal["prompt", "random"], typer.Option(help="Pass prompts through the model, or fill caches with numbers.")
     ] = "prompt",
-    repeats: Annotated[int, typer.Option(help="Timed generations.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed generations.", min=1)] = 3,
     caches: Annotated[
         str | None, typer.Option(help="dynamic,static,quantized,growing,fixed,loop; all of them by default.")
     ] = None,
@@ -113,6 +116,8 @@ def generate(
         KINDS,
         bench_device,
         bench_generate,
+        check_kinds,
+        check_loads,
         generate_tables,
         make_loads,
         make_preset,
@@ -125,8 +130,13 @@ def generate(
         shared_device(device)
     place = bench_device(device)
     loads = make_loads(shapes or (setting.loads if setting else _LOADS[place.type]))
+    check_loads(loads, place)
+    kinds = [kind.strip() for kind in caches.split(",")] if caches else KINDS
+    check_kinds(kinds)
+    weights = torch_dtype(dtype) if dtype else None
     plans = named_plans(plan, config_of(model, shape))
-    loaded = load_or_make(model, shape, place, torch_dtype(dtype) if dtype else None, sharded=True)
+    output_file(output)
+    loaded = load_or_make(model, shape, place, weights, sharded=True)
     usual = setting.new_tokens if setting else _NEW_TOKENS
     with progress() as update:
         records = bench_generate(
@@ -136,8 +146,8 @@ def generate(
             new_tokens=usual if new is None else new,
             fill=fill,
             repeats=repeats,
-            kinds=[kind.strip() for kind in caches.split(",")] if caches else KINDS,
-            out=out,
+            kinds=kinds,
+            out=output,
             progress=update,
         )
     if as_json:
@@ -146,7 +156,7 @@ def generate(
     print_tables(generate_tables(records))
     if setting:
         typer.echo(f"setting: {setting.source}")
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {output}")
 
 
 @app.command()
@@ -165,33 +175,34 @@ def serve(
     new: Annotated[int, tokens_option("Generated tokens of each.")] = 128,
     text: Texts = None,
     seed: Annotated[int, typer.Option(help="Of prompts and moments; a server may know the prompts of an old one.")] = 0,
-    out: Annotated[Path, typer.Option(help="Results file; the same cases are replaced.")] = Path("runs/serve.jsonl"),
+    output: Results = Path("runs/serve.jsonl"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as one JSON array.")] = False,
 ) -> None:
     """Time running servers: requests and tokens a second, first tokens, and the times between tokens."""
     from kvloom.assets import EVALUATION, load_tokenizer, texts
     from kvloom.bench import bench_serve, draw_prompts, make_traffic, serve_tables
 
-    traffic = make_traffic(concurrency if concurrency or rate else "8", rate)
+    traffic, servers = make_traffic(concurrency if concurrency or rate else "8", rate), _servers(server)
+    output_file(output)
     content = "\n\n".join(source.content for source in texts(text or EVALUATION))
     tokens = load_tokenizer(model)(content, add_special_tokens=False, verbose=False).input_ids
     prompts = draw_prompts(tokens, len(traffic) * requests + 1, prompt, seed)
     with progress() as update:
         records = bench_serve(
-            _servers(server),
+            servers,
             prompts,
             traffic,
             new_tokens=new,
             model=served_name,
             seed=seed,
-            out=out,
+            out=output,
             progress=update,
         )
     if as_json:
         typer.echo(json.dumps(records))
         return
     print_tables(serve_tables(records))
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {output}")
 
 
 def _servers(listed: list[str]) -> dict[str, str]:

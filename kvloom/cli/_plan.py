@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of, constraints_of
-from kvloom.cli._terminal import AtOnce, Device, Seed, Texts, Window, Windows, err, meter, output_file
+from kvloom.cli._terminal import AtOnce, Device, Seed, Texts, Window, Windows, err, meter, output_file, output_folder
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def plan(
     measured = Profile.load(profile)
     curve = ExactFront(measured, tokens, 1, dtype, constraints, prefill=prefill, by_head=by_head)
     if front:
+        output_folder(front)
         _write_front(curve, front)
         return
     output_file(output)

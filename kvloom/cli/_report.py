@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvloom.cli._budget import Tokens
-from kvloom.cli._terminal import err, output_file, without_bars
+from kvloom.cli._terminal import err, output_file, output_folder, without_bars
 from kvloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def report(
         raise DataError("--model is that of --profile: give both, or neither.")
     records = load_records(runs)
     output_file(output)
+    if png:
+        output_folder(png)
     if profile:
         records.append(_front(profile, model, 8192, "bfloat16", by_head=False))
     pictures = save_pictures(records, png) if png else []

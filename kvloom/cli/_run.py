@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvloom.cli._numbers import tokens_option
-from kvloom.cli._terminal import Device, Dtype, Model, config_of, err, load
+from kvloom.cli._terminal import Device, Dtype, Model, config_of, err, load, named_plan
 from kvloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def generate(
     from kvloom import decode_loop
     from kvloom.bench import StepTimes
     from kvloom.generation import serves
-    from kvloom.plan import find_plan
 
-    wanted = find_plan(plan, config_of(model, None))[1] if plan else None
+    wanted = named_plan(plan, config_of(model, None))[1] if plan else None
     loaded, tokenizer = load(model, device, dtype, sharded=True)
     inputs = _inputs(tokenizer, prompt, raw).to(loaded.device)
     if inputs.input_ids.shape[1] == 0:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of
-from kvloom.cli._terminal import AtOnce, Device, Model, Texts, Window, Windows, err, meter, output_file
+from kvloom.cli._terminal import AtOnce, Device, Model, Texts, Window, Windows, err, meter, output_file, output_folder
 from kvloom.errors import PlanError
 
 
@@ -42,6 +42,8 @@ def search(
         raise PlanError("budget is missing: give --bits, --bytes-per-token or --memory")
     measured = Profile.load(profile)
     output_file(output)
+    if front:
+        output_folder(front)
     measure = meter(model, windows, window, at_once, text, 0, device)
     objective = Objective(
         f"KLD of {model} on {windows} windows of {window} tokens of {text or 'the evaluation essays'}",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvloom.cli._numbers import tokens_option
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, load, progress
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, load, output_file, progress
 
 app = typer.Typer(no_args_is_help=True, help="Compare what predicts the loss of a plan.")
 
@@ -46,11 +46,14 @@ def compare(
     from kvloom.assets import CALIBRATION, EVALUATION, texts, token_windows
     from kvloom.evaluate import PlanCounts, Protocol, compare_signals
     from kvloom.report import HEADINGS, ranking_notes, ranking_rows
-    from kvloom.signals import signals
+    from kvloom.signals import get, signals
 
     own = _share(share)
-    loaded, tokenizer = load(model, device, dtype)
     wanted = signal or [name for name in signals() if not name.startswith("measured")]
+    for name in wanted:
+        get(name)
+    output_file(output)
+    loaded, tokenizer = load(model, device, dtype)
     with progress() as update:
         records = compare_signals(
             loaded,

@@ -46,6 +46,7 @@ Texts = Annotated[
     list[str] | None,
     typer.Option("--text", help="Essay name, .txt or .jsonl file; give it again for more."),
 ]
+Results = Annotated[Path, typer.Option("--output", "-o", help="Results file; the same cases are replaced.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of text windows.")]
 Windows = Annotated[int, typer.Option(help="Text windows to score.")]
 Window = Annotated[int, tokens_option("Tokens in each window.")]
@@ -67,9 +68,23 @@ def output_file(path: Path) -> None:
     """
     if path.is_dir():
         raise DataError(f"the output {path} is a folder: name a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise DataError(f"the output {path} cannot be written: name a file in a folder of yours.")
+    output_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise DataError(f"the output {path} cannot be written: name another file.")
+
+
+def output_folder(path: Path) -> None:
+    """Make the folder of outputs before any work that would be lost if they could not be written.
+
+    Raises:
+        DataError: a file is in the way, or the folder cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {path} cannot be made ({error.strerror}): name another one.") from None
+    if not os.access(path, os.W_OK):
+        raise DataError(f"the folder {path} cannot be written to: name one of yours.")
 
 
 def load(model: str, device: Any, dtype: Any, *, sharded: bool = False) -> tuple[Any, Any]:
@@ -128,17 +143,33 @@ def load_or_make(model: str | None, shape: str | None, device: Any, dtype: Any, 
         return random_model(shape, dtype=dtype or usual, device=device, sharded=sharded)
 
 
+def named_plan(word: str, model: Any) -> tuple[str, Plan]:
+    """A plan that `model`, as yet a configuration, can have, and its name.
+
+    Raises:
+        PlanError: the file cannot be read, or there is no such preset.
+        ModelError: the plan is for another model.
+    """
+    from kvloom.plan import Fingerprint, find_plan
+
+    name, plan = find_plan(word, model)
+    try:
+        plan.model.check(Fingerprint.of_any(model))
+    except ModelError as error:
+        raise ModelError(f"--plan {word}: {error}") from None
+    return name, plan
+
+
 def named_plans(words: list[str] | None, model: Any) -> dict[str, Plan]:
     """Plans by the stem of their file, or by the name of the preset that `model` is given.
 
     Raises:
         PlanError: a file cannot be read, there is no such preset, or two plans have one name.
+        ModelError: a plan is for another model.
     """
-    from kvloom.plan import find_plan
-
     found: dict[str, Plan] = {}
     for word in words or ():
-        name, plan = find_plan(word, model)
+        name, plan = named_plan(word, model)
         if name in found:
             raise PlanError(f"--plan {word}: another plan is named {name!r}; rename one of the files.")
         found[name] = plan

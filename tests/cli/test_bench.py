@@ -30,7 +30,7 @@ def bench(kvloom, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_table_records_and_picture(bench, tmp_path: Path):
     pytest.importorskip("matplotlib")
-    done = bench(*TINY, "--out", "runs/k.jsonl", "--plot", "roofline.png", "--window", "16")
+    done = bench(*TINY, "--output", "runs/k.jsonl", "--plot", "roofline.png", "--window", "16")
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-2:] == ["wrote runs/k.jsonl", "wrote roofline.png"]
     assert "B1x128 + 16 exact tokens, 4/2 heads of 64, float32" in done.stdout
@@ -50,7 +50,7 @@ def test_table_records_and_picture(bench, tmp_path: Path):
 
 
 def test_json_is_the_records(bench, tmp_path: Path):
-    done = bench(*TINY, "--json", "--out", "k.jsonl")
+    done = bench(*TINY, "--json", "--output", "k.jsonl")
     assert done.exit_code == 0, done.output
     written = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
     assert json.loads(done.stdout) == written

@@ -39,7 +39,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_bench_generate_prints_tables_and_writes_records(kvloom, plan: Path):
-    words = [*HERE, "--shapes", "B2x128,B1x70", "--plan", plan, "--plan", "kvloom/K4V4", "--out", "runs/g.jsonl"]
+    words = [*HERE, "--shapes", "B2x128,B1x70", "--plan", plan, "--plan", "kvloom/K4V4", "--output", "runs/g.jsonl"]
     done = kvloom("bench", "generate", *words)
     assert done.exit_code == 0, done.output
     shown = ("tiny, B2x128 + 4 tokens, float32", "tiny, B1x70 + 4", "p growing", "kvloom/K4V4 fixed", "× best peer")
@@ -68,7 +68,6 @@ def test_bench_generate_under_a_published_setting(kvloom, plan: Path, monkeypatc
         (["--device", "abacus"], "--device 'abacus'"),
         (["--shapes", "8x1K"], "--shapes: cannot read '8x1K'"),
         (["--shapes", "B*x1K"], "the largest batch (B*)"),
-        (["--repeats", "0"], "0 repeats"),
         (["--caches", "paged"], "--caches 'paged' is not one of"),
         (["--preset", "gear"], "--preset 'gear' is not one of kivi, kvmix, kvtuner"),
         (["--dtype", "int8"], "dtype 'int8' is not known: give one of float16"),

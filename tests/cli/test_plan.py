@@ -306,3 +306,10 @@ def test_a_folder_of_an_output_is_made(kvloom, profile: Path, tmp_path: Path):
     target = tmp_path / "plans" / "3.json"
     assert kvloom("plan", profile, "--bits", "4", "-o", target).exit_code == 0
     assert Plan.load(target).true_bits(8192) <= 4
+
+
+def test_a_file_in_the_place_of_a_front_is_refused(kvloom, tmp_path: Path, profile: Path):
+    (tmp_path / "file").write_text("")
+    failed = kvloom("plan", profile, "--front", tmp_path / "file")
+    assert failed.exit_code == 2
+    assert failed.stderr == f"error: the folder {tmp_path / 'file'} cannot be made (File exists): name another one.\n"

@@ -73,7 +73,7 @@ def commands(folder: Path, out: Path) -> list[list[str]]:
         ["eval", model, *plan, *sizes, "-o", str(out / "eval.jsonl")],
         [
             *("bench", "generate", model, *plan, "--shapes", "B2x100", "--new", "4", "--repeats", "1"),
-            *("--caches", "dynamic,growing,fixed", "--device", "cpu", "--out", str(out / "bench.jsonl")),
+            *("--caches", "dynamic,growing,fixed", "--device", "cpu", "--output", str(out / "bench.jsonl")),
         ],
         ["bench", "generate", model, *plan, "--shapes", "B*x100", "--device", "cpu"],
         ["generate", model, *plan, "--prompt", "word", "--device", "cuda:1"],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvloom.bench.generation._fit import RESERVE, Capacity, Fit, fit, verify
 from kvloom.bench.generation._generate import bench_generate
-from kvloom.bench.generation._lineup import KINDS
-from kvloom.bench.generation._loads import PRESETS, Load, Preset, make_loads, make_preset
+from kvloom.bench.generation._lineup import KINDS, check_kinds
+from kvloom.bench.generation._loads import PRESETS, Load, Preset, check_loads, make_loads, make_preset
 from kvloom.bench.generation._memory import is_out_of_memory
 from kvloom.bench.generation._steps import StepTimes
 from kvloom.bench.generation._table import fit_table, generate_tables
@@ -20,6 +20,8 @@ __all__ = [
     "Preset",
     "StepTimes",
     "bench_generate",
+    "check_kinds",
+    "check_loads",
     "fit",
     "fit_table",
     "generate_tables",

@@ -18,7 +18,7 @@ from kvloom.bench._peers import first_line
 from kvloom.bench._timing import clock
 from kvloom.bench.generation._fit import cache_nbytes, step_nbytes
 from kvloom.bench.generation._lineup import KINDS, Lineup
-from kvloom.bench.generation._loads import Load
+from kvloom.bench.generation._loads import Load, check_loads
 from kvloom.bench.generation._measure import Fill, Job, measure, room, survives
 from kvloom.bench.generation._memory import attempt, largest, release
 from kvloom.errors import CacheError, DataError, KernelError
@@ -94,8 +94,7 @@ def bench_generate(
             f"{new_tokens} new tokens, {repeats} repeats: give at least 2 new tokens, of which all but the first are "
             "decoded, and 1 repeat."
         )
-    if model.device.type != "cuda" and any(load.batch is None for load in loads):
-        raise DataError("the largest batch (B*) is found by running out of a GPU's memory: on a CPU give a number.")
+    check_loads(loads, model.device)
     if world_size(model) > 1 and any(load.batch is None for load in loads):
         raise DataError(
             "the largest batch (B*) is found by running out of memory, which processes that share a model do not do at "

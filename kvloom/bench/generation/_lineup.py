@@ -23,6 +23,16 @@ on their best axes), `LoomCache` growing, with ``max_tokens``, and with ``max_to
 ``generate`` compiles the steps of those of fixed size, and `decode_loop` those of the last."""
 
 
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Refuse a kind of cache that is none of `KINDS`.
+
+    Raises:
+        PlanError: One is unknown.
+    """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise PlanError(f"--caches {unknown[0]!r} is not one of {', '.join(KINDS)}.")
+
+
 class Lineup:
     """Contestants by prompt length: caches of fixed size are made for it.
 
@@ -40,8 +50,7 @@ class Lineup:
     """
 
     def __init__(self, model: PreTrainedModel, plans: Mapping[str, Plan], kinds: Sequence[str] = KINDS) -> None:
-        if unknown := [kind for kind in kinds if kind not in KINDS]:
-            raise PlanError(f"--caches {unknown[0]!r} is not one of {', '.join(KINDS)}.")
+        check_kinds(kinds)
         for plan in plans.values():
             LoomCache(plan, model)  # refuses what no cache can hold
         self._model, self._plans, self._kinds = model, plans, kinds

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kvloom.bench._grid import Shape, tokens_of, words
-from kvloom.errors import PlanError
+from kvloom.errors import DataError, PlanError
 
 _LOAD = re.compile(r"B(\d+|\*)x(.+)")
 
@@ -81,6 +84,16 @@ def make_loads(text: str) -> tuple[Load, ...]:
         PlanError: A word cannot be read, or a number is 0.
     """
     return tuple(_load(word) for word in words(text))
+
+
+def check_loads(loads: Sequence[Load], device: torch.device) -> None:
+    """Refuse the largest batch where there is no way to find it.
+
+    Raises:
+        DataError: It is asked for on a CPU.
+    """
+    if device.type != "cuda" and any(load.batch is None for load in loads):
+        raise DataError("the largest batch (B*) is found by running out of a GPU's memory: on a CPU give a number.")
 
 
 def _load(word: str) -> Load:
