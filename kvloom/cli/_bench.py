@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvloom._dtypes import torch_dtype
-from kvloom.cli._numbers import tokens_option
+from kvloom.cli._numbers import count_option, tokens_option
 from kvloom.cli._terminal import (
     Device,
     Dtype,
@@ -102,7 +102,7 @@ def generate(
     fill: Annotated[
         Literal["prompt", "random"], typer.Option(help="Pass prompts through the model, or fill caches with numbers.")
     ] = "prompt",
-    repeats: Annotated[int, typer.Option(help="Timed generations.", min=1)] = 3,
+    repeats: Annotated[int, count_option("Timed generations.")] = 3,
     caches: Annotated[
         str | None, typer.Option(help="dynamic,static,quantized,growing,fixed,loop; all of them by default.")
     ] = None,
@@ -170,7 +170,7 @@ def serve(
     ] = None,
     concurrency: Annotated[str | None, typer.Option(help="Requests at a time: 1,8,32; 8 without --rate.")] = None,
     rate: Annotated[str | None, typer.Option(help="Requests a second, at random moments: 2,4.5.")] = None,
-    requests: Annotated[int, typer.Option(help="Under each concurrency and rate.", min=1)] = 64,
+    requests: Annotated[int, count_option("Under each concurrency and rate.")] = 64,
     prompt: Annotated[int, tokens_option("Tokens of each prompt: 512, 4K.")] = 512,
     new: Annotated[int, tokens_option("Generated tokens of each.")] = 128,
     text: Texts = None,

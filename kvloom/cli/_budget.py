@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvloom.cli._numbers import tokens_option
+from kvloom.cli._numbers import amount_option, tokens_option
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from kvloom.allocate import Constraints
 
 Tokens = Annotated[int, tokens_option("Context length: 2048, 128K, ...")]
-Bits = Annotated[float | None, typer.Option(help="Budget in true bits a number.")]
-BytesPerToken = Annotated[float | None, typer.Option(help="Budget of one sequence.")]
+Bits = Annotated[float | None, amount_option("Budget in true bits a number.")]
+BytesPerToken = Annotated[float | None, amount_option("Budget of one sequence.")]
 Memory = Annotated[str | None, typer.Option(help="Total budget: 6GiB, '24 GB', ...")]
 
 

@@ -7,8 +7,21 @@ from typing import Annotated
 
 import typer
 
-from kvloom.cli._numbers import tokens_option
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, output_file, progress
+from kvloom.cli._numbers import count_option, tokens_option
+from kvloom.cli._terminal import (
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    Texts,
+    calibration,
+    check_reading,
+    config_of,
+    load,
+    named_plan,
+    output_file,
+    progress,
+)
 
 
 def calibrate(
@@ -20,7 +33,7 @@ def calibrate(
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Turn channels so that queries and outputs notice rounding least.")
     ] = False,
-    prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.")] = 4,
+    prompts: Annotated[int, count_option("Prompts to calibrate on.")] = 4,
     tokens: Annotated[int, tokens_option("Tokens in each prompt.")] = 2048,
     text: Texts = None,
     seed: Seed = 0,
@@ -30,14 +43,17 @@ def calibrate(
     """Fit a plan to the model, layer by layer: its codebooks, and rotations if asked for."""
     import kvloom
 
-    wanted = kvloom.Plan.load(plan)
+    _, wanted = named_plan(str(plan), config_of(model, None))
     output_file(output)
-    loaded, prompts_of, names = calibration(model, text, seed, device, dtype)
+    check_reading(model, **{"--tokens": tokens})
+    prompts_of, names = calibration(model, text, seed)
+    drawn = prompts_of(prompts, tokens)
+    loaded, _ = load(model, device, dtype)
     with progress() as update:
         made = kvloom.calibrate(
             loaded,
             wanted,
-            prompts_of(prompts, tokens),
+            drawn,
             rotate=rotate,
             texts=names,
             progress=lambda done, total, what: update(what, done, total),

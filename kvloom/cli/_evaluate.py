@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvloom.cli._numbers import tokens_option
+from kvloom.cli._numbers import count_option, tokens_option
 from kvloom.cli._terminal import (
     Device,
     Dtype,
@@ -15,6 +15,7 @@ from kvloom.cli._terminal import (
     Seed,
     Texts,
     Window,
+    check_reading,
     config_of,
     err,
     load,
@@ -31,7 +32,7 @@ Plans = Annotated[
     list[str], typer.Option(help="A kv_plan.json or a preset such as kvloom/K4V4; give it again for more.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Results, in JSON lines.")]
-Limit = Annotated[int | None, typer.Option(help="At most so many cases of each task.")]
+Limit = Annotated[int | None, count_option("At most so many cases of each task.")]
 Prefill = Annotated[
     Literal["quantized", "exact", "plan"],
     typer.Option(help="What prompts attend to: what the cache holds, their exact selves, or as the plan says."),
@@ -48,12 +49,12 @@ def evaluate(
         list[int] | None,
         tokens_option("Tokens of prompt and answer, for tasks of any length; give it again.", least=2),
     ] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples in a GSM8K prompt.")] = None,
+    shots: Annotated[int | None, count_option("Examples in a GSM8K prompt.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of data sets: gsm8k/test.jsonl, longbench/trec.jsonl, ...")
     ] = None,
     prefill: Prefill = "quantized",
-    windows: Annotated[int, typer.Option(help="Text windows of fidelity and drift; 0 takes all.", min=0)] = 8,
+    windows: Annotated[int, count_option("Text windows of fidelity and drift; 0 takes all.", least=0)] = 8,
     window: Window = 2048,
     chunk: Annotated[int, tokens_option("Tokens of one forward pass.")] = 128,
     text: Texts = None,
@@ -79,6 +80,7 @@ def evaluate(
     )
     chosen = choose(_names(tasks), settings)
     plans = named_plans(plan, config_of(model, None))
+    check_reading(model, **{f"task {it.name}": it.tokens for it in sorted(chosen.tasks, key=lambda it: it.tokens)})
     output_file(output)
     for note in chosen.notes:
         err.print(note)
@@ -96,7 +98,9 @@ def lm_eval(
     tasks: Annotated[str, typer.Option(help="lm-eval's names of tasks, with commas between.")],
     output: Output = Path("runs/lm_eval.jsonl"),
     limit: Limit = None,
-    shots: Annotated[int | None, typer.Option(help="Examples in a prompt; each task's own number without it.")] = None,
+    shots: Annotated[
+        int | None, count_option("Examples in a prompt; each task's own number without it.", least=0)
+    ] = None,
     include: Annotated[Path | None, typer.Option(help="A folder of more tasks.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts in the chat template.")] = False,
     prefill: Prefill = "quantized",

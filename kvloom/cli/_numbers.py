@@ -1,7 +1,8 @@
-"""Options that are numbers."""
+"""Options that are numbers; senseless ones are refused before anything is looked for."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import typer
@@ -28,3 +29,28 @@ def tokens_option(about: str, *, least: int = 1) -> Any:
         return number
 
     return typer.Option(parser=tokens, metavar="TOKENS", help=about)
+
+
+def count_option(about: str, *, least: int = 1) -> Any:
+    """An option that is a number of things.
+
+    Args:
+        about: what the help says.
+        least: the smallest number that means something.
+    """
+    return typer.Option(min=least, help=about)
+
+
+def amount_option(about: str) -> Any:
+    """An option that is a finite number above 0."""
+
+    def number(text: str | float) -> float:
+        try:
+            amount = float(text)
+        except ValueError:
+            raise typer.BadParameter(f"cannot read {text!r}: give a number.") from None
+        if not 0 < amount < math.inf:
+            raise typer.BadParameter(f"{text} is no amount: give a finite number above 0.")
+        return amount
+
+    return typer.Option(parser=number, metavar="NUMBER", help=about)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of, constraints_of
+from kvloom.cli._numbers import amount_option
 from kvloom.cli._terminal import AtOnce, Device, Seed, Texts, Window, Windows, err, meter, output_file, output_folder
 from kvloom.errors import PlanError
 
@@ -24,7 +25,7 @@ def plan(
     bits: Bits = None,
     bytes_per_token: BytesPerToken = None,
     memory: Memory = None,
-    max_kld: Annotated[float | None, typer.Option(help="Instead: the smallest plan measured to lose no more.")] = None,
+    max_kld: Annotated[float | None, amount_option("Instead: the smallest plan measured to lose no more.")] = None,
     front: Annotated[Path | None, typer.Option(help="Instead: a folder for the best plan of every size.")] = None,
     tokens: Tokens = 8192,
     batch: Annotated[int | None, typer.Option(help="Sequences that share --memory.")] = None,
@@ -67,7 +68,7 @@ def plan(
     output_file(output)
     if max_kld is not None and model:
         about = f"{windows} windows of {window} tokens of {', '.join(text or ['the evaluation essays'])}, {model}"
-        made = _smallest(curve, max_kld, meter(model, windows, window, at_once, text, seed, device), about)
+        made = _smallest(curve, max_kld, meter(measured, model, windows, window, at_once, text, seed, device), about)
     else:
         made = allocate(measured, budget, method=how, prefill=prefill)
     made.save(output)

@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvloom.cli._numbers import tokens_option
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, Texts, calibration, output_file, progress
+from kvloom.cli._numbers import count_option, tokens_option
+from kvloom.cli._terminal import (
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    Texts,
+    calibration,
+    check_reading,
+    load,
+    output_file,
+    progress,
+)
 
 if TYPE_CHECKING:
     from kvloom.plan import Evict
@@ -17,7 +28,7 @@ if TYPE_CHECKING:
 def profile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
-    prompts: Annotated[int, typer.Option(help="Prompts to measure on.")] = 16,
+    prompts: Annotated[int, count_option("Prompts to measure on.")] = 16,
     tokens: Annotated[int, tokens_option("Tokens in each prompt.")] = 512,
     sinks: Annotated[int, tokens_option("First tokens the cache will keep exactly.", least=0)] = 4,
     recent: Annotated[int, tokens_option("Newest tokens the cache will keep exactly.", least=0)] = 0,
@@ -27,11 +38,11 @@ def profile(
     signal: Annotated[
         str | None, typer.Option(help="What predicts losses: error_gradient, or another of docs/signals.md.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Prompts in one forward pass; the numbers do not depend on it.")] = 1,
+    batch: Annotated[int, count_option("Prompts in one forward pass; the numbers do not depend on it.")] = 1,
     evict: Annotated[
         str | None, typer.Option(help="Measure what keeping fewer tokens costs, too: auto, or a policy such as snapkv.")
     ] = None,
-    evict_prompts: Annotated[int, typer.Option(help="Prompts that --evict measures on.")] = 8,
+    evict_prompts: Annotated[int, count_option("Prompts that --evict measures on.")] = 8,
     evict_tokens: Annotated[int, tokens_option("Tokens in each of them; 128 more follow.")] = 2048,
     text: Texts = None,
     seed: Seed = 0,
@@ -51,7 +62,11 @@ def profile(
 
     candidates = _candidates(evict)
     output_file(output)
-    loaded, prompts_of, names = calibration(model, text, seed, device, dtype)
+    evicted = evict_tokens + FOLLOWING
+    check_reading(model, **{"--tokens": tokens}, **({"--evict-tokens": evicted} if candidates else {}))
+    prompts_of, names = calibration(model, text, seed)
+    drawn, longer = prompts_of(prompts, tokens), prompts_of(evict_prompts, evicted) if candidates else None
+    loaded, _ = load(model, device, dtype)
     keys, values = default_specs(Fingerprint.of(loaded).head_dim)
     if rotated:
         keys, values = (plain + more for plain, more in zip((keys, values), rotated_specs(), strict=True))
@@ -63,7 +78,7 @@ def profile(
 
         made = compute_profile(
             loaded,
-            prompts_of(prompts, tokens),
+            drawn,
             key_specs=keys,
             value_specs=values,
             texts=names,
@@ -74,8 +89,7 @@ def profile(
             out=output,
             progress=report,
         )
-        if candidates:
-            longer = prompts_of(evict_prompts, evict_tokens + FOLLOWING)
+        if longer is not None:
             made = made.with_eviction(
                 compute_eviction(
                     loaded,

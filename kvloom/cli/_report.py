@@ -87,11 +87,10 @@ def _front(path: Path, model: str | None, tokens: int, dtype: str, *, by_head: b
 def _weights(profile: Any, model: str) -> dict[str, Any]:
     """Bytes of the model's weights and the tokens it reads, if it is the one that was profiled."""
     from kvloom.assets import load_config
-    from kvloom.evaluate import weights_of
+    from kvloom.evaluate import reads_at_most, weights_of
     from kvloom.plan import Fingerprint
 
     without_bars()
     config = load_config(model)
     profile.model.check(Fingerprint.of(config))
-    text: Any = config.get_text_config(decoder=True)
-    return {"weights": weights_of(config), "reads_at_most": getattr(text, "max_position_embeddings", None)}
+    return {"weights": weights_of(config), "reads_at_most": reads_at_most(config)}

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvloom.cli._budget import Bits, BytesPerToken, Memory, Tokens, budget_of
+from kvloom.cli._numbers import count_option
 from kvloom.cli._terminal import AtOnce, Device, Model, Texts, Window, Windows, err, meter, output_file, output_folder
 from kvloom.errors import PlanError
 
@@ -21,7 +22,7 @@ def search(
     memory: Memory = None,
     tokens: Tokens = 8192,
     batch: Annotated[int | None, typer.Option(help="Sequences that share --memory.")] = None,
-    trials: Annotated[int, typer.Option(help="Plans to measure, those of all processes together.")] = 200,
+    trials: Annotated[int, count_option("Plans to measure, those of all processes together.")] = 200,
     sampler: Annotated[Literal["nsga2", "moead"], typer.Option(help="What proposes plans.")] = "nsga2",
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
     study: Annotated[str | None, typer.Option(help="Journal file or database URL that processes share.")] = None,
@@ -44,7 +45,7 @@ def search(
     output_file(output)
     if front:
         output_folder(front)
-    measure = meter(model, windows, window, at_once, text, 0, device)
+    measure = meter(measured, model, windows, window, at_once, text, 0, device)
     objective = Objective(
         f"KLD of {model} on {windows} windows of {window} tokens of {text or 'the evaluation essays'}",
         lambda plan: measure(plan)["value"],

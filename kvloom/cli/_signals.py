@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvloom.cli._numbers import tokens_option
-from kvloom.cli._terminal import Device, Dtype, Model, Seed, load, output_file, progress
+from kvloom.cli._numbers import amount_option, count_option, tokens_option
+from kvloom.cli._terminal import Device, Dtype, Model, Seed, check_reading, load, output_file, progress
 
 app = typer.Typer(no_args_is_help=True, help="Compare what predicts the loss of a plan.")
 
@@ -28,40 +28,44 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("runs/signals.jsonl"),
     signal: Annotated[list[str] | None, typer.Option(help="A signal; give it again for more. All cheap ones.")] = None,
     measured: Annotated[bool, typer.Option(help="Measure every unit and format by itself, too: the truth.")] = False,
-    plans: Annotated[int, typer.Option(help="Random plans of 2.2 to 6 true bits.")] = 200,
-    equal: Annotated[int, typer.Option(help="Random plans of equal true bits.")] = 100,
-    bits: Annotated[float, typer.Option(help="True bits of those.")] = 3.0,
-    windows: Annotated[int, typer.Option(help="Text windows to score plans on.")] = 8,
+    plans: Annotated[int, count_option("Random plans of 2.2 to 6 true bits.", least=0)] = 200,
+    equal: Annotated[int, count_option("Random plans of equal true bits.", least=0)] = 100,
+    bits: Annotated[float, amount_option("True bits of those.")] = 3.0,
+    windows: Annotated[int, count_option("Text windows to score plans on.")] = 8,
     window: Annotated[int, tokens_option("Tokens in each window.")] = 1031,
     chunk: Annotated[int, tokens_option("Tokens of one forward pass.")] = 512,
-    prompts: Annotated[int, typer.Option(help="Prompts to measure signals on.")] = 16,
+    prompts: Annotated[int, count_option("Prompts to measure signals on.")] = 16,
     tokens: Annotated[int, tokens_option("Tokens in each prompt.")] = 512,
-    batch: Annotated[int, typer.Option(help="Windows, or prompts, in one forward pass.")] = 1,
+    batch: Annotated[int, count_option("Windows, or prompts, in one forward pass.")] = 1,
     share: Annotated[str, typer.Option(help="2/8: measure every eighth plan only, from the second on.")] = "1/1",
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Measure random plans and rank every signal's predictions with them; a killed run goes on where it stopped."""
-    from kvloom.assets import CALIBRATION, EVALUATION, texts, token_windows
+    from kvloom.assets import CALIBRATION, EVALUATION, load_tokenizer, texts, token_windows
     from kvloom.evaluate import PlanCounts, Protocol, compare_signals
     from kvloom.report import HEADINGS, ranking_notes, ranking_rows
     from kvloom.signals import get, signals
 
-    own = _share(share)
+    own, counts, protocol = _share(share), PlanCounts(plans, equal, bits, seed=seed), Protocol(chunk=chunk)
     wanted = signal or [name for name in signals() if not name.startswith("measured")]
     for name in wanted:
         get(name)
     output_file(output)
-    loaded, tokenizer = load(model, device, dtype)
+    check_reading(model, **{"--window": window, "--tokens": tokens})
+    tokenizer = load_tokenizer(model)
+    scored = token_windows(tokenizer, texts(EVALUATION), window, windows, seed)
+    drawn = token_windows(tokenizer, texts(CALIBRATION), tokens, prompts, seed)
+    loaded, _ = load(model, device, dtype)
     with progress() as update:
         records = compare_signals(
             loaded,
-            token_windows(tokenizer, texts(EVALUATION), window, windows, seed),
-            token_windows(tokenizer, texts(CALIBRATION), tokens, prompts, seed),
+            scored,
+            drawn,
             wanted=[*wanted, "measured_kl"] if measured else wanted,
-            plans=PlanCounts(plans, equal, bits, seed=seed),
-            protocol=Protocol(chunk=chunk),
+            plans=counts,
+            protocol=protocol,
             texts=EVALUATION,
             calibration=CALIBRATION,
             out=output,

@@ -14,14 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table as Drawn
 from rich.text import Text
 
-from kvloom.cli._numbers import tokens_option
+from kvloom.cli._numbers import count_option, tokens_option
 from kvloom.cli._processes import speaks
 from kvloom.errors import DataError, ModelError, PlanError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvloom import Plan
+    from kvloom import Plan, Profile
     from kvloom.bench import Table
 
 _PIPE_WIDTH = 120
@@ -48,9 +48,9 @@ Texts = Annotated[
 ]
 Results = Annotated[Path, typer.Option("--output", "-o", help="Results file; the same cases are replaced.")]
 Seed = Annotated[int, typer.Option(help="Of the choice of text windows.")]
-Windows = Annotated[int, typer.Option(help="Text windows to score.")]
+Windows = Annotated[int, count_option("Text windows to score.")]
 Window = Annotated[int, tokens_option("Tokens in each window.")]
-AtOnce = Annotated[int, typer.Option(help="Windows in one forward pass; more are faster on a GPU.")]
+AtOnce = Annotated[int, count_option("Windows in one forward pass; more are faster on a GPU.")]
 
 
 def without_bars() -> None:
@@ -119,6 +119,24 @@ def config_of(model: str | None, shape: str | None) -> Any:
     if model is not None and shape is None:
         return load_config(model)
     raise ModelError("give a model or --shape, and not both.")
+
+
+def check_reading(model: str, **tokens: int) -> None:
+    """Refuse texts longer than a model reads, before it is loaded.
+
+    Args:
+        model: as `load` takes it.
+        tokens: of each text, by what asks for them.
+
+    Raises:
+        DataError: a text is longer than the configuration says that the model reads.
+    """
+    from kvloom.evaluate import reads_at_most
+
+    reads = reads_at_most(config_of(model, None))
+    for what, wanted in tokens.items():
+        if reads and wanted > reads:
+            raise DataError(f"{what} takes {wanted} tokens, and {model} reads {reads}: give fewer.")
 
 
 def load_or_make(model: str | None, shape: str | None, device: Any, dtype: Any, *, sharded: bool = False) -> Any:
@@ -190,31 +208,37 @@ def print_tables(made: list[Table]) -> None:
         console.print(drawn, *table.notes, "", sep="\n")
 
 
-def calibration(
-    model: str, text: list[str] | None, seed: int, device: str | None, dtype: str | None
-) -> tuple[Any, Callable[[int, int], Tensor], list[str]]:
-    """A model, what makes so many prompts of so many tokens of calibration texts, and the texts' names."""
-    from kvloom.assets import CALIBRATION, texts, token_windows
+def calibration(model: str, text: list[str] | None, seed: int) -> tuple[Callable[[int, int], Tensor], list[str]]:
+    """What makes so many prompts of so many tokens of calibration texts for a model, and the texts' names."""
+    from kvloom.assets import CALIBRATION, load_tokenizer, texts, token_windows
 
-    sources = texts(text or CALIBRATION)
-    loaded, tokenizer = load(model, device, dtype)
+    sources, tokenizer = texts(text or CALIBRATION), load_tokenizer(model)
 
     def prompts_of(prompts: int, tokens: int) -> Tensor:
         return token_windows(tokenizer, sources, tokens, prompts, seed)
 
-    return loaded, prompts_of, [source.name for source in sources]
+    return prompts_of, [source.name for source in sources]
 
 
 def meter(
-    model: str, windows: int, window: int, at_once: int, text: list[str] | None, seed: int, device: str | None
+    profile: Profile,
+    model: str,
+    windows: int,
+    window: int,
+    at_once: int,
+    text: list[str] | None,
+    seed: int,
+    device: str | None,
 ) -> Callable[[Plan], dict[str, float]]:
-    """A `kvloom.evaluate.KldMeter` of a model in fp32, on texts to score on, with a bar for each plan."""
-    from kvloom.assets import EVALUATION, texts, token_windows
+    """A `kvloom.evaluate.KldMeter` of the profiled model in fp32, on texts to score on, with a bar for each plan."""
+    from kvloom.assets import EVALUATION, load_tokenizer, texts, token_windows
     from kvloom.evaluate import KldMeter
+    from kvloom.plan import Fingerprint
 
-    sources = texts(text or EVALUATION)
-    loaded, tokenizer = load(model, device, "float32")
-    own = KldMeter(loaded, token_windows(tokenizer, sources, window, windows, seed), batch=at_once)
+    profile.model.check(Fingerprint.of(config_of(model, None)))
+    check_reading(model, **{"--window": window})
+    scored = token_windows(load_tokenizer(model), texts(text or EVALUATION), window, windows, seed)
+    own = KldMeter(load(model, device, "float32")[0], scored, batch=at_once)
 
     def measure(plan: Plan) -> dict[str, float]:
         with progress() as update:

@@ -17,7 +17,7 @@ from kvloom.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Progress = Callable[[str, int, int], None]
 """`(what, done, total)`, called before each piece of work and once at the end."""
@@ -39,10 +39,10 @@ def model_name(model: PreTrainedModel) -> str:
     return Path(str(model.config.name_or_path)).name or type(model).__name__
 
 
-def reads_at_most(model: PreTrainedModel) -> int | None:
+def reads_at_most(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     """Tokens that a model reads, as its configuration says; None if it does not."""
-    config: Any = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None)
+    config: Any = getattr(model, "config", model)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def surroundings(model: PreTrainedModel, name: str | None) -> Record:

@@ -41,7 +41,7 @@ class PlanCounts:
 
     def __post_init__(self) -> None:
         for name in ("spread", "equal"):
-            if 0 < getattr(self, name) < LEAST_PAIRS:
+            if getattr(self, name) != 0 and getattr(self, name) < LEAST_PAIRS:
                 raise DataError(f"{name} is {getattr(self, name)}: give at least {LEAST_PAIRS} plans, or 0.")
 
 

@@ -10,6 +10,7 @@ import pytest
 from kvloom import Fingerprint, Plan, Profile
 from kvloom.assets import CALIBRATION, load_config
 from kvloom.report import load_records
+from tests.allocate.profiles import profile as small_profile
 
 MODEL = "smollm2-135m"
 
@@ -99,7 +100,16 @@ def test_generate_raw_continues_the_prompt(kvloom, fetched):
     assert kvloom(*words, "One, two, three,").stdout.startswith(" four")
 
 
-def test_a_plan_for_another_model_is_refused(kvloom, fetched, tmp_path: Path):
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch):
+    """Loading a model is a failure."""
+    monkeypatch.setattr("kvloom.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "x"], ["eval"], ["calibrate"]], ids=lambda words: words[0]
+)
+def test_a_plan_for_another_model_is_refused(kvloom, fetched, no_model, tmp_path: Path, command: list[str]):
     other = Fingerprint(
         architecture="LlamaForCausalLM",
         num_layers=2,
@@ -109,10 +119,45 @@ def test_a_plan_for_another_model_is_refused(kvloom, fetched, tmp_path: Path):
         dtype="float16",
     )
     Plan.uniform(other).save(tmp_path / "p.json")
-    words = ["--plan", tmp_path / "p.json", "--device", "cpu", "--prompt", "x"]
-    failed = kvloom("generate", MODEL, *words)
+    failed = kvloom(command[0], MODEL, *command[1:], "--plan", tmp_path / "p.json", "--device", "cpu")
     assert failed.exit_code == 2
-    assert failed.stderr.count("error: ") == 1
+    assert failed.stderr.startswith(f"error: --plan {tmp_path / 'p.json'}: the plan is for num_layers = 2")
+    assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["profile", "--tokens", "9000"], "--tokens takes 9000 tokens, and smollm2-135m reads 8192"),
+        (["profile", "--evict", "auto", "--evict-tokens", "8K"], "--evict-tokens takes 8320 tokens"),
+        (["profile", "--prompts", "99999"], "99999 windows of 512 tokens were asked for"),
+        (["calibrate", "--plan", "{plan}", "--tokens", "16K"], "--tokens takes 16384 tokens"),
+        (["eval", "--plan", "kvloom/K4V4", "--window", "16K"], "task fidelity takes 16384 tokens"),
+        (["eval", "--plan", "kvloom/K4V4", "--tasks", "needle", "--length", "9K"], "task needle takes 92"),
+        (["signals", "compare", "--window", "9K"], "--window takes 9216 tokens"),
+        (["signals", "compare", "--plans", "3"], "spread is 3: give at least 4 plans, or 0"),
+        (["signals", "compare", "--signal", "magic"], "signal 'magic' is unknown"),
+    ],
+    ids=str,
+)
+def test_wrong_numbers_are_refused_before_the_model_is_loaded(
+    kvloom, fetched, no_model, plan: Path, tmp_path: Path, words: list[str], message: str
+):
+    named = [word.format(plan=plan) for word in words]
+    command = named[: 2 if named[0] == "signals" else 1]
+    failed = kvloom(*command, MODEL, *named[len(command) :], "--device", "cpu", "-o", tmp_path / "out")
+    assert failed.exit_code == 2, failed.output
+    assert failed.stderr.startswith("error: ")
+    assert message in failed.stderr
+
+
+def test_a_profile_of_another_model_is_refused_before_the_model_is_loaded(kvloom, fetched, no_model, tmp_path: Path):
+    made = tmp_path / "p.json"
+    small_profile(4).save(made)
+    for words in (["plan", made, "--model", MODEL, "--max-kld", "1"], ["search", MODEL, made, "--bits", "4"]):
+        failed = kvloom(*words, "-o", tmp_path / "out.json")
+        assert failed.exit_code == 2
+        assert "is for num_layers = 4" in failed.stderr
 
 
 def test_eval_then_report(kvloom, plan: Path, tmp_path: Path):

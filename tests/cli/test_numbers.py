@@ -88,3 +88,43 @@ def test_4k_is_4096_wherever_it_is_said(kvloom, monkeypatch: pytest.MonkeyPatch)
         given = [word for length in lengths for word in ("--length", length)]
         kvloom("eval", "a", "--plan", "p.json", *given, "--window", "2K", "--chunk", "1K")
     assert seen == [((4096, 1536, 640), 2048, 1024)] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["plan", "a"], "--max-kld"),
+        (["plan", "a"], "--bits"),
+        (["plan", "a"], "--bytes-per-token"),
+        (["plan", "a"], "--windows"),
+        (["plan", "a"], "--at-once"),
+        (["search", "a", "b"], "--bits"),
+        (["search", "a", "b"], "--trials"),
+        (["profile", "a"], "--prompts"),
+        (["profile", "a"], "--batch"),
+        (["profile", "a"], "--evict-prompts"),
+        (["calibrate", "a", "--plan", "p"], "--prompts"),
+        (["eval", "a", "--plan", "p"], "--limit"),
+        (["eval", "a", "--plan", "p"], "--shots"),
+        (["lm-eval", "a", "--plan", "p", "--tasks", "x"], "--limit"),
+        (["signals", "compare", "a"], "--windows"),
+        (["signals", "compare", "a"], "--batch"),
+        (["signals", "compare", "a"], "--bits"),
+        (["bench", "generate"], "--repeats"),
+        (["bench", "serve", "a", "--server", "http://x"], "--requests"),
+    ],
+    ids=str,
+)
+def test_nothing_of_something_is_refused_at_once(kvloom, words: list[str], option: str):
+    for number in ("0", "-1"):
+        failed = kvloom(*words, option, number)
+        assert failed.exit_code == 2
+        assert f"Invalid value for '{option}': " in failed.stderr
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "much"])
+def test_an_amount_is_a_finite_number(kvloom, word: str):
+    for option in ("--max-kld", "--bits", "--bytes-per-token"):
+        failed = kvloom("plan", "a", option, word)
+        assert failed.exit_code == 2
+        assert f"Invalid value for '{option}': " in failed.stderr

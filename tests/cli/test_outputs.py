@@ -24,6 +24,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in ("kvloom.bench.bench_kernels", "kvloom.assets.random_model", "kvloom.assets.load_tokenizer"):
         monkeypatch.setattr(name, worked)
     monkeypatch.setattr("kvloom.load_model", worked)
+    monkeypatch.setattr("kvloom.cli._signals.check_reading", worked)
 
 
 @pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2]))

@@ -225,7 +225,8 @@ def test_front(kvloom, profile: Path, tmp_path: Path, target: Path):
 def test_max_kld_is_measured(kvloom, profile: Path, target: Path, monkeypatch: pytest.MonkeyPatch):
     """A meter that knows true bits and nothing else: 4 bits are enough."""
 
-    def meter(*told):
+    def meter(profiled, *told):
+        assert profiled == Profile.load(profile)
         assert told == ("some-model", 3, 512, 2, ["a.txt"], 0, None)
         return lambda plan: dict.fromkeys(("value", "low", "high"), 4.0 / plan.true_bits(4096) - 0.9)
 

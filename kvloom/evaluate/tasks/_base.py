@@ -46,9 +46,11 @@ class Task(ABC):
 
     Attributes:
         name: what the registry and the records call it; a name with a slash belongs to the group before it.
+        tokens: that a model must read, as far as the settings say.
     """
 
     name: str
+    tokens: int = 0
 
     @abstractmethod
     def run(self, bench: Bench) -> list[Record]:

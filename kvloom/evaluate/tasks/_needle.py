@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvloom._ledger import Record
 from kvloom.assets import texts
-from kvloom.evaluate._needle import DEPTHS, LENGTHS, SEEDS, needle, needle_cases
+from kvloom.evaluate._needle import DEPTHS, LENGTHS, NEW_TOKENS, SEEDS, needle, needle_cases
 from kvloom.evaluate.tasks._base import Bench, Task, register
 from kvloom.evaluate.tasks._settings import Settings
 
@@ -22,6 +22,7 @@ class Needle(Task):
         lengths = settings.lengths or LENGTHS
         times = len(SEEDS) if settings.limit is None else max(1, settings.limit // (len(lengths) * len(DEPTHS)))
         self._cases = needle_cases(lengths, seeds=range(settings.seed, settings.seed + times))
+        self.tokens = max(case.tokens for case in self._cases) + NEW_TOKENS
         self._haystack = "\n".join(text.content for text in texts(settings.texts))
 
     def run(self, bench: Bench) -> list[Record]:

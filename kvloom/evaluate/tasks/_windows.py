@@ -23,6 +23,7 @@ class Windows(Task):
     def __init__(self, name: Literal["fidelity", "drift"], settings: Settings) -> None:
         self.name = name
         self._measure = fidelity if name == "fidelity" else drift
+        self.tokens = settings.window
         self._settings = settings
         self._texts: list[Text] = texts(settings.texts)
 

@@ -44,7 +44,7 @@ class Ruler(AnswerTask):
         self.name = f"ruler/{sub.name}"
         self.request = Request(sub.new_tokens)
         self._sub = sub
-        self._length = length
+        self.tokens = length
         self._count = count
         self._seed = seed
 
@@ -58,10 +58,10 @@ class Ruler(AnswerTask):
         Raises:
             DataError: the length has no room for a question.
         """
-        fitter = Fitter(self.name, self._length - self._sub.new_tokens)
+        fitter = Fitter(self.name, self.tokens - self._sub.new_tokens)
         for index in range(self._count):
-            random = Random(f"{self.name} {self._length} {self._seed} {index}")
-            draft = self._sub.draft(random, index, self._length, tokenizer)
+            random = Random(f"{self.name} {self.tokens} {self._seed} {index}")
+            draft = self._sub.draft(random, index, self.tokens, tokenizer)
             prompt = fitter.fill(partial(_prompt, tokenizer, draft), draft.least)
             yield Case(str(index), prompt, list(draft.references))
 
@@ -71,7 +71,7 @@ class Ruler(AnswerTask):
 
     def facts(self) -> Record:
         """See `AnswerTask.facts`."""
-        return {"length": self._length, "seed": self._seed}
+        return {"length": self.tokens, "seed": self._seed}
 
 
 def _prompt(tokenizer: Any, draft: Draft, units: int) -> list[int]:
