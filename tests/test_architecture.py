@@ -22,6 +22,7 @@ SHARED = {
     "_extras",
     "_lazy",
     "_ledger",
+    "_names",
     "_processes",
     "_sizes",
     "_userdir",

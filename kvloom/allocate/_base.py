@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, TypeVar
 
+from kvloom._names import unknown
 from kvloom.allocate._budget import Budget
 from kvloom.errors import PlanError
 from kvloom.plan import Plan, Prefill, Window
@@ -58,7 +59,7 @@ def get(name: str) -> type[Allocator]:
         PlanError: there is none.
     """
     if name not in _REGISTRY:
-        raise PlanError(f"method {name!r} is unknown, choose one of {', '.join(allocators())}")
+        raise PlanError(unknown("method", name, allocators()))
     return _REGISTRY[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvloom._names import unknown
 from kvloom.assets._sharding import random_sharded, shared_device, started_processes
 from kvloom.errors import ModelError
 
@@ -51,7 +52,7 @@ def shape_config(name: str) -> PreTrainedConfig:
     from transformers import LlamaConfig
 
     if name not in SHAPES:
-        raise ModelError(f"There is no shape {name!r}: give {' or '.join(SHAPES)}, or name a model.")
+        raise ModelError(unknown("shape", name, SHAPES))
     config: PreTrainedConfig = LlamaConfig(
         **SHAPES[name], architectures=["LlamaForCausalLM"], bos_token_id=None, eos_token_id=None
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from kvloom._names import unknown
 from kvloom.assets._fetch import essays_dir
 from kvloom.errors import DataError
 
@@ -74,10 +75,8 @@ def _read(source: str | Path) -> Iterator[Text]:
     elif path.suffix == ".jsonl":
         yield from _rows(path)
     else:
-        raise DataError(
-            f"The text {str(source)!r} is not known: name a .txt or .jsonl file, or one of the "
-            f"packaged essays ({', '.join(ESSAYS[:3])}, ...)."
-        )
+        said = unknown("essay", str(source), ESSAYS, listing="kvloom.assets.ESSAYS").removesuffix(".")
+        raise DataError(f"{said}, or name a .txt or .jsonl file.")
 
 
 def _essay(name: str) -> Text:

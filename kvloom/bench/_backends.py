@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvloom import kernels
+from kvloom._names import unknown
 from kvloom.errors import KernelError
 from kvloom.kernels import Backend
 
@@ -24,7 +25,7 @@ def bench_backends(device: torch.device, names: Sequence[str] | None = None) -> 
     known = kernels.backends(device)
     for name in names or ():
         if name not in known:
-            raise KernelError(f"--backends {name}: on {device} there are {', '.join(known)}.")
+            raise KernelError(unknown(f"on {device} --backends", name, known))
         if isinstance(lack := known[name], str):
             raise KernelError(f"--backends {name}: {lack}")
     chosen = {name: known[name] for name in names or known}

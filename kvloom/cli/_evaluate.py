@@ -42,7 +42,7 @@ Prefill = Annotated[
 def evaluate(
     model: Model,
     plan: Plans,
-    tasks: Annotated[str, typer.Option(help="Names with commas between; a wrong one lists them all.")] = "fidelity",
+    tasks: Annotated[str, typer.Option(help="Names with commas between: fidelity, ruler, needle, ...")] = "fidelity",
     output: Output = Path("runs/eval.jsonl"),
     limit: Limit = None,
     length: Annotated[

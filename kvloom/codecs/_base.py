@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvloom._names import unknown
 from kvloom.errors import PlanError
 from kvloom.pages import CodecFacts, Format, declare_codec
 
@@ -114,5 +115,5 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Codec:
     """The codec called ``name``; raises PlanError naming the known ones."""
     if name not in _CODECS:
-        raise PlanError(f"codec {name!r} is unknown; choose one of {sorted(_CODECS)}.")
+        raise PlanError(unknown("codec", name, sorted(_CODECS)))
     return _CODECS[name]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kvloom._names import unknown
 from kvloom.errors import PlanError
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def make(name: str, parameters: Mapping[str, Any]) -> Policy:
         PlanError: No policy has this name, or it does not take the parameters; the message names the field.
     """
     if name not in _POLICIES:
-        raise PlanError(f"policy {name!r} is unknown; choose one of {sorted(_POLICIES)}.")
+        raise PlanError(unknown("policy", name, sorted(_POLICIES)))
     try:
         return _POLICIES[name].model_validate(dict(parameters))
     except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvloom._names import unknown
 from kvloom.errors import PlanError
 
 _Preset = tuple[str, dict[str, Any]]
@@ -31,6 +32,6 @@ def preset(name: str) -> _Preset:
         PlanError: There is none of this name.
     """
     if name not in _PRESETS:
-        raise PlanError(f"there is no eviction preset {name!r}; choose one of {sorted(_PRESETS)}.")
+        raise PlanError(unknown("eviction preset", name, sorted(_PRESETS)))
     policy, parameters = _PRESETS[name]
     return policy, dict(parameters)

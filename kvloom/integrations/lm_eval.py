@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom import Plan, load_model
 from kvloom._extras import require
+from kvloom._names import unknown
 from kvloom.errors import DataError
 from kvloom.evaluate import (
     Contestant,
@@ -274,8 +275,9 @@ def check_tasks(tasks: Sequence[str], include: Path | None = None) -> TaskManage
         DataError: lm-eval knows no such task.
     """
     manager = TaskManager(include_path=include and str(include))
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise DataError(f"lm-eval has no task {unknown[0]!r}: `lm-eval ls tasks` lists them, and --include adds more.")
+    if strange := sorted(set(tasks) - set(manager.all_tasks)):
+        said = unknown("lm-eval task", strange[0], manager.all_tasks, listing="`lm-eval ls tasks`").removesuffix(".")
+        raise DataError(f"{said}, and --include adds more.")
     return manager
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvloom._names import unknown
 from kvloom.errors import PlanError
 from kvloom.pages._codebook import NORMAL_CODEBOOKS, Codebook, in_fp16
 
@@ -124,9 +125,8 @@ def codec_facts(name: str) -> CodecFacts:
         PlanError: No codec has this name.
     """
     if name not in _FACTS:
-        raise PlanError(
-            f"codec {name!r} is unknown; choose one of {sorted(_FACTS)}, or register your own before the plan is read."
-        )
+        said = unknown("codec", name, sorted(_FACTS)).removesuffix(".")
+        raise PlanError(f"{said}, or register your own before the plan is read.")
     return _FACTS[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvloom._names import unknown
 from kvloom.errors import PlanError
 from kvloom.signals._base import Signal
 from kvloom.signals._cache_norm import CacheNorm
@@ -58,7 +59,7 @@ def get(name: str) -> Signal:
         PlanError: There is none.
     """
     if name not in _SIGNALS:
-        raise PlanError(f"signal {name!r} is unknown; choose one of {', '.join(signals())}.")
+        raise PlanError(unknown("signal", name, signals(), listing="docs/signals.md"))
     return _SIGNALS[name]
 
 

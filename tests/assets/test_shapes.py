@@ -31,5 +31,5 @@ def test_a_random_model_runs_where_it_was_made(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_unknown_shape_names_the_known_ones():
-    with pytest.raises(ModelError, match=r"no shape 'llama-4': give llama-2-7b or llama-3\.1-8b"):
+    with pytest.raises(ModelError, match=r"shape 'llama-4' is unknown; choose one of llama-2-7b, llama-3\.1-8b"):
         shape_config("llama-4")

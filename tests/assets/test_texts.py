@@ -76,7 +76,7 @@ def test_bad_rows_name_the_line(tmp_path: Path, line: str, message: str):
 def test_bad_files_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"'.*absent.txt' cannot be read \(No such file"):
         texts([tmp_path / "absent.txt"])
-    with pytest.raises(DataError, match="'essay-on-nothing' is not known"):
+    with pytest.raises(DataError, match=r"essay 'essay-on-nothing' is unknown.* or name a \.txt or \.jsonl file"):
         texts(["essay-on-nothing"])
     latin = tmp_path / "latin.txt"
     latin.write_bytes("naïve".encode("latin-1"))

@@ -134,7 +134,9 @@ def test_a_bug_in_a_backend_is_not_hidden_and_loses_nothing(grid, several, monke
 def test_chosen_backends(grid, several):
     records = bench_kernels(grid, CPU, backends=bench_backends(CPU, ["good"]))
     assert {record["backend"] for record in records if "backend" in record} == {"good"}
-    with pytest.raises(KernelError, match=r"^--backends magic: on cpu there are good, forgetful, refusing, triton\.$"):
+    with pytest.raises(
+        KernelError, match=r"^on cpu --backends 'magic' is unknown; choose one of good, forgetful, refusing, triton\.$"
+    ):
         bench_backends(CPU, ["magic"])
     with pytest.raises(KernelError, match=r"^--backends triton: needs a GPU\.$"):
         bench_backends(CPU, ["triton"])

@@ -65,7 +65,7 @@ def test_json_is_the_records(bench, tmp_path: Path):
         (["--pairs", "4"], "--pairs: cannot read '4'"),
         (["--heads", "6/4"], "--heads 6/4"),
         (["--dtype", "fp8"], "dtype 'fp8' is not known"),
-        (["--backends", "magic"], "--backends magic: on cpu there are"),
+        (["--backends", "magic"], "on cpu --backends 'magic' is unknown; choose one of"),
         (["--key-group", "7"], "--key-group 7"),
         (["--head-dim", "20"], "--head-dim 20"),
         (["--plot", "roofline.doc"], "--plot roofline.doc"),

@@ -167,7 +167,7 @@ def test_the_first_layer_of_a_pyramid_has_nearly_twice_the_mean() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "says"),
     [
-        ("topkek", {}, r"policy 'topkek' is unknown; choose one of .*'snapkv'"),
+        ("topkek", {}, r"policy 'topkek' is unknown; choose one of .*snapkv"),
         ("snapkv", {"kernel": 4}, "policy 'snapkv': kernel: 4 is even"),
         ("snap_expected", {"window": 8, "observed": 9}, "observed is 9, window 8"),
         ("snapkv", {"window": 0}, "policy 'snapkv': window: .*greater than or equal to 1"),
@@ -192,7 +192,7 @@ def test_presets_are_policies(name: str) -> None:
 
 
 def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(PlanError, match=r"no eviction preset 'x'; choose one of .*qpruningkv/snapkv"):
+    with pytest.raises(PlanError, match=r"eviction preset 'x' is unknown; choose one of .*qpruningkv/snapkv"):
         eviction.preset("x")
 
 

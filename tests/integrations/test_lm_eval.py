@@ -229,7 +229,7 @@ def test_answers_that_cannot_be_given_are_refused(model, tokenizer, options, mat
 
 
 def test_unknown_tasks_are_refused(model, tokenizer):
-    with pytest.raises(DataError, match="lm-eval has no task 'hellaswagg'"):
+    with pytest.raises(DataError, match="lm-eval task 'hellaswagg' is unknown; choose one of hellaswag"):
         harness(model, tokenizer, ["hellaswagg"], [dense_contestant(model)])
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import DynamicCache, StaticCache
 
+from kvloom._names import unknown
 from kvloom.cache import LoomCache
 from kvloom.errors import PlanError
 from kvloom.evaluate import BEST_AXES, Contestant, Peers, peer_contestants
@@ -29,8 +30,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
     Raises:
         PlanError: One is unknown.
     """
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise PlanError(f"--caches {unknown[0]!r} is not one of {', '.join(KINDS)}.")
+    if strange := [kind for kind in kinds if kind not in KINDS]:
+        raise PlanError(unknown("--caches", strange[0], KINDS))
 
 
 class Lineup:

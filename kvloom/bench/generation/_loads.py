@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvloom._names import unknown
 from kvloom.bench._grid import Shape, tokens_of, words
 from kvloom.errors import DataError, PlanError
 
@@ -73,7 +74,7 @@ def make_preset(name: str) -> Preset:
         PlanError: There is no such preset.
     """
     if name not in PRESETS:
-        raise PlanError(f"--preset {name!r} is not one of {', '.join(PRESETS)}.")
+        raise PlanError(unknown("--preset", name, PRESETS))
     return PRESETS[name]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvloom._ledger import Record
+from kvloom._names import unknown
 from kvloom.errors import DataError, MissingExtraError
 from kvloom.evaluate._contestants import Contestant
 from kvloom.evaluate._context import Progress
@@ -112,7 +113,7 @@ def choose(names: Iterable[str], settings: Settings) -> Chosen:
 def _group(name: str, settings: Settings) -> tuple[list[Task], Mapping[str, Exception]]:
     members = [member for member in task_names() if member.startswith(f"{name}/")]
     if not members:
-        raise DataError(f"The task {name!r} is not known: choose among {', '.join(_shown(name))}.")
+        raise DataError(unknown("task", name, _shown(name), listing="kvloom.evaluate.task_names()", also=task_names()))
     made: list[Task] = []
     missing: dict[str, Exception] = {}
     for member in members:
@@ -125,7 +126,7 @@ def _group(name: str, settings: Settings) -> tuple[list[Task], Mapping[str, Exce
     return made, missing
 
 
-def _shown(unknown: str) -> list[str]:
+def _shown(strange: str) -> list[str]:
     """Tasks and groups, a group in place of its members; but the members of the group that is named."""
-    members = [name for name in task_names() if name.startswith(f"{unknown.partition('/')[0]}/")]
+    members = [name for name in task_names() if name.startswith(f"{strange.partition('/')[0]}/")]
     return members or list(dict.fromkeys(name.partition("/")[0] for name in task_names()))

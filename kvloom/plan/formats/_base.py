@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from kvloom._names import unknown
 from kvloom.errors import PlanError
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan
@@ -60,7 +61,7 @@ def register(form: F) -> F:
 def get(name: str) -> PlanFormat:
     """The format called ``name``; raises PlanError naming the known ones."""
     if name not in _FORMATS:
-        raise PlanError(f"format {name!r} is unknown; choose one of {', '.join(readable_formats())}.")
+        raise PlanError(unknown("format", name, readable_formats()))
     return _FORMATS[name]
 
 

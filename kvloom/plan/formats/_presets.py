@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from kvloom._names import unknown
 from kvloom.errors import PlanError
 from kvloom.plan._fingerprint import Fingerprint
 from kvloom.plan._plan import Plan
@@ -53,12 +54,12 @@ def preset(name: str, model: Any) -> Plan:
         model: A transformers model or config, or a `Fingerprint`.
 
     Raises:
-        PlanError: There is no such preset (the message lists them), or its groups do not fit the model.
+        PlanError: There is no such preset (the message names the nearest), or its groups do not fit the model.
         ModelError: The preset is for another model.
     """
     known = _presets()
     if name not in known:
-        raise PlanError(f"preset {name!r} is unknown; choose one of {', '.join(known)}.")
+        raise PlanError(unknown("preset", name, known, listing="kvloom.plan.presets()"))
     found = known[name]
     fingerprint = Fingerprint.of_any(model)
     if found.only_for:

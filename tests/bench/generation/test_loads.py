@@ -44,5 +44,5 @@ def test_what_kvmix_published():
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(PlanError, match="--preset 'gear' is not one of kivi, kvmix, kvtuner"):
+    with pytest.raises(PlanError, match=r"--preset 'gear' is unknown; choose one of .*kivi"):
         make_preset("gear")

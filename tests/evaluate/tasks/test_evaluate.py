@@ -188,7 +188,7 @@ def test_prompts_that_the_model_cannot_read_are_refused(data):
 
 def test_unknown_names_are_one_sentence_with_all_known_ones():
     with pytest.raises(
-        DataError, match=r"^The task 'rular' is not known: choose among drift, fidelity, gsm8k, .*ruler\.$"
+        DataError, match=r"^task 'rular' is unknown; choose one of ruler, .*drift, fidelity, gsm8k, .*\.$"
     ):
         choose(["rular"], Settings())
     assert {"ruler/vt", "longbench/lcc", "needle", "fidelity", "drift", "gsm8k", "gsm8k_multiturn"} <= set(task_names())
