@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kvloom.report._columns import COLUMNS
@@ -10,7 +11,6 @@ from kvloom.report._runs import Run, describe_protocol, group_runs
 from kvloom.report._tasks import render_tasks
 
 _INTERVALS = "[low, high] are 95 % intervals."
-_EMPTY = "No fidelity or task records."
 
 
 def render_text(records: Sequence[Record]) -> str:
@@ -24,7 +24,13 @@ def render_text(records: Sequence[Record]) -> str:
         The text, without a trailing newline.
     """
     blocks = [*map(_run_text, group_runs(records)), render_tasks(records)]
-    return "\n\n".join(filter(None, blocks)) or _EMPTY
+    return "\n\n".join(filter(None, blocks)) or _no_scores(records)
+
+
+def _no_scores(records: Sequence[Record]) -> str:
+    """What there is in place of scores."""
+    kinds = ", ".join(f"{kind} ({count})" for kind, count in Counter(record["kind"] for record in records).items())
+    return f"No fidelity or task records for a table; there are {f'others: {kinds}' if kinds else 'no others'}."
 
 
 def _body(run: Run) -> list[list[str]]:

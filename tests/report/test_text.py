@@ -72,7 +72,10 @@ def test_runs_on_different_models_have_tables_of_their_own() -> None:
 
 
 def test_nothing_scored() -> None:
-    assert render_text([{"kind": "signal"}]) == "No fidelity or task records."
+    records = [{"kind": "generate"}, {"kind": "generate"}, {"kind": "kernel_attend"}]
+    said = "No fidelity or task records for a table; there are others: generate (2), kernel_attend (1)."
+    assert render_text(records) == said
+    assert render_text([]) == "No fidelity or task records for a table; there are no others."
 
 
 def test_task_scores_have_a_line_each() -> None:
