@@ -18,7 +18,7 @@ from kvloom.cache._autocast import without_autocast
 from kvloom.cache._invariant import fix_rows, free_rows
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._ring_kv import RingKV
-from kvloom.cache._rotation import turned
+from kvloom.cache._rotation import turned, turned_step
 from kvloom.errors import ModelError
 from kvloom.pages import PagedKV, StaticKV
 
@@ -126,9 +126,10 @@ def _read(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[
     if isinstance(kv, PagedKV) and kv.own is not None:
         return way.dense(query, kv.own.key, kv.own.value, **options)
     with without_autocast(query.device):
-        asked = query if kv.query_turn is None else way.turned(query, kv.query_turn)
+        turned = turned_step if isinstance(kv, StaticKV) else way.turned
+        asked = query if kv.query_turn is None else turned(query, kv.query_turn)
         out = way.paged(asked, kv, **options)
-        return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
+        return out if kv.output_turn is None else turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 
 def invariant_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

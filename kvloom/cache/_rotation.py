@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ class SideRotation(ABC):
 
     dual: torch.Tensor
 
+    @property
+    def query_turn(self) -> torch.Tensor:
+        """``dual``, as queries are turned by it."""
+        return self.dual
+
+    @property
+    def output_turn(self) -> torch.Tensor:
+        """``dual``, transposed, as what attention returns is turned by it."""
+        return self.dual.transpose(-1, -2)
+
     @abstractmethod
     def cached(self, x: torch.Tensor) -> torch.Tensor:
         """States ``[batch, kv_heads, tokens, head_dim]`` as they are cached."""
@@ -35,7 +46,7 @@ class SideRotation(ABC):
 
     def restored(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of `cached`, up to rounding."""
-        return turned(x, self.dual.transpose(-1, -2))
+        return turned(x, self.output_turn)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is resident for this layer alone, by name."""
@@ -51,9 +62,16 @@ class HadamardRotation(SideRotation):
 
     Attributes:
         heads: KV heads that are turned; None for all.
+        by_columns: ``dual`` in memory column by column, as `kvloom.kernels.turn` reads it, like ``output_turn``.
     """
 
     heads: tuple[int, ...] | None
+    by_columns: torch.Tensor
+
+    @property
+    def query_turn(self) -> torch.Tensor:
+        """See `SideRotation.query_turn`."""
+        return self.by_columns
 
     def cached(self, x: torch.Tensor) -> torch.Tensor:
         """See `SideRotation.cached`."""
@@ -120,10 +138,16 @@ def side_rotation(
         return _calibrated(names, matrices, dtype, device)
     matrix = dual("hadamard", sides[0].head_dim, dtype, device)
     if len(heads) == len(names):
-        return HadamardRotation(matrix, None)
+        return HadamardRotation(matrix, None, _by_columns(sides[0].head_dim, dtype, device))
     each = torch.eye(len(matrix), dtype=dtype, device=device).repeat(len(names), 1, 1)
     each[list(heads)] = matrix
-    return HadamardRotation(each, heads)
+    return HadamardRotation(each, heads, each)
+
+
+@lru_cache(maxsize=64)
+def _by_columns(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The Hadamard transform's ``dual``, one for all layers."""
+    return dual("hadamard", head_dim, dtype, device).T.contiguous().T
 
 
 def _calibrated(
@@ -155,3 +179,8 @@ def turned(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return (wide @ matrix).to(x.dtype)
     grouped: torch.Tensor = wide.unflatten(1, (len(matrix), -1)) @ matrix[:, None]
     return grouped.flatten(1, 2).to(x.dtype)
+
+
+def turned_step(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`turned` for a decode step that is to be replayed."""
+    return kernels.turn(x, matrix) if matrix.dim() == 2 else turned(x, matrix)

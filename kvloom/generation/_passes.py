@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -17,6 +18,9 @@ class Passes(CustomGraphPass):
 
     def __init__(self, *passes: CustomGraphPass) -> None:
         self._passes = passes
+
+    def __iter__(self) -> Iterator[CustomGraphPass]:
+        return iter(self._passes)
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite a graph."""

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from kvloom import kernels
 from kvloom.cache import LoomCache, StepLayer
+from kvloom.generation._gates import JoinGates
+from kvloom.generation._norms import JoinNorms
 from kvloom.generation._passes import Passes
 from kvloom.generation._products import JoinProducts
+from kvloom.generation._ropes import JoinRopes
 from kvloom.generation._sums import SumRanks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Products of one row become reductions fused with what follows, those of a few rows one launch for weights that share
-# them: both read weights faster than cuBLAS does. Sums over ranks are too small for NCCL.
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "coordinate_descent_tuning": True,
-    "post_grad_custom_pre_pass": Passes(JoinProducts(), SumRanks()),
-}
+# Kernels of torch's that begin early count on older launches having ended; ours let them begin before.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"triton.enable_pdl": False}
+_PASSES = Passes(JoinProducts(), SumRanks(), JoinGates(), JoinNorms(), JoinRopes())
 # Calls before the graph is captured: the first compiles, the second is watched for waits.
 _PLAIN_CALLS = 2
 
@@ -142,7 +142,8 @@ def _is_one_gpu(devices: set[torch.device]) -> bool:
 def _compiled_call(model: Any) -> Callable[..., Any]:
     """The model's compiled pass, which it holds itself: both are freed together."""
     if not hasattr(model, "_kvloom_compiled_call"):
-        model._kvloom_compiled_call = torch.compile(model.__call__, dynamic=False, options=_OPTIONS)
+        options = {**_OPTIONS, "post_grad_custom_pre_pass": _PASSES}
+        model._kvloom_compiled_call = torch.compile(model.__call__, dynamic=False, options=options)
     compiled: Callable[..., Any] = model._kvloom_compiled_call
     return compiled
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+from kvloom.generation._graphs import Rewriting, called
 from kvloom.kernels import SUM_NBYTES
 
 
-class SumRanks(CustomGraphPass):
-    """A pass of torch's compiler over the graph that it is about to lower.
+class SumRanks(Rewriting):
+    """Sums over ranks of few bytes become ours, see `Backend.sum_ranks`.
 
     Tensor parallelism has two sums a layer, of a few rows, in which NCCL takes longer to begin than to move them. Every
     one is an `all_reduce` that is waited for at once; larger ones are left as they are.
@@ -25,10 +23,6 @@ class SumRanks(CustomGraphPass):
             total = waited.args[0]
             if total.target is collectives.all_reduce.default and len(total.users) == 1 and _is_small_sum(total):
                 _replace(graph, total, waited)
-
-    def uuid(self) -> Any:
-        """Of this rewriting, for the compiler's cache."""
-        return get_hash_for_files((__file__,))
 
 
 def _is_small_sum(total: Node) -> bool:
@@ -43,8 +37,7 @@ def _is_small_sum(total: Node) -> bool:
 def _replace(graph: Graph, total: Node, waited: Node) -> None:
     addend, _, group_name = total.args
     with graph.inserting_before(total):
-        ours = graph.call_function(torch.ops.kvloom.sum_ranks.default, (addend, group_name))
-        ours.meta["val"] = waited.meta["val"]
+        ours = called(graph, torch.ops.kvloom.sum_ranks.default, addend, group_name, value=waited.meta["val"])
     waited.replace_all_uses_with(ours)
     graph.erase_node(waited)
     graph.erase_node(total)

@@ -258,6 +258,78 @@ class Backend(ABC):
         """
         return [x @ weight.T for weight in weights]
 
+    def turn(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """``x @ matrix``: queries as they meet turned keys, or outputs turned back, of a decode step.
+
+        Args:
+            x: ``[batch, query_heads, tokens, head_dim]``.
+            matrix: ``[head_dim, head_dim]``.
+
+        Returns:
+            Shape and dtype of ``x``, contiguous.
+        """
+        return (x.to(matrix.dtype) @ matrix).to(x.dtype).contiguous()
+
+    def gated_product(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """``silu(x @ gate.T) * (x @ up.T)``: the first half of a gated feed-forward layer.
+
+        Args:
+            x: ``[rows, channels]``.
+            gate: ``[features, channels]``.
+            up: Of the same shape.
+
+        Returns:
+            ``[rows, features]``.
+        """
+        gated, raised = self.products(x, [gate, up])
+        return torch.nn.functional.silu(gated) * raised
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        group_name: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``h = residual + x`` and ``h / sqrt(mean(h ** 2) + eps) * weight`` (RMSNorm, arXiv:1910.07467).
+
+        Args:
+            x: ``[rows, channels]``.
+            residual: Of the same shape.
+            weight: ``[channels]``.
+            eps: Added to the mean of squares.
+            group_name: Of a process group over whose ranks ``x`` is summed first, see `sum_ranks`.
+
+        Returns:
+            Both, shaped like ``x``.
+        """
+        x = x if group_name is None else self.sum_ranks(x, group_name)
+        h = residual + x
+        exact = h.float()
+        unit = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+        return h, weight * unit.to(h.dtype)
+
+    def rope(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x * cos + [-x_2, x_1] * sin`` of the halves of a head's channels (rotary positions, arXiv:2104.09864).
+
+        Args:
+            query: ``[batch, query_heads, 1, head_dim]``.
+            key: ``[batch, kv_heads, 1, head_dim]``.
+            cos: ``[batch or 1, 1, 1, head_dim]``.
+            sin: Likewise.
+
+        Returns:
+            Both turned, contiguous.
+        """
+        turned = []
+        for x in (query, key):
+            first, second = x.chunk(2, dim=-1)
+            turned.append((x * cos + torch.cat((-second, first), dim=-1) * sin).contiguous())
+        return turned[0], turned[1]
+
     def sum_ranks(self, x: torch.Tensor, group_name: str) -> torch.Tensor:
         """Sum over the ranks of a process group, which all call this.
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 
 from kvloom.errors import KernelError
-from kvloom.kernels import _cuda_pages, _cuda_products, _cuda_sums, _nvrtc
+from kvloom.kernels import _cuda_norms, _cuda_pages, _cuda_products, _cuda_rope, _cuda_sums, _nvrtc
 from kvloom.kernels._base import AttendOptions, Backend, Reach, head_index, rows_of_a_head
 from kvloom.kernels._cuda_ahead import Device, pooled_builds
 from kvloom.kernels._cuda_launch import (
@@ -169,6 +169,51 @@ class CudaBackend(TorchBackend):
             lambda: _cuda_products.products(x, weights), lambda other: other.products(x, weights)
         )
 
+    def turn(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """See `Backend.turn`."""
+        if not _cuda_products.turns(x, matrix):
+            return super().turn(x, matrix)
+        return self._unless_broken(lambda: _cuda_products.turn(x, matrix), lambda other: other.turn(x, matrix))
+
+    def gated_product(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """See `Backend.gated_product`."""
+        if not _cuda_products.multiplies(x, [gate, up]):
+            return super().gated_product(x, gate, up)
+        return self._unless_broken(
+            lambda: _cuda_products.gated_product(x, gate, up), lambda other: other.gated_product(x, gate, up)
+        )
+
+    def add_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        group_name: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.add_norm`."""
+        if not _cuda_norms.norms(x, residual, weight):
+            return super().add_norm(x, residual, weight, eps, group_name)
+        meeting = None
+        if group_name is not None:
+            able = _cuda_sums.sums(x) and _cuda_norms.sums_rows(x)
+            meeting = _cuda_sums.meeting_of(group_name, x.device) if able else None
+            x = x if meeting is not None else self.sum_ranks(x, group_name)
+        return self._unless_broken(
+            lambda: _cuda_norms.add_norm(x, residual, weight, eps, meeting),
+            lambda other: other.add_norm(x, residual, weight, eps, None if meeting is None else group_name),
+        )
+
+    def rope(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.rope`."""
+        if not _cuda_rope.turns(query, key, cos, sin):
+            return super().rope(query, key, cos, sin)
+        return self._unless_broken(
+            lambda: _cuda_rope.rope(query, key, cos, sin), lambda other: other.rope(query, key, cos, sin)
+        )
+
     def sum_ranks(self, x: torch.Tensor, group_name: str) -> torch.Tensor:
         """See `Backend.sum_ranks`."""
         meeting = _cuda_sums.meeting_of(group_name, x.device) if _cuda_sums.sums(x) else None
@@ -297,6 +342,7 @@ def attend_pages(
                 *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
                 shared=launch.shared,
                 cluster=launch.cluster,
+                follows=True,
             )
     return out, sums
 

@@ -18,7 +18,6 @@ _STAGES = 2  # pages of a warp in shared memory, as in attend.cu
 MAX_CLUSTER = 16
 BLOCK_WARPS = (12, 8, 4, 2, 1)
 _EXACT_TOKENS = 16  # that a warp reads at a time
-_CLUSTERS_SINCE = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def merges_in_cluster(kernel: Kernel, splits: int, tiles: int, device: int) -> b
 
 def has_clusters(device: int) -> bool:
     """Whether blocks of the device can be clusters."""
-    return torch.cuda.get_device_capability(device) >= _CLUSTERS_SINCE
+    return torch.cuda.get_device_capability(device) >= _nvrtc.CLUSTERS_SINCE
 
 
 @lru_cache(maxsize=16)

@@ -123,7 +123,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
         grid = (-(-tokens // (_ROTATE_WARPS * (32 // (dim // 8)))), heads, batch)
         with torch.cuda.device(x.device):
             module("rotate.cu", defines).launch(
-                "rotate_states", grid, (32 * _ROTATE_WARPS, 1, 1), x, *strides(x), out, tokens
+                "rotate_states", grid, (32 * _ROTATE_WARPS, 1, 1), x, *strides(x), out, tokens, follows=True
             )
     return out
 
@@ -185,6 +185,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV) -> N
                 *point_arguments(group.layout.value),
                 *target.block_tokens,
                 shared=shared,
+                follows=True,
             )
 
 

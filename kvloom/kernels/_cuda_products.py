@@ -13,7 +13,8 @@ from kvloom.kernels._nvrtc import Defines, int64, module
 
 _FEATURES = 16  # of a block
 _STEP = 64  # channels that a warp takes together
-_WARPS = 8
+_MAX_WARPS = 8
+_MAX_TURNED = 1024  # rows
 _ALIGNMENT = 16
 _KINDS = {torch.float16: ("__half", "f16"), torch.bfloat16: ("__nv_bfloat16", "bf16")}
 
@@ -31,18 +32,64 @@ def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Ten
     Raises:
         KernelError: The kernel cannot be built.
     """
-    rows, channels = x.shape
-    outs = [x.new_empty((rows, weight.shape[0])) for weight in weights]
-    blocks = sum(weight.shape[0] for weight in weights) // _FEATURES
-    parts: list[Any] = []
-    for weight, out in zip(weights, outs, strict=True):
-        parts += weight, int64(weight.stride(0)), out, weight.shape[0]
-    parts += [None, int64(0), None, 0] * (PRODUCT_WEIGHTS - len(weights))
-    with torch.cuda.device(x.device):
-        module("products.cu", _build(x.dtype)).launch(
-            "products", (blocks, 1, 1), (32 * _WARPS, 1, 1), x, int64(x.stride(0)), rows, channels, *parts
-        )
+    outs = [x.new_empty((len(x), weight.shape[0])) for weight in weights]
+    _launch(x, list(zip(weights, outs, strict=True)), sum(weight.shape[0] for weight in weights) // _FEATURES)
     return outs
+
+
+def gated_product(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(x @ gate.T) * (x @ up.T)``, summed in fp32, rounded after every step, in one launch.
+
+    Args:
+        x: fp16 or bf16 ``[rows, channels]``, see `multiplies`.
+        gate: ``[features, channels]``.
+        up: Of the same shape.
+
+    Returns:
+        ``[rows, features]``, contiguous.
+
+    Raises:
+        KernelError: The kernel cannot be built.
+    """
+    out = x.new_empty((len(x), gate.shape[0]))
+    _launch(x, [(gate, out), (up, out)], 2 * gate.shape[0] // _FEATURES, gated=True)
+    return out
+
+
+def turn(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """See `Backend.turn`.
+
+    Args:
+        x: fp16 or bf16, see `turns`.
+        matrix: ``[head_dim, head_dim]``.
+
+    Returns:
+        Shape of ``x``, contiguous.
+
+    Raises:
+        KernelError: The kernel cannot be built.
+    """
+    rows = _rows(x)
+    out = torch.empty_like(rows)
+    _launch(rows, [(matrix.T, out)], matrix.shape[1] // _FEATURES)
+    return out.view(x.shape)
+
+
+def _launch(x: torch.Tensor, to: list[tuple[torch.Tensor, torch.Tensor]], blocks: int, *, gated: bool = False) -> None:
+    parts: list[Any] = []
+    for weight, out in to:
+        parts += weight, int64(weight.stride(0)), out, weight.shape[0]
+    parts += [None, int64(0), None, 0] * (PRODUCT_WEIGHTS - len(to))
+    rows, channels = x.shape
+    warps = min(_MAX_WARPS, channels // _STEP)
+    with torch.cuda.device(x.device):
+        module("products.cu", _build(x.dtype, gated, warps)).launch(
+            "products",
+            (blocks, -(-rows // PRODUCT_ROWS), 1),
+            (32 * warps, 1, 1),
+            *(x, int64(x.stride(0)), rows, channels, *parts),
+            follows=True,
+        )
 
 
 def multiplies(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
@@ -57,13 +104,22 @@ def multiplies(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
     )
 
 
+def turns(x: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether `turn` takes these: no more rows than there are in a decode step."""
+    return 0 < x.numel() <= _MAX_TURNED * x.shape[-1] and multiplies(_rows(x)[:PRODUCT_ROWS], [matrix.T])
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def _is_aligned(matrix: torch.Tensor) -> bool:
     row, channel = matrix.stride()
     return channel == 1 and row * matrix.itemsize % _ALIGNMENT == 0 and matrix.data_ptr() % _ALIGNMENT == 0
 
 
-@lru_cache(maxsize=8)
-def _build(dtype: torch.dtype) -> Defines:
+@lru_cache(maxsize=32)
+def _build(dtype: torch.dtype, gated: bool, warps: int) -> Defines:
     """Defines of ``products.cu``."""
     element, kind = _KINDS[dtype]
-    return ("ELEMENT", element), ("KIND", kind), ("WARPS", _WARPS)
+    return ("ELEMENT", element), ("KIND", kind), ("WARPS", warps), ("GATED", int(gated))

@@ -17,11 +17,12 @@ from kvloom.kernels._base import SUM_NBYTES
 from kvloom.kernels._nvrtc import Defines, module
 
 MAX_RANKS = 8
-_THREADS = 256
-_PIECE = 8  # bytes of a thread
+GROUP = 256
+PIECE = 8
+"""Pieces that share an epoch, and bytes of a piece: see ``ranks.cuh``."""
 _SLOT = 16  # those bytes and their marks
-_BLOCKS = SUM_NBYTES // (_PIECE * _THREADS)
-_POLLS = 1 << 30  # some minutes: as long as NCCL waits
+_GROUPS = SUM_NBYTES // (PIECE * GROUP)
+POLLS = 1 << 30  # some minutes: as long as NCCL waits
 _POLLS_OF_A_TRY = 1 << 22  # some seconds
 _ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
 
@@ -49,7 +50,7 @@ _meetings: WeakKeyDictionary[Any, dict[torch.device, Meeting | None]] = WeakKeyD
 
 def sums(x: torch.Tensor) -> bool:
     """Whether `sum_ranks` takes this: so small a message of 16 or 32-bit floats that latency is what counts."""
-    return x.dtype in _ELEMENTS and 0 < x.nbytes <= SUM_NBYTES and x.nbytes % _PIECE == 0
+    return x.dtype in _ELEMENTS and 0 < x.nbytes <= SUM_NBYTES and x.nbytes % PIECE == 0
 
 
 def sum_ranks(x: torch.Tensor, meeting: Meeting) -> torch.Tensor:
@@ -68,18 +69,19 @@ def sum_ranks(x: torch.Tensor, meeting: Meeting) -> torch.Tensor:
         KernelError: The kernel cannot be built.
     """
     x = x.contiguous()
-    x = x.clone() if x.data_ptr() % _PIECE else x
-    return _sum(x, torch.empty_like(x), meeting, _build(x.dtype, meeting.ranks, _POLLS))
+    x = x.clone() if x.data_ptr() % PIECE else x
+    return _sum(x, torch.empty_like(x), meeting, rank_defines(x.dtype, meeting.ranks, POLLS))
 
 
 def _sum(x: torch.Tensor, out: torch.Tensor, meeting: Meeting, build: Defines) -> torch.Tensor:
-    pieces = x.nbytes // _PIECE
+    pieces = x.nbytes // PIECE
     with torch.cuda.device(x.device):
         module("sum_ranks.cu", build).launch(
             "sum_ranks",
-            (-(-pieces // _THREADS), 1, 1),
-            (_THREADS, 1, 1),
+            (-(-pieces // GROUP), 1, 1),
+            (GROUP, 1, 1),
             *(x, out, pieces, meeting.rank, meeting.buffers, meeting.epochs),
+            follows=True,
         )
     return out
 
@@ -89,7 +91,7 @@ def arrives(meeting: Meeting) -> bool:
 
     A driver may grant access to a peer that then leads nowhere, as in virtual machines.
     """
-    build = _build(torch.float32, meeting.ranks, _POLLS_OF_A_TRY, tries=True)
+    build = rank_defines(torch.float32, meeting.ranks, _POLLS_OF_A_TRY, tries=True)
     numbers = torch.arange(SUM_NBYTES // 4, dtype=torch.float32, device=meeting.buffers.device)
     # Three times: both halves of the buffers, and one again.
     poison = torch.full_like(numbers, torch.nan)
@@ -100,12 +102,12 @@ def arrives(meeting: Meeting) -> bool:
 
 def buffer_nbytes(ranks: int) -> int:
     """Bytes of a rank's buffer."""
-    return 2 * ranks * _BLOCKS * _THREADS * _SLOT
+    return 2 * ranks * _GROUPS * GROUP * _SLOT
 
 
 def first_epochs(device: torch.device) -> torch.Tensor:
     """int32, one of every block that a launch can have."""
-    return torch.ones(_BLOCKS, dtype=torch.int32, device=device)
+    return torch.ones(_GROUPS, dtype=torch.int32, device=device)
 
 
 def meeting_of(group_name: str, device: torch.device) -> Meeting | None:
@@ -157,7 +159,7 @@ def _is_able(group: Any, device: torch.device) -> bool:
         return False
     try:
         with torch.cuda.device(device):
-            module("sum_ranks.cu", _build(torch.float32, group.size(), _POLLS_OF_A_TRY, tries=True))
+            module("sum_ranks.cu", rank_defines(torch.float32, group.size(), _POLLS_OF_A_TRY, tries=True))
     except KernelError as error:
         _say(str(error))
         return False
@@ -184,7 +186,7 @@ def _told(mine: object, group: Any) -> list[Any]:
 
 
 @lru_cache(maxsize=32)
-def _build(dtype: torch.dtype, ranks: int, polls: int, *, tries: bool = False) -> Defines:
-    """Defines of ``sum_ranks.cu``."""
-    sizes = (("RANKS", ranks), ("THREADS", _THREADS), ("BLOCKS", _BLOCKS), ("POLLS", polls), ("TRIES", int(tries)))
+def rank_defines(dtype: torch.dtype, ranks: int, polls: int, *, tries: bool = False) -> Defines:
+    """Defines of ``ranks.cuh``."""
+    sizes = (("RANKS", ranks), ("GROUP", GROUP), ("GROUPS", _GROUPS), ("POLLS", polls), ("TRIES", int(tries)))
     return ("ELEMENT", _ELEMENTS[dtype]), *sizes

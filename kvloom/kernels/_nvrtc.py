@@ -26,6 +26,8 @@ from kvloom.errors import KernelError
 Defines = tuple[tuple[str, int | str], ...]
 Build = tuple[str, Defines]
 """A source of this package's ``cuda`` folder and its macros."""
+CLUSTERS_SINCE = FOLLOWING_SINCE = (9, 0)
+"""Compute capabilities of clusters, and of launches that begin while the one before is ending."""
 _STATIC_SHARED_BYTES = 48 * 1024
 
 
@@ -50,6 +52,7 @@ class Module:
         *args: Any,
         shared: int = 0,
         cluster: int = 0,
+        follows: bool = False,
     ) -> None:
         """Launch on torch's current stream.
 
@@ -60,15 +63,17 @@ class Module:
             *args: Tensors (their address), None (a null pointer), ints (int32), floats (float32), or ctypes scalars.
             shared: Dynamic shared memory, bytes.
             cluster: Neighbours along the grid's first axis that form a cluster, dividing it; 0 for none.
+            follows: Whether it may begin while earlier launches are running: it calls ``follow`` (``follow.cuh``).
         """
         core = _core()
         kernel = self._kernels.get((name, shared)) or self._prepared(name, shared)
         stream = core.Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
+        options: dict[str, Any] = {"grid": grid, "block": block, "shmem_size": shared}
         if cluster:  # cuda-core counts the grid in clusters
-            clusters = (grid[0] // cluster, *grid[1:])
-            config = core.LaunchConfig(grid=clusters, cluster=(cluster, 1, 1), block=block, shmem_size=shared)
-        else:
-            config = core.LaunchConfig(grid=grid, block=block, shmem_size=shared)
+            options |= {"grid": (grid[0] // cluster, *grid[1:]), "cluster": (cluster, 1, 1)}
+        if follows and torch.cuda.get_device_capability(self._device) >= FOLLOWING_SINCE:
+            options["programmatic_stream_serialization"] = True
+        config = core.LaunchConfig(**options)
         core.launch(stream, config, kernel, *map(_argument, args))
 
     def active_clusters(self, name: str, cluster: int, threads: int, shared: int) -> int:
@@ -93,7 +98,7 @@ class Module:
         kernel = self._code.get_kernel(name)
         if shared > _STATIC_SHARED_BYTES:
             self._set(kernel, "MAX_DYNAMIC_SHARED_SIZE_BYTES", shared)
-        if torch.cuda.get_device_capability(self._device) >= (9, 0):
+        if torch.cuda.get_device_capability(self._device) >= CLUSTERS_SINCE:
             self._set(kernel, "NON_PORTABLE_CLUSTER_SIZE_ALLOWED", 1)
         self._kernels[name, shared] = kernel
         return kernel
@@ -223,6 +228,6 @@ def _core() -> Any:
         import cuda.core
     except ImportError as error:
         raise KernelError(f"cuda-core is not installed: {pip_command('gpu')}") from error
-    if not hasattr(cuda.core, "Program"):
+    if not hasattr(getattr(cuda.core, "LaunchConfig", None), "programmatic_stream_serialization"):
         raise KernelError(f"cuda-core is too old: {pip_command('gpu')}")
     return cuda.core

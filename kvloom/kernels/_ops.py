@@ -42,6 +42,12 @@ def attend_static(
     return out
 
 
+def turn(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`Backend.turn`, by the backend of the device."""
+    out: torch.Tensor = torch.ops.kvloom.turn(x, matrix)
+    return out
+
+
 def _parts(kv: StaticKV) -> tuple[Any, ...]:
     exact = (kv.sinks.key, kv.sinks.value, kv.tail.key, kv.tail.value)
     kept = [g.kept for g in kv.pages if g.kept is not None]
@@ -117,3 +123,55 @@ def _sum_ranks(x: torch.Tensor, group_name: str) -> torch.Tensor:
 @_sum_ranks.register_fake
 def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "kvloom::gated_product", mutates_args=(), schema="(Tensor x, Tensor gate, Tensor up) -> Tensor"
+)
+def _gated_product(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return backend(x.device).gated_product(x, gate, up)
+
+
+@_gated_product.register_fake
+def _(x: torch.Tensor, gate: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], gate.shape[0]))
+
+
+@torch.library.custom_op(
+    "kvloom::add_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor residual, Tensor weight, float eps, str? group_name) -> (Tensor, Tensor)",
+)
+def _add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group_name: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return backend(x.device).add_norm(x, residual, weight, eps, group_name)
+
+
+@_add_norm.register_fake
+def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "kvloom::rope", mutates_args=(), schema="(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)"
+)
+def _rope(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return backend(query.device).rope(query, key, cos, sin)
+
+
+@_rope.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("kvloom::turn", mutates_args=(), schema="(Tensor x, Tensor matrix) -> Tensor")
+def _turn(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return backend(x.device).turn(x, matrix)
+
+
+@_turn.register_fake
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape)

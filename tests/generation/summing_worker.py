@@ -88,8 +88,7 @@ def main(folder: Path) -> None:
     enable(model)
     rank = torch.distributed.get_rank()
     told: dict[str, Any] = {"plain": tokens(model)}
-    seen = Seen(*_step._OPTIONS["post_grad_custom_pre_pass"]._passes)
-    _step._OPTIONS |= {"post_grad_custom_pre_pass": seen, "coordinate_descent_tuning": False}
+    seen = _step._PASSES = Seen(*_step._PASSES)
     _loop._compiles = lambda *_: True
     told["compiled"] = tokens(model)
     told["before"], told["after"] = seen.before, seen.after

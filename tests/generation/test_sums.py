@@ -22,7 +22,7 @@ from kvloom.kernels import SUM_NBYTES
 HERE = Path(__file__).parent
 LAYERS = 2
 collectives = torch.ops._c10d_functional
-ALL_REDUCE, WAIT, OURS = "_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default", "sum_ranks"
+ALL_REDUCE, WAIT = "_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,13 @@ def test_all_sums_of_a_compiled_step_are_ours(told: list[dict[str, Any]]):
     for it in told:
         sums = it["before"][ALL_REDUCE]
         assert sums - 2 * LAYERS in (0, 1)  # transformers 5.23 splits the embedding, too
-        assert it["after"]["kvloom.sum_ranks.default"] == sums
+        norms = it["after"]["kvloom.add_norm.default"]
+        assert norms == 2 * LAYERS
+        assert it["after"].get("kvloom.sum_ranks.default", 0) == sums - norms
         assert ALL_REDUCE not in it["after"]
         assert it["after"].get(WAIT, 0) == it["before"][WAIT] - sums  # that of the gathered logits stays
-        assert it["after"]["kvloom.products.default"] == 4 * LAYERS + 1
+        assert it["after"]["kvloom.products.default"] == 3 * LAYERS + 1
+        assert it["after"]["kvloom.gated_product.default"] == LAYERS
 
 
 def test_tokens_are_those_of_the_step_that_is_not_compiled(told: list[dict[str, Any]]):

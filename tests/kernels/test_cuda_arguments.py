@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from kvloom.kernels import _cuda, _cuda_launch, _cuda_pages, _cuda_products, _cuda_sums, _nvrtc
+from kvloom.kernels import (
+    _cuda,
+    _cuda_launch,
+    _cuda_norms,
+    _cuda_pages,
+    _cuda_products,
+    _cuda_rope,
+    _cuda_sums,
+    _nvrtc,
+)
 from kvloom.pages import Format, PageLayout, page_layout, page_tokens_of
 from tests.kernels.codebooks import CASES, codebook_formats
 from tests.kernels.kept import kept_case
@@ -38,11 +47,15 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     def module(source: str, defines: _nvrtc.Defines):
         assert chosen, "a kernel is loaded on whatever device is current"
 
-        def launch(name: str, grid: Any, block: Any, *args: Any, shared: int = 0, cluster: int = 0):
+        def launch(
+            name: str, grid: Any, block: Any, *args: Any, shared: int = 0, cluster: int = 0, follows: bool = False
+        ):
             seen.append(name)
             known = dict(defines)
             assert {x.device for x in args if isinstance(x, torch.Tensor)} == {chosen[-1]}
-            assert block == (int(known["THREADS"]) if "THREADS" in known else 32 * int(known["WARPS"]), 1, 1)
+            threads = next((known[it] for it in ("THREADS", "GROUP") if it in known), None)
+            assert block == (32 * int(known["WARPS"]) if threads is None else int(threads), 1, 1)
+            assert follows == ("follow();" in _body(source, name, known))
             assert all(0 < size < 65536 for size in grid)
             assert grid[0] % (cluster or 1) == 0
             assert shared <= SHARED
@@ -51,7 +64,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
         return SimpleNamespace(launch=launch, active_clusters=lambda *_: 1 << 20)
 
-    for user in (_nvrtc, _cuda_pages, _cuda_products, _cuda_sums):
+    for user in (_nvrtc, _cuda_norms, _cuda_pages, _cuda_products, _cuda_rope, _cuda_sums):
         monkeypatch.setattr(user, "module", module)
     monkeypatch.setattr(_nvrtc, "shared_limit", lambda _: SHARED)
     monkeypatch.setattr(_cuda, "multiprocessors", lambda _: 132)
@@ -75,6 +88,14 @@ def _parameters(source: str, name: str, defines: dict[str, int | str]) -> list[s
     return [" ".join(each.split()) for each in found[1].split(",")]
 
 
+def _body(source: str, name: str, defines: dict[str, int | str]) -> str:
+    """A kernel's code."""
+    text = _chosen(_nvrtc._source(source), defines)
+    found = re.search(rf"\b{name}\([^)]*\)\s*{{(.*?)^}}", text, re.DOTALL | re.MULTILINE)
+    assert found, name
+    return found[1]
+
+
 def _chosen(text: str, defines: dict[str, int | str]) -> str:
     """The lines that the macros leave, as far as kernels' parameters go."""
     kept, taken = [], [True]
@@ -91,7 +112,7 @@ def _chosen(text: str, defines: dict[str, int | str]) -> str:
 
 
 def _holds(condition: str, defines: dict[str, int | str]) -> bool:
-    numbers = re.sub(r"[A-Z]\w*", lambda name: str(defines.get(name[0], 0)), condition)
+    numbers = re.sub(r"_*[A-Z]\w*", lambda name: str(defines.get(name[0], 0)), condition)
     text = numbers.replace("&&", " and ").replace("||", " or ").replace("!", " not ")
     return bool(eval(text, {"__builtins__": {}}))
 
@@ -158,8 +179,42 @@ def test_products(launches, count: int):
     assert launches == ["products"]
 
 
+def test_gated_products_and_turns(launches):
+    x, matrix = torch.zeros(2, 128, dtype=HALF), torch.zeros(128, 128, dtype=HALF)
+    assert _cuda_products.gated_product(x, *torch.zeros(2, 32, 128, dtype=HALF)).shape == (2, 32)
+    assert _cuda_products.turn(x.expand(3, 5, 2, 128), matrix).shape == (3, 5, 2, 128)
+    assert launches == ["products"] * 2
+
+
+@pytest.mark.parametrize("channels", [4, 896, 4096, 5120, 16384])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_norms(launches, channels: int, ranks: int):
+    x, residual, weight = (
+        torch.zeros(3, channels, dtype=HALF),
+        torch.zeros(3, channels, dtype=HALF),
+        torch.ones(channels),
+    )
+    assert _cuda_norms.norms(x, residual, weight.to(HALF))
+    meeting = None if ranks == 1 or not _cuda_norms.sums_rows(x) else _meeting()
+    both = _cuda_norms.add_norm(x, residual, weight.to(HALF), 1e-5, meeting)
+    assert [it.shape for it in both] == [x.shape] * 2
+    assert launches == ["add_norm"]
+
+
+@pytest.mark.parametrize("dim", [16, 80, 128, 256])
+def test_ropes(launches, dim: int):
+    query, key = torch.zeros(3, 1, 8, dim, dtype=HALF).transpose(1, 2), torch.zeros(3, 2, 1, dim, dtype=HALF)
+    angles = torch.zeros(2, 1, 1, 1, dim, dtype=HALF)
+    assert _cuda_rope.turns(query, key, *angles)
+    assert [it.shape for it in _cuda_rope.rope(query, key, *angles)] == [query.shape, key.shape]
+    assert launches == ["rope"]
+
+
 @pytest.mark.parametrize("elements", [2, 1 << 16])
 def test_sums(launches, elements: int):
-    meeting = _cuda_sums.Meeting(1, 2, torch.zeros(2, dtype=torch.int64), torch.ones(128, dtype=torch.int32), None)
-    assert _cuda_sums.sum_ranks(torch.zeros(elements), meeting).shape == (elements,)
+    assert _cuda_sums.sum_ranks(torch.zeros(elements), _meeting()).shape == (elements,)
     assert launches == ["sum_ranks"]
+
+
+def _meeting() -> _cuda_sums.Meeting:
+    return _cuda_sums.Meeting(1, 2, torch.zeros(2, dtype=torch.int64), torch.ones(128, dtype=torch.int32), None)

@@ -21,7 +21,7 @@ import torch
 from kvloom.kernels import _cuda_sums
 from tests.kernels.ranks import Ranks
 
-_cuda_sums._POLLS = 1 << 20
+_cuda_sums.POLLS = 1 << 20
 ranks = Ranks(2)
 _cuda_sums.sum_ranks(torch.ones(64, device="cuda"), ranks.meetings[0])
 torch.cuda.synchronize()
@@ -31,7 +31,7 @@ torch.cuda.synchronize()
 @pytest.fixture
 def bounded(monkeypatch):
     """A rank that another one keeps waiting gives up soon."""
-    monkeypatch.setattr(_cuda_sums, "_POLLS", SOON)
+    monkeypatch.setattr(_cuda_sums, "POLLS", SOON)
 
 
 def drawn(rng, ranks, dtype=None, most=SUM_NBYTES):
@@ -152,7 +152,7 @@ def test_ranks_try_whether_anything_arrives(monkeypatch):
             return _cuda_sums.arrives(meetings[rank])
 
     # Memory is reserved and kernels are loaded before one rank waits for another: both may wait for the device.
-    _nvrtc.module("sum_ranks.cu", _cuda_sums._build(torch.float32, 2, _cuda_sums._POLLS_OF_A_TRY, tries=True))
+    _nvrtc.module("sum_ranks.cu", _cuda_sums.rank_defines(torch.float32, 2, _cuda_sums._POLLS_OF_A_TRY, tries=True))
     with monkeypatch.context() as patch:
         patch.setattr(_cuda_sums, "_POLLS_OF_A_TRY", 1 << 10)
         assert [tried(rank, alone.meetings) for rank in range(2)] == [False, False]
@@ -191,5 +191,5 @@ def test_the_source_compiles_without_a_device(ranks):
     pytest.importorskip("cuda.core")
     for dtype in DTYPES:
         for tries in (False, True):
-            defines = _cuda_sums._build(dtype, ranks, _cuda_sums._POLLS, tries=tries)
+            defines = _cuda_sums.rank_defines(dtype, ranks, _cuda_sums.POLLS, tries=tries)
             assert _nvrtc.cubin("sum_ranks.cu", defines, "sm_90")[:4] == b"\x7fELF"

@@ -39,6 +39,8 @@ typedef unsigned char u8;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#include "follow.cuh"
+
 constexpr int STAGES = 2, MT = P / 16, DT = D / 16, PAIRS = D / 8;
 constexpr bool KRAW = KB0 == 16, VRAW = VB0 == 16;
 constexpr int KB = KB0 + KB1, VB = VB0 + VB1;
@@ -448,16 +450,16 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // [batch, kv_heads, slot] by strides. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
 // [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
-    const u8* __restrict__ q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
-    const u8* __restrict__ pages, i64 page_batch, i64 page_head, i64 page_bytes, const int* __restrict__ table, int table_stride,
-    const int* __restrict__ heads, const u8* __restrict__ sink_k, const u8* __restrict__ sink_v, i64 sink_batch, i64 sink_head,
-    i64 sink_token, int num_sinks, const u8* __restrict__ tail_k, const u8* __restrict__ tail_v, i64 tail_batch, i64 tail_head,
-    i64 tail_token, int tail_ring, const int* __restrict__ state, int num_pages, int num_tail, int length, const u8* __restrict__ mask,
-    i64 mask_batch, i64 mask_query, const i64* __restrict__ visible, const int2* __restrict__ extents, float scale_log2,
-    float softcap, const float* __restrict__ sink_logits, float* __restrict__ part_o, float* __restrict__ part_ml,
-    int* __restrict__ turn, u8* __restrict__ out, float* __restrict__ lse
+    const u8* q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
+    const u8* pages, i64 page_batch, i64 page_head, i64 page_bytes, const int* table, int table_stride,
+    const int* heads, const u8* sink_k, const u8* sink_v, i64 sink_batch, i64 sink_head,
+    i64 sink_token, int num_sinks, const u8* tail_k, const u8* tail_v, i64 tail_batch, i64 tail_head,
+    i64 tail_token, int tail_ring, const int* state, int num_pages, int num_tail, int length, const u8* mask,
+    i64 mask_batch, i64 mask_query, const i64* visible, const int2* extents, float scale_log2,
+    float softcap, const float* sink_logits, float* part_o, float* part_ml,
+    int* turn, u8* out, float* lse
 #if PLACE
-    , const Place* __restrict__ page_places, i64 place_batch, i64 place_head, const Place* __restrict__ exact_places,
+    , const Place* page_places, i64 place_batch, i64 place_head, const Place* exact_places,
     i64 exact_batch, i64 exact_head
 #endif
 #if KPOINTS
@@ -467,6 +469,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     , u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1
 #endif
 ) {
+    follow();
+    let_next_begin();
 #if KPOINTS
     const Points key_points(key_low0, key_low1, key_high0, key_high1);
 #endif

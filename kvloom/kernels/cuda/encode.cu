@@ -23,6 +23,7 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#include "follow.cuh"
 #include "points.cuh"
 #if APPEND && (KEY_ROTATED || VALUE_ROTATED)
 #include "hadamard.cuh"
@@ -660,6 +661,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
     ) {
     extern __shared__ __align__(16) u8 shared[];
+    follow();
+    let_next_begin();
     const bool is_key = blockIdx.x == 0;
     const int head = heads ? heads[blockIdx.y] : blockIdx.y;
     const i64 batch = blockIdx.z;

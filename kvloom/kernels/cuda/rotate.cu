@@ -6,13 +6,16 @@
 
 typedef long long i64;
 
+#include "follow.cuh"
 #include "hadamard.cuh"
 
 constexpr int TOKENS = 32 / HADAMARD_LANES;  // of a warp
 
 // Grid (tokens / (WARPS * TOKENS), rounded up, heads, batch). x by strides in elements; out [batch, heads, tokens, HEAD_DIM].
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    rotate_states(const ELEMENT* __restrict__ x, i64 x_batch, i64 x_head, i64 x_token, ELEMENT* __restrict__ out, int tokens) {
+    rotate_states(const ELEMENT* x, i64 x_batch, i64 x_head, i64 x_token, ELEMENT* out, int tokens) {
+    follow();
+    let_next_begin();
     const int own = threadIdx.x % 32 / HADAMARD_LANES, lane = threadIdx.x % 32 % HADAMARD_LANES;
     const i64 token = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * TOKENS + own, head = blockIdx.y, batch = blockIdx.z;
     hadamard_turn(x + batch * x_batch + head * x_head + token * x_token, out + ((batch * gridDim.y + head) * tokens + token) * HEAD_DIM,
