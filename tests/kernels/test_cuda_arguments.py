@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import re
+import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -218,3 +220,50 @@ def test_sums(launches, elements: int):
 
 def _meeting() -> _cuda_sums.Meeting:
     return _cuda_sums.Meeting(1, 2, torch.zeros(2, dtype=torch.int64), torch.ones(128, dtype=torch.int32), None)
+
+
+def _first_reads(source: str, defines: _nvrtc.Defines, folder: Path) -> list[str]:
+    """What a compiled kernel reads or writes in memory before it waits for earlier launches."""
+    pytest.importorskip("cuda.core")
+    backends = pytest.importorskip("triton.backends")
+    disassembler = Path(backends.__file__).parent / "nvidia" / "bin" / "nvdisasm"
+    if not disassembler.exists():
+        pytest.skip("triton brings no nvdisasm")
+    compiled = folder / "kernel.cubin"
+    compiled.write_bytes(_nvrtc.cubin(source, defines, "sm_90"))
+    text = subprocess.run([disassembler, compiled], capture_output=True, text=True, check=True).stdout
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", text)
+    assert code.count("ACQBULK") == 1
+    assert "PREEXIT" in code
+    touches = ("LDG", "LD.", "STG", "ST.", "ATOM", "RED.", "LDGSTS", "UBLKCP")
+    return [name for name in code[: code.index("ACQBULK")] if name.startswith(touches)]
+
+
+def _turned_layout() -> PageLayout:
+    key, value = (Format(4, how, 64, rotation="hadamard") for how in ("per_channel", "per_token"))
+    return page_layout(key, value, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("source", "defines", "allowed"),
+    [
+        ("products.cu", _cuda_products._build(torch.bfloat16, False, 8), "LDG.E.NA.128"),
+        ("products.cu", _cuda_products._build(HALF, True, 8), "LDG.E.NA.128"),
+        ("products.cu", _cuda_products._build(HALF, False, 2), "LDG.E.NA.128"),
+        ("add_norm.cu", _cuda_norms._build(torch.bfloat16, 1024, 1, 1)[0], "LDG.E.64.CONSTANT"),
+        ("add_norm.cu", _cuda_norms._build(HALF, 4096, 8, 1)[0], "LDG.E.64.CONSTANT"),
+        ("rope.cu", _cuda_rope._build(HALF, 80), None),
+        ("sum_ranks.cu", _cuda_sums.rank_defines(torch.float32, 2, 1), None),
+        ("rotate.cu", _cuda_pages.rotate_defines(HALF, 96), None),
+        ("encode.cu", _cuda_pages._encode_build(_turned_layout(), HALF, append=True)[0], None),
+        ("attend.cu", _cuda_launch.Kernel(_turned_layout(), 8, False).defines(clustered=True), None),
+        ("attend.cu", _cuda_launch.Kernel(_turned_layout(), 4, True, masked=1, place=8).defines(clustered=False), None),
+    ],
+)
+def test_a_kernel_that_begins_early_reads_nothing_but_weights(
+    source: str, defines: _nvrtc.Defines, allowed: str | None, tmp_path: Path
+):
+    """As it is compiled: the order of the source does not bind the compiler."""
+    reads = _first_reads(source, defines, tmp_path)
+    assert set(reads) <= {allowed}
+    assert bool(reads) == (allowed is not None)
