@@ -33,7 +33,9 @@ def _parts(activated: Any, raised: Any) -> tuple[Node, Node, Node] | None:
     if gated is None or not isinstance(raised, Node):
         return None
     gate, up = viewed(gated), viewed(raised)
-    if gate is up or not is_call(gate, getitem) or not is_call(up, getitem) or gate.args[0] is not up.args[0]:
+    if not is_call(gate, getitem) or not is_call(up, getitem) or gate.args[0] is not up.args[0] or gate is up:
+        return None
+    if gate.meta["val"].shape != up.meta["val"].shape:
         return None
     products: Any = gate.args[0]
     if not is_call(products, torch.ops.kvloom.products.default) or set(products.users) != {gate, up}:

@@ -44,7 +44,9 @@ def _norm_of(scaled: Any) -> _Norm | None:
         return None
     weight, unit = _ordered(scaled, is_input)
     exact, root = _ordered(uncast(unit, scaled.meta["val"].dtype), lambda it: not is_call(it, aten.rsqrt.default))
-    if not is_input(weight) or not is_call(root, aten.rsqrt.default) or exact.meta["val"].dtype is not torch.float32:
+    if not is_input(weight) or weight.meta["val"].shape != scaled.meta["val"].shape[-1:]:
+        return None
+    if not is_call(root, aten.rsqrt.default) or exact.meta["val"].dtype is not torch.float32:
         return None
     within: Any = root.args[0]
     if not is_call(within, aten.add.Tensor):

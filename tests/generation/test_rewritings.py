@@ -80,8 +80,9 @@ def test_a_gate_is_one_product(dtype: torch.dtype):
         lambda x, a, b, c: (torch.nn.functional.silu(linear(x, a)) * linear(x, b), linear(x, a)),
         lambda x, a, b, c: (torch.nn.functional.silu(linear(x, a)) * linear(x, b) * linear(x, c).sum(),),
         lambda x, a, b, c: (torch.nn.functional.silu(linear(x, a) * 2) * linear(x, b),),
+        lambda x, a, b, c: (torch.nn.functional.silu(linear(x, a)) * linear(x, b).sum(-1, keepdim=True),),
     ],
-    ids=["gelu", "other rows", "read again", "three weights", "scaled"],
+    ids=["gelu", "other rows", "read again", "three weights", "scaled", "summed"],
 )
 def test_what_is_no_gate_stays_right(function: Callable[..., Any]):
     args = numbers(4, 1, 32), *(numbers(48, 32, seed=seed) for seed in (1, 2, 3))
@@ -118,10 +119,20 @@ def test_a_residual_connection_and_its_norm_are_one(dtype: torch.dtype):
         lambda x, r, w, p: (plain_norm(x + r, w),),
         lambda x, r, w, p: (linear(plain_norm(x + r[:1], w), p),),
         lambda x, r, w, p: (linear(plain_norm(x + 2.0, w), p),),
+        lambda x, r, w, p: (linear(plain_norm(x + r, r), p),),
         lambda x, r, w, p: (linear(plain_norm(torch.add(x, r, alpha=2), w), p),),
         lambda x, r, w, p: (linear(torch.nn.functional.layer_norm(x + r, w.shape, w), p),),
     ],
-    ids=["no residual", "computed weight", "not read by a product", "broadcast", "a number", "alpha", "layer norm"],
+    ids=[
+        "no residual",
+        "computed weight",
+        "not read by a product",
+        "broadcast",
+        "a number",
+        "a weight of each row",
+        "alpha",
+        "layer norm",
+    ],
 )
 def test_other_norms_are_left(function: Callable[..., Any]):
     args = numbers(4, 1, 32), numbers(4, 1, 32, seed=1), numbers(32, seed=2), numbers(16, 32, seed=3)
@@ -138,6 +149,14 @@ def summed(x: torch.Tensor) -> torch.Tensor:
     collectives = torch.ops._c10d_functional
     out: torch.Tensor = collectives.wait_tensor(collectives.all_reduce(x, "sum", "0"))
     return out
+
+
+def test_gates_of_other_widths_are_left():
+    """One that all features share."""
+    args = numbers(4, 1, 32), numbers(1, 32, seed=1), numbers(48, 32, seed=2)
+    traced, calls = rewritten(gated, *args)
+    assert calls["kvloom.gated_product.default"] == 0
+    assert_same(traced, gated, *args)
 
 
 @pytest.mark.parametrize("sum_comes_first", [True, False])
