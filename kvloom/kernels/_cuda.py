@@ -192,16 +192,18 @@ class CudaBackend(TorchBackend):
         group_name: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.add_norm`."""
-        if not _cuda_norms.norms(x, residual, weight):
-            return super().add_norm(x, residual, weight, eps, group_name)
-        meeting = None
-        if group_name is not None:
-            able = _cuda_sums.sums(x) and _cuda_norms.sums_rows(x)
+        is_ours = _cuda_norms.norms(x, residual, weight)
+        if group_name is not None:  # of one mind with the other ranks: whatever becomes of it, no other way is tried
+            able = is_ours and _cuda_norms.sums_rows(x)
             meeting = _cuda_sums.meeting_of(group_name, x.device) if able else None
-            x = x if meeting is not None else self.sum_ranks(x, group_name)
+            if meeting is not None:
+                return _cuda_norms.add_norm(x, residual, weight, eps, meeting)
+            x = self.sum_ranks(x, group_name)
+        if not is_ours:
+            return super().add_norm(x, residual, weight, eps)
         return self._unless_broken(
-            lambda: _cuda_norms.add_norm(x, residual, weight, eps, meeting),
-            lambda other: other.add_norm(x, residual, weight, eps, None if meeting is None else group_name),
+            lambda: _cuda_norms.add_norm(x, residual, weight, eps),
+            lambda other: other.add_norm(x, residual, weight, eps),
         )
 
     def rope(

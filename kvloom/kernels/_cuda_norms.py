@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from kvloom.kernels._cuda_sums import GROUP, PIECE, POLLS, Meeting, rank_defines
+from kvloom.kernels._cuda_sums import GROUP, PIECE, POLLS, Meeting, in_pieces, rank_defines, sums
 from kvloom.kernels._nvrtc import Defines, module
 
 _MAX_THREADS = 1024
@@ -32,6 +32,7 @@ def add_norm(
     Raises:
         KernelError: The kernel cannot be built.
     """
+    x, residual, weight = in_pieces(x), in_pieces(residual), in_pieces(weight)
     rows, channels = x.shape
     pieces = channels * x.itemsize // PIECE
     h, y = torch.empty_like(x), torch.empty_like(x)
@@ -52,21 +53,19 @@ def norms(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool
     """Whether `add_norm` takes these."""
     return (
         x.dtype in _DTYPES
+        and x.dtype == residual.dtype == weight.dtype
         and x.dim() == 2
-        and x.shape == residual.shape
         and len(x) > 0
+        and x.shape == residual.shape
         and weight.shape == x.shape[1:]
         and 0 < x.shape[1] * x.itemsize <= PIECE * _MAX_THREADS * _MAX_PIECES
         and x.shape[1] * x.itemsize % PIECE == 0
-        and all(
-            it.dtype == x.dtype and it.is_contiguous() and it.data_ptr() % PIECE == 0 for it in (x, residual, weight)
-        )
     )
 
 
 def sums_rows(x: torch.Tensor) -> bool:
-    """Whether `add_norm` can sum this over ranks, too: places of a group have one epoch, so a row has whole groups."""
-    return x.shape[1] * x.itemsize % (GROUP * PIECE) == 0
+    """Whether `add_norm`, which takes it, can sum it over ranks, too: places of a group have one epoch."""
+    return sums(x) and x.shape[1] * x.itemsize % (GROUP * PIECE) == 0
 
 
 @lru_cache(maxsize=32)

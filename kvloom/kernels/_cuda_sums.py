@@ -68,9 +68,14 @@ def sum_ranks(x: torch.Tensor, meeting: Meeting) -> torch.Tensor:
     Raises:
         KernelError: The kernel cannot be built.
     """
-    x = x.contiguous()
-    x = x.clone() if x.data_ptr() % PIECE else x
+    x = in_pieces(x)
     return _sum(x, torch.empty_like(x), meeting, rank_defines(x.dtype, meeting.ranks, POLLS))
+
+
+def in_pieces(x: torch.Tensor) -> torch.Tensor:
+    """The same, contiguous, where pieces can be read; on every rank, wherever its own tensor lies."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % PIECE else x
 
 
 def _sum(x: torch.Tensor, out: torch.Tensor, meeting: Meeting, build: Defines) -> torch.Tensor:
