@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -27,21 +27,63 @@ class JoinGates(Rewriting):
         tidy(graph)
 
 
-def _parts(activated: Any, raised: Any) -> tuple[Node, Node, Node] | None:
-    """Rows and weights of a product, gate's first."""
+class _Half(NamedTuple):
+    """The part of a product that a weight's features ``[first, end)`` make."""
+
+    product: Node
+    weight: Node
+    first: int
+    end: int
+
+
+def _parts(activated: Any, raised: Any) -> tuple[_Half, _Half] | None:
+    """What a product is of, gate first."""
     gated = _silu_of(activated)
     if gated is None or not isinstance(raised, Node):
         return None
-    gate, up = viewed(gated), viewed(raised)
-    if not is_call(gate, getitem) or not is_call(up, getitem) or gate.args[0] is not up.args[0] or gate is up:
+    gate: Any = viewed(gated)
+    up = viewed(raised)
+    if not is_call(gate, getitem) or not is_call(up, getitem) or set(gate.all_input_nodes[0].users) != {gate, up}:
         return None
-    if gate.meta["val"].shape != up.meta["val"].shape:
+    halves = [_split_half(each) or _whole_half(each) for each in (gate, up)]
+    if halves[0] is None or halves[1] is None or halves[0].product is not halves[1].product:
         return None
-    products: Any = gate.args[0]
-    if not is_call(products, torch.ops.kvloom.products.default) or set(products.users) != {gate, up}:
+    return (halves[0], halves[1]) if _width(halves[0]) == _width(halves[1]) else None
+
+
+def _width(half: _Half) -> int:
+    return half.end - half.first
+
+
+def _whole_half(part: Any) -> _Half | None:
+    """All of one weight's."""
+    products: Any = part.args[0]
+    if not is_call(products, torch.ops.kvloom.products.default):
         return None
-    x, weights = products.args
-    return x, weights[gate.args[1]], weights[up.args[1]]  # type: ignore[return-value, index]
+    weights: Any = products.args[1]
+    weight = weights[part.args[1]]
+    return _Half(products, weight, 0, weight.meta["val"].shape[0])
+
+
+def _split_half(part: Any) -> _Half | None:
+    """Half of a weight that is both, as in Phi 3."""
+    split: Any = part.args[0]
+    if not is_call(split, aten.split.Tensor):
+        return None
+    parts: Any = split.args
+    (halves, size, *dim), index = parts, part.args[1]
+    if dim not in ([-1], [halves.meta["val"].dim() - 1]):
+        return None
+    whole = viewed(halves)
+    both = _whole_half(whole) if is_call(whole, getitem) and _has_one_user(whole, split) else None
+    return both and both._replace(first=index * size, end=min(both.end, (index + 1) * size))
+
+
+def _has_one_user(node: Node, reader: Node) -> bool:
+    """Whether nothing but the reader reads a node and its views."""
+    while node is not reader and len(node.users) == 1:
+        (node,) = node.users
+    return node is reader
 
 
 def _silu_of(activated: Any) -> Node | None:
@@ -61,10 +103,20 @@ def _silu_of(activated: Any) -> Node | None:
     return x if x is not None and x.meta["val"].dtype is activated.meta["val"].dtype else None
 
 
-def _join(product: Node, x: Node, gate: Node, up: Node) -> None:
+def _join(product: Node, gate: _Half, up: _Half) -> None:
     value, graph = product.meta["val"], product.graph
+    x: Any = gate.product.args[0]
     rows = value.new_empty((x.meta["val"].shape[0], value.shape[-1]))
     with graph.inserting_before(product):
-        joined = called(graph, torch.ops.kvloom.gated_product.default, x, gate, up, value=rows)
+        weights = [_weight(half) for half in (gate, up)]
+        joined = called(graph, torch.ops.kvloom.gated_product.default, x, *weights, value=rows)
         own = called(graph, aten.reshape.default, joined, [*value.shape], value=value)
     product.replace_all_uses_with(own)
+
+
+def _weight(half: _Half) -> Node:
+    whole = half.weight.meta["val"]
+    if _width(half) == whole.shape[0]:
+        return half.weight
+    args = half.weight, 0, half.first, half.end
+    return called(half.weight.graph, aten.slice.Tensor, *args, value=whole[half.first : half.end])

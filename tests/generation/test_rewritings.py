@@ -72,6 +72,45 @@ def test_a_gate_is_one_product(dtype: torch.dtype):
     assert_same(reversed_, gated, *args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_and_up_may_be_one_weight(dtype: torch.dtype):
+    """As in Phi 3."""
+
+    def function(x: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor]:
+        gate, up = linear(x, both).chunk(2, dim=-1)
+        return (up * torch.nn.functional.silu(gate),)
+
+    args = numbers(4, 1, 32, dtype=dtype), numbers(96, 32, dtype=dtype, seed=1)
+    traced, calls = rewritten(function, *args)
+    assert calls["kvloom.gated_product.default"] == 1
+    assert calls["kvloom.products.default"] == 0
+    assert_same(traced, function, *args)
+
+
+def silu_of_thirds(x: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor]:
+    first, second, third = linear(x, both).chunk(3, dim=-1)
+    return (torch.nn.functional.silu(first) * second + third,)
+
+
+def silu_of_tokens(x: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor]:
+    gate, up = linear(x, both).chunk(2, dim=0)
+    return (torch.nn.functional.silu(gate) * up,)
+
+
+def silu_read_twice(x: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    whole = linear(x, both)
+    gate, up = whole.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up, whole
+
+
+@pytest.mark.parametrize("function", [silu_of_thirds, silu_of_tokens, silu_read_twice])
+def test_other_parts_of_one_weight_stay_right(function: Callable[..., Any]):
+    args = numbers(4, 1, 32), numbers(96, 32, seed=1)
+    traced, calls = rewritten(function, *args)
+    assert calls["kvloom.gated_product.default"] == 0
+    assert_same(traced, function, *args)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -203,7 +242,7 @@ class Seen(Passes):
         return None  # every graph is to be seen
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
 @pytest.mark.parametrize("bits", ["eight bits", "turned"])
 def test_tokens_of_whole_models(family: str, bits: str, monkeypatch: pytest.MonkeyPatch):
     """Gemma's norms and gates are others, and so is how its sliding windows are read: its tokens stay."""
