@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Kernels of torch's that begin early count on older launches having ended; ours let them begin before.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"triton.enable_pdl": False}
 _PASSES = Passes(JoinProducts(), SumRanks(), JoinGates(), JoinNorms(), JoinRopes())
+_LIMIT = 1 << 16
 # Calls before the graph is captured: the first compiles, the second is watched for waits.
 _PLAIN_CALLS = 2
 
@@ -116,7 +117,8 @@ class Step:
         self._calls += 1
 
     def _run(self, cache: LoomCache) -> None:
-        logits = self._forward(**self._inputs, past_key_values=cache).logits
+        with _compiles_anew() if self._of[1] else nullcontext():
+            logits = self._forward(**self._inputs, past_key_values=cache).logits
         self.scores.copy_(logits[:, -1])
         self.position += 1
 
@@ -146,6 +148,14 @@ def _compiled_call(model: Any) -> Callable[..., Any]:
         model._kvloom_compiled_call = torch.compile(model.__call__, dynamic=False, options=options)
     compiled: Callable[..., Any] = model._kvloom_compiled_call
     return compiled
+
+
+def _compiles_anew() -> AbstractContextManager[None]:
+    """The pass is compiled for every cache of another size or plan; torch gives up after eight and runs it as it is."""
+    patch: AbstractContextManager[None] = cast(Any, torch._dynamo.config).patch(
+        recompile_limit=_LIMIT, accumulated_recompile_limit=_LIMIT
+    )
+    return patch
 
 
 @contextmanager

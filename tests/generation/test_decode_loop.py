@@ -108,6 +108,18 @@ def test_a_compiled_pass(model, plan, monkeypatch):
     assert_same_caches(plain, looped)
 
 
+def test_a_pass_is_compiled_for_every_cache(model, plan, monkeypatch):
+    """However many there are: torch would run the model as it is after so many."""
+    monkeypatch.setattr(_loop, "_compiles", lambda *_: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for n in range(3):
+            cache = LoomCache(plan, model, max_tokens=64 * (n + 1))
+            tiny.greedy(model, tiny.prompt(20, batch=2), cache, 4, custom_generate=decode_loop)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.parametrize("policy", [None, "snapkv"])
 def test_steps_between_pages_and_those_that_fill_one(model, policy, monkeypatch):
     """As on a GPU whose kernels do not pack, where the first kind is captured."""

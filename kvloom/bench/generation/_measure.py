@@ -69,6 +69,7 @@ def measure(job: Job, contestant: Contestant, shape: Shape, ceilings: Ceilings) 
         DataError: The cache cannot compress prompts of that length.
     """
     check_multiple(contestant, "prompt", shape.tokens)
+    torch.compiler.reset()  # after eight sizes of cache torch compiles no more for a model, and runs it as it is
     model, first, steps = job.model, [], []
     options = _options(contestant)
     start = _allocated(model.device)

@@ -63,6 +63,14 @@ def test_every_cache_is_measured_under_every_load(bench, tiny, plan, tmp_path: P
     assert tiny.config._attn_implementation == "sdpa"
 
 
+def test_every_cell_begins_with_nothing_compiled(bench, monkeypatch: pytest.MonkeyPatch):
+    """Or torch would give up on compiling after eight of them."""
+    resets: list[None] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
+    cells = of_kind(bench(make_loads("B2x150,B1x70")), "generate")
+    assert len(resets) == len(cells) == 10
+
+
 def test_figures_of_a_record_agree(bench, tiny):
     records = bench(LOADS)
     (ceilings,), cells = of_kind(records, "generate_ceilings"), of_kind(records, "generate")
