@@ -18,7 +18,12 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     from kvloom.cli._app import app
-    from kvloom.cli._processes import hush
+    from kvloom.cli._processes import hush, part
 
     hush()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if not end.code:
+            part()
+        raise

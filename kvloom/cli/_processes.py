@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def speaks() -> bool:
@@ -16,3 +17,14 @@ def hush() -> None:
     """Let nothing of this process be printed on stdout, unless it `speaks`; errors go to stderr from all."""
     if not speaks():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+
+
+def part() -> None:
+    """Leave the other processes when all is done: one whose threads still wait for others may abort while it exits.
+
+    On GPUs a group is left to the driver: NCCL would wait for graphs that hold its sums.
+    """
+    distributed: Any = getattr(sys.modules.get("torch"), "distributed", None)
+    is_grouped = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if is_grouped and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()

@@ -102,3 +102,4 @@ def _tensors(cache: LoomCache) -> list[tuple[str, torch.Tensor]]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # or its threads may abort the process as it exits

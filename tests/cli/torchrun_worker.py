@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from kvloom.cli import main
 
 
@@ -15,8 +17,9 @@ def run(words: list[str]) -> int:
     try:
         main()
     except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+        code = int(ended.code or 0)
+    assert code or not torch.distributed.is_initialized(), "done, and still among the others"
+    return code
 
 
 if __name__ == "__main__":
