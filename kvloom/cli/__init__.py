@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 
 from kvloom._extras import require
@@ -21,9 +22,5 @@ def main() -> None:
     from kvloom.cli._processes import hush, part
 
     hush()
-    try:
-        app()
-    except SystemExit as end:
-        if not end.code:
-            part()
-        raise
+    atexit.register(part)
+    app()

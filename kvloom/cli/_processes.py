@@ -20,7 +20,7 @@ def hush() -> None:
 
 
 def part() -> None:
-    """Leave the other processes when all is done: one whose threads still wait for others may abort while it exits.
+    """Leave the other processes at the end: one whose threads still wait for others may abort while it exits.
 
     On GPUs a group is left to the driver: NCCL would wait for graphs that hold its sums.
     """

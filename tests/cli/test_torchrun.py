@@ -88,6 +88,7 @@ def test_commands_of_two_processes_say_what_one_says(folder: Path, tmp_path: Pat
     done = run(*launch, HERE / "torchrun_worker.py", tmp_path / "words.json")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("codes") == 1
+    assert done.stderr.count("parted: True") == 2
     assert "codes [0, 0, 0, 2, 2, 2]" in done.stdout
     generate, evaluate, bench = commands(folder, here)[:3]
     alone = [kvloom(*words) for words in ([*generate, "--device", "cpu"], [*evaluate, "--device", "cpu"], bench)]

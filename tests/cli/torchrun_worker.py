@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 from pathlib import Path
@@ -11,15 +12,20 @@ import torch
 from kvloom.cli import main
 
 
+@atexit.register
+def tell() -> None:
+    """Registered before what the command line does at the end, so it comes last."""
+    print("parted:", not torch.distributed.is_initialized(), file=sys.stderr)
+
+
 def run(words: list[str]) -> int:
     """The exit code of `kvloom` with these words."""
     sys.argv = ["kvloom", *words]
     try:
         main()
     except SystemExit as ended:
-        code = int(ended.code or 0)
-    assert code or not torch.distributed.is_initialized(), "done, and still among the others"
-    return code
+        return int(ended.code or 0)
+    return 0
 
 
 if __name__ == "__main__":
