@@ -126,10 +126,10 @@ def _read(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[
     if isinstance(kv, PagedKV) and kv.own is not None:
         return way.dense(query, kv.own.key, kv.own.value, **options)
     with without_autocast(query.device):
-        turned = turned_step if isinstance(kv, StaticKV) else way.turned
-        asked = query if kv.query_turn is None else turned(query, kv.query_turn)
+        turn = turned_step if isinstance(kv, StaticKV) else way.turned
+        asked = query if kv.query_turn is None else turn(query, kv.query_turn)
         out = way.paged(asked, kv, **options)
-        return out if kv.output_turn is None else turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
+        return out if kv.output_turn is None else turn(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 
 def invariant_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

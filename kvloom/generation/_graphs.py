@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from typing import Any, TypeGuard
 
 import torch
@@ -20,7 +20,7 @@ class Rewriting(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Of this rewriting, for the compiler's cache."""
-        return get_hash_for_files((str(sys.modules[type(self).__module__].__file__), __file__))
+        return get_hash_for_files((inspect.getfile(type(self)), __file__))
 
 
 def viewed(node: Node) -> Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -18,9 +17,6 @@ class Passes(CustomGraphPass):
 
     def __init__(self, *passes: CustomGraphPass) -> None:
         self._passes = passes
-
-    def __iter__(self) -> Iterator[CustomGraphPass]:
-        return iter(self._passes)
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite a graph."""

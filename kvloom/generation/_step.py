@@ -23,8 +23,6 @@ from kvloom.generation._sums import SumRanks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Kernels of torch's that begin early count on older launches having ended; ours let them begin before.
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"triton.enable_pdl": False}
 _PASSES = Passes(JoinProducts(), SumRanks(), JoinGates(), JoinNorms(), JoinRopes())
 _LIMIT = 1 << 16
 # Calls before the graph is captured: the first compiles, the second is watched for waits.
@@ -144,7 +142,11 @@ def _is_one_gpu(devices: set[torch.device]) -> bool:
 def _compiled_call(model: Any) -> Callable[..., Any]:
     """The model's compiled pass, which it holds itself: both are freed together."""
     if not hasattr(model, "_kvloom_compiled_call"):
-        options = {**_OPTIONS, "post_grad_custom_pre_pass": _PASSES}
+        options: dict[str, str | int | bool | Callable[..., Any]] = {
+            "post_grad_custom_pre_pass": _PASSES,
+            # Kernels of torch's that begin early count on older launches having ended; ours let them begin before.
+            "triton.enable_pdl": False,
+        }
         model._kvloom_compiled_call = torch.compile(model.__call__, dynamic=False, options=options)
     compiled: Callable[..., Any] = model._kvloom_compiled_call
     return compiled

@@ -7,11 +7,10 @@ from functools import lru_cache
 import torch
 
 from kvloom.kernels._cuda_sums import GROUP, PIECE, POLLS, Meeting, in_pieces, rank_defines, sums
-from kvloom.kernels._nvrtc import Defines, module
+from kvloom.kernels._nvrtc import HALVES, Defines, module
 
 _MAX_THREADS = 1024
 _MAX_PIECES = 4  # of a thread
-_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def add_norm(
@@ -52,7 +51,7 @@ def add_norm(
 def norms(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `add_norm` takes these."""
     return (
-        x.dtype in _DTYPES
+        x.dtype in HALVES
         and x.dtype == residual.dtype == weight.dtype
         and x.dim() == 2
         and len(x) > 0

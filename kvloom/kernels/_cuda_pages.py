@@ -15,18 +15,16 @@ import torch
 from kvloom.codecs import AFFINE, CLIPPED, LLOYD, NUQ, OUT_OF_RANGE, hadamard_power, signs
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._base import head_index
-from kvloom.kernels._nvrtc import Defines, module, strides
+from kvloom.kernels._nvrtc import ALIGNMENT, ELEMENTS, Defines, is_aligned, module, strides
 from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.pages import ExactKV, PageLayout, PooledKV, SideLayout, StaticKV
 
 MAX_HEAD_DIM = 256
 _BLOCK_TOKENS = 64  # a warp's, in per_channel groups
 _MAX_WARPS = 8
-_ALIGNMENT = 16
 _STAGED_BYTES = 96 * 1024  # of a page that is searched for grids: what every device since Ampere has, less some
 _ROTATE_WARPS = 4
 _CODECS = tuple(codec.name for codec in (AFFINE, CLIPPED, LLOYD, NUQ))
-_ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 
 def encode(
@@ -130,7 +128,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 def rotates(x: torch.Tensor) -> bool:
     """Whether `rotate` takes these states."""
-    return x.dtype in _ELEMENTS and x.shape[-1] <= MAX_HEAD_DIM and x.shape[-1] % _ALIGNMENT == 0
+    return x.dtype in ELEMENTS and x.shape[-1] <= MAX_HEAD_DIM and x.shape[-1] % ALIGNMENT == 0
 
 
 def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV) -> None:
@@ -315,7 +313,7 @@ def _decode_build(layout: PageLayout, dtype: torch.dtype, tabled: bool) -> tuple
 @lru_cache(maxsize=64)
 def rotate_defines(dtype: torch.dtype, head_dim: int) -> Defines:
     """Macros of ``rotate.cu``."""
-    own = (("HEAD_DIM", head_dim), ("ELEMENT", _ELEMENTS[dtype]), ("WARPS", _ROTATE_WARPS))
+    own = (("HEAD_DIM", head_dim), ("ELEMENT", ELEMENTS[dtype]), ("WARPS", _ROTATE_WARPS))
     return *own, *_hadamard_defines(head_dim)
 
 
@@ -368,7 +366,7 @@ def _defines(layout: PageLayout, dtype: torch.dtype, warps: int) -> Defines:
     return (
         ("PAGE_TOKENS", layout.page_tokens),
         ("HEAD_DIM", layout.head_dim),
-        ("ELEMENT", _ELEMENTS[dtype]),
+        ("ELEMENT", ELEMENTS[dtype]),
         ("WARPS", warps),
         ("VALUE_OFFSET", layout.value.offset),
         *_side_defines("KEY", layout.key),
@@ -411,7 +409,7 @@ def _passes(check: Callable[[PageLayout, torch.dtype], None], layout: PageLayout
 
 
 def _check_supported(layout: PageLayout, dtype: torch.dtype) -> None:
-    if dtype not in _ELEMENTS:
+    if dtype not in ELEMENTS:
         raise KernelError(f"the CUDA page kernels take fp32, fp16 and bf16, not {dtype}")
     if layout.head_dim > MAX_HEAD_DIM or layout.page_tokens % _BLOCK_TOKENS:
         raise KernelError(
@@ -462,19 +460,13 @@ def _check_records(data: torch.Tensor, lead: tuple[int, ...], layout: PageLayout
     expected = (*lead, layout.nbytes)
     if len(expected) != 4 or data.shape != expected or data.dtype != torch.uint8 or data.device != device:
         raise ValueError(f"page records {_said(data)} are not uint8 {list(expected)} on {device}")
-    if not _is_aligned(data):
-        raise ValueError(f"page records are not contiguous at multiples of {_ALIGNMENT} bytes")
+    if not is_aligned(data):
+        raise ValueError(f"page records are not contiguous at multiples of {ALIGNMENT} bytes")
 
 
 def _said(x: torch.Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
-def _is_aligned(x: torch.Tensor) -> bool:
-    """Whether rows are contiguous and start at multiples of 16 bytes."""
-    steps = (step * x.itemsize for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
-    return x.stride(-1) == 1 and x.data_ptr() % _ALIGNMENT == 0 and all(step % _ALIGNMENT == 0 for step in steps)
-
-
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)

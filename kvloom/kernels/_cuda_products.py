@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from kvloom.kernels._base import PRODUCT_ROWS, PRODUCT_WEIGHTS
-from kvloom.kernels._nvrtc import Defines, int64, module
+from kvloom.kernels._nvrtc import ALIGNMENT, ELEMENTS, Defines, int64, module
 
 _FEATURES = 16  # of a block
 _STEP = 64  # channels that a warp takes together
 _MAX_WARPS = 8
 _MAX_TURNED = 1024  # rows
-_ALIGNMENT = 16
-_KINDS = {torch.float16: ("__half", "f16"), torch.bfloat16: ("__nv_bfloat16", "bf16")}
+_KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -115,11 +114,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
     row, channel = matrix.stride()
-    return channel == 1 and row * matrix.itemsize % _ALIGNMENT == 0 and matrix.data_ptr() % _ALIGNMENT == 0
+    return channel == 1 and row * matrix.itemsize % ALIGNMENT == 0 and matrix.data_ptr() % ALIGNMENT == 0
 
 
 @lru_cache(maxsize=32)
 def _build(dtype: torch.dtype, gated: bool, warps: int) -> Defines:
     """Defines of ``products.cu``."""
-    element, kind = _KINDS[dtype]
-    return ("ELEMENT", element), ("KIND", kind), ("WARPS", warps), ("GATED", int(gated))
+    return ("ELEMENT", ELEMENTS[dtype]), ("KIND", _KINDS[dtype]), ("WARPS", warps), ("GATED", int(gated))

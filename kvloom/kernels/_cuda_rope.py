@@ -6,12 +6,10 @@ from functools import lru_cache
 
 import torch
 
-from kvloom.kernels._nvrtc import Defines, int64, module
+from kvloom.kernels._nvrtc import ELEMENTS, HALVES, Defines, int64, is_aligned, module
 
 _THREADS = 128
 _LANE = 16  # channels of a lane
-_ALIGNMENT = 16
-_ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 
 def rope(
@@ -52,20 +50,14 @@ def turns(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.
     """Whether `rope` takes these."""
     dim = query.shape[-1]
     return (
-        query.dtype in _ELEMENTS
+        query.dtype in HALVES
         and query.shape[2] == 1
         and dim % _LANE == 0 < dim
-        and all(it.dtype == query.dtype and _is_aligned(it) for it in (query, key, cos, sin))
+        and all(it.dtype == query.dtype and is_aligned(it) for it in (query, key, cos, sin))
     )
-
-
-def _is_aligned(x: torch.Tensor) -> bool:
-    """Whether every head begins at a multiple of what a lane reads at once."""
-    steps = (x.data_ptr(), *(x.stride(i) * x.itemsize for i in (0, 1) if x.shape[i] > 1))
-    return x.stride(-1) == 1 and all(step % _ALIGNMENT == 0 for step in steps)
 
 
 @lru_cache(maxsize=32)
 def _build(dtype: torch.dtype, dim: int) -> Defines:
     """Defines of ``rope.cu``."""
-    return ("ELEMENT", _ELEMENTS[dtype]), ("D", dim), ("THREADS", _THREADS)
+    return ("ELEMENT", ELEMENTS[dtype]), ("D", dim), ("THREADS", _THREADS)

@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from kvloom.errors import KernelError
 from kvloom.kernels._base import SUM_NBYTES
-from kvloom.kernels._nvrtc import Defines, module
+from kvloom.kernels._nvrtc import ELEMENTS, Defines, module
 
 MAX_RANKS = 8
 GROUP = 256
@@ -24,7 +24,6 @@ _SLOT = 16  # those bytes and their marks
 _GROUPS = SUM_NBYTES // (PIECE * GROUP)
 POLLS = 1 << 30  # some minutes: as long as NCCL waits
 _POLLS_OF_A_TRY = 1 << 22  # some seconds
-_ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
 
 
 class Meeting(NamedTuple):
@@ -50,7 +49,7 @@ _meetings: WeakKeyDictionary[Any, dict[torch.device, Meeting | None]] = WeakKeyD
 
 def sums(x: torch.Tensor) -> bool:
     """Whether `sum_ranks` takes this: so small a message of 16 or 32-bit floats that latency is what counts."""
-    return x.dtype in _ELEMENTS and 0 < x.nbytes <= SUM_NBYTES and x.nbytes % PIECE == 0
+    return x.dtype in ELEMENTS and 0 < x.nbytes <= SUM_NBYTES and x.nbytes % PIECE == 0
 
 
 def sum_ranks(x: torch.Tensor, meeting: Meeting) -> torch.Tensor:
@@ -111,7 +110,7 @@ def buffer_nbytes(ranks: int) -> int:
 
 
 def first_epochs(device: torch.device) -> torch.Tensor:
-    """int32, one of every block that a launch can have."""
+    """int32, one of every group of places."""
     return torch.ones(_GROUPS, dtype=torch.int32, device=device)
 
 
@@ -194,4 +193,4 @@ def _told(mine: object, group: Any) -> list[Any]:
 def rank_defines(dtype: torch.dtype, ranks: int, polls: int, *, tries: bool = False) -> Defines:
     """Defines of ``ranks.cuh``."""
     sizes = (("RANKS", ranks), ("GROUP", GROUP), ("GROUPS", _GROUPS), ("POLLS", polls), ("TRIES", int(tries)))
-    return ("ELEMENT", _ELEMENTS[dtype]), *sizes
+    return ("ELEMENT", ELEMENTS[dtype]), *sizes

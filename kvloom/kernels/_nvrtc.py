@@ -28,6 +28,12 @@ Build = tuple[str, Defines]
 """A source of this package's ``cuda`` folder and its macros."""
 CLUSTERS_SINCE = FOLLOWING_SINCE = (9, 0)
 """Compute capabilities of clusters, and of launches that begin while the one before is ending."""
+ELEMENTS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+"""What dtypes are called in kernels."""
+HALVES = (torch.float16, torch.bfloat16)
+"""Dtypes of kernels that read nothing wider."""
+ALIGNMENT = 16
+"""Bytes that a thread reads at once."""
 _STATIC_SHARED_BYTES = 48 * 1024
 
 
@@ -121,6 +127,12 @@ def int64(value: int) -> ctypes.c_int64:
 def strides(x: torch.Tensor) -> list[ctypes.c_int64]:
     """Strides of the first three dimensions, in elements, as arguments of a launch."""
     return [int64(stride) for stride in x.stride()[:3]]
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether rows are contiguous and start at multiples of 16 bytes."""
+    steps = (step * x.itemsize for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    return x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0 and all(step % ALIGNMENT == 0 for step in steps)
 
 
 def _argument(value: Any) -> Any:

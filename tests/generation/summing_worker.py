@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
     enable(model)
     rank = torch.distributed.get_rank()
     told: dict[str, Any] = {"plain": tokens(model)}
-    seen = _step._PASSES = Seen(*_step._PASSES)
+    seen = _step._PASSES = Seen(_step._PASSES)
     _loop._compiles = lambda *_: True
     told["compiled"] = tokens(model)
     told["before"], told["after"] = seen.before, seen.after

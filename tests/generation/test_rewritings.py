@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -24,6 +23,7 @@ from kvloom.generation._ropes import JoinRopes
 from kvloom.generation._sums import SumRanks
 from kvloom.plan import TensorSpec
 from tests.cache import tiny
+from tests.generation.summing_worker import Seen
 from tests.generation.test_decode_loop import both
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -36,7 +36,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> t
 def rewritten(function: Callable[..., Any], *args: Any) -> tuple[Any, Counter[str]]:
     """A traced graph, and what it calls, after the passes."""
     traced = make_fx(function, decomposition_table=select_decomp_table())(*args)
-    Passes(JoinProducts(), SumRanks(), JoinGates(), JoinNorms())(traced.graph)
+    _step._PASSES(traced.graph)
     traced.graph.lint()
     traced.recompile()
     return traced, Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
@@ -206,7 +206,7 @@ def test_a_sum_over_ranks_is_part_of_the_norm_behind_it(sum_comes_first: bool):
 
     args = numbers(4, 1, 32), numbers(4, 1, 32, seed=1), numbers(32, seed=2), numbers(16, 32, seed=3)
     traced = make_fx(function, tracing_mode="fake")(*args)
-    Passes(JoinProducts(), SumRanks(), JoinGates(), JoinNorms())(traced.graph)
+    _step._PASSES(traced.graph)
     (norm,) = traced.graph.find_nodes(op="call_function", target=torch.ops.kvloom.add_norm.default)
     assert norm.args[-1] == "0"
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -222,31 +222,17 @@ def test_a_sum_that_something_else_reads_stays():
 
     args = numbers(4, 1, 32), numbers(4, 1, 32, seed=1), numbers(32, seed=2), numbers(16, 32, seed=3)
     traced = make_fx(function, tracing_mode="fake")(*args)
-    Passes(JoinProducts(), SumRanks(), JoinGates(), JoinNorms())(traced.graph)
+    _step._PASSES(traced.graph)
     (norm,) = traced.graph.find_nodes(op="call_function", target=torch.ops.kvloom.add_norm.default)
     assert norm.args[-1] is None
     assert [node for node in traced.graph.nodes if "sum_ranks" in str(node.target)]
-
-
-class Seen(Passes):
-    """The passes of a step, and what the graph calls after them."""
-
-    calls: Counter[str]
-
-    def __call__(self, graph: Graph) -> None:
-        super().__call__(graph)
-        graph.lint()
-        self.calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
-
-    def uuid(self) -> Any:
-        return None  # every graph is to be seen
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
 @pytest.mark.parametrize("bits", ["eight bits", "turned"])
 def test_tokens_of_whole_models(family: str, bits: str, monkeypatch: pytest.MonkeyPatch):
     """Gemma's norms and gates are others, and so is how its sliding windows are read: its tokens stay."""
-    seen = Seen(*_step._PASSES)
+    seen = Seen(_step._PASSES)
     monkeypatch.setattr(_step, "_PASSES", seen)
     monkeypatch.setattr(_loop, "_compiles", lambda *_: True)
     model = tiny.exact(family)
@@ -260,10 +246,10 @@ def test_tokens_of_whole_models(family: str, bits: str, monkeypatch: pytest.Monk
     assert actual.equal(expected)
     is_llamas = family != "gemma3"
     layers, packed = model.config.num_hidden_layers, len(plan.model.packed_layers)
-    assert seen.calls["kvloom.gated_product.default"] == layers * is_llamas
-    assert seen.calls["kvloom.add_norm.default"] == 2 * layers * is_llamas
-    assert seen.calls["kvloom.rope.default"] == packed
-    assert seen.calls["kvloom.turn.default"] == 2 * packed * (bits == "turned")
+    assert seen.after["kvloom.gated_product.default"] == layers * is_llamas
+    assert seen.after["kvloom.add_norm.default"] == 2 * layers * is_llamas
+    assert seen.after["kvloom.rope.default"] == packed
+    assert seen.after["kvloom.turn.default"] == 2 * packed * (bits == "turned")
 
 
 def test_the_operators_of_a_step_are_what_they_stand_for():

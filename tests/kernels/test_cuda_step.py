@@ -24,7 +24,7 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def assert_near(out: torch.Tensor, expected: torch.Tensor, units: float) -> None:
-    """Within so many roundings of the largest step towards the result."""
+    """Within so many roundings of the result, and of what results are on average."""
     within = (expected.abs() + expected.abs().mean()) * UNIT[out.dtype] * units
     assert bool(((out.double() - expected).abs() <= within).all())
 

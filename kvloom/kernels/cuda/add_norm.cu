@@ -33,9 +33,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #define EACH(i, p) for (int i = 0, p = threadIdx.x; i < PIECES && p < pieces; i++, p += THREADS)
 #pragma unroll
     EACH(i, p) scale[i].bits = weight[p].bits;
-#if RANKS > 1
     let_next_begin();
     follow();
+#if RANKS > 1
     const Ranks ranks = {rank, buffers};
     unsigned epoch[PIECES];
 #pragma unroll
@@ -48,8 +48,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     EACH(i, p) if (p % GROUP == 0) epochs[(first + p) / GROUP] = after(epoch[i]);
 #else
-    let_next_begin();
-    follow();
 #pragma unroll
     EACH(i, p) addend[i].bits = x[first + p].bits;
 #endif
