@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from kvloom.generation._graphs import Rewriting, aten, called, is_call, tidy, uncast, viewed
+from kvloom.generation._graphs import Rewriting, aten, called, is_call, is_tensor, tidy, uncast, viewed
 
 
 class JoinGates(Rewriting):
@@ -88,7 +88,7 @@ def _has_one_user(node: Node, reader: Node) -> bool:
 
 def _silu_of(activated: Any) -> Node | None:
     """``x`` of ``x / (1 + exp(-x))``, as the compiler writes ``silu``; 16-bit numbers are cast there and back."""
-    if not isinstance(activated, Node) or not isinstance(activated.meta["val"], torch.Tensor):
+    if not is_tensor(activated):
         return None
     quotient = uncast(activated, activated.meta["val"].dtype)
     if not is_call(quotient, aten.div.Tensor):

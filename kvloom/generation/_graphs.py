@@ -40,12 +40,17 @@ def is_input(node: Any) -> TypeGuard[Node]:
     return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
 
 
+def is_tensor(node: Any) -> TypeGuard[Node]:
+    """Whether this is a node whose value is a tensor: factors and addends may be numbers."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
 def uncast(node: Any, dtype: torch.dtype) -> Node | None:
     """What was cast to a dtype, or had it already."""
     if is_call(node, _CAST):
         inner: Any = node.args[0] if node.args[1] is dtype else None
         return inner if isinstance(inner, Node) else None
-    return node if isinstance(node, Node) and node.meta["val"].dtype is dtype else None
+    return node if is_tensor(node) and node.meta["val"].dtype is dtype else None
 
 
 def called(graph: Graph, target: Any, *args: Any, value: Any) -> Node:

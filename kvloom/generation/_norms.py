@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from kvloom.generation._graphs import Rewriting, aten, called, is_call, is_input, tidy, uncast, viewed
+from kvloom.generation._graphs import Rewriting, aten, called, is_call, is_input, is_tensor, tidy, uncast, viewed
 
 _READERS = torch.ops.kvloom.products.default, torch.ops.kvloom.gated_product.default
 
@@ -46,7 +46,7 @@ def _norm_of(scaled: Any) -> _Norm | None:
     exact, root = _ordered(uncast(unit, scaled.meta["val"].dtype), lambda it: not is_call(it, aten.rsqrt.default))
     if not is_input(weight) or weight.meta["val"].shape != scaled.meta["val"].shape[-1:]:
         return None
-    if not is_call(root, aten.rsqrt.default) or exact.meta["val"].dtype is not torch.float32:
+    if not is_call(root, aten.rsqrt.default) or not is_tensor(exact) or exact.meta["val"].dtype is not torch.float32:
         return None
     within: Any = root.args[0]
     if not is_call(within, aten.add.Tensor):
@@ -72,8 +72,8 @@ def _ordered(product: Any, comes_first: Any) -> tuple[Any, Any]:
 
 def _are_alike(*nodes: Any) -> bool:
     """Whether these are tensors of one shape and dtype."""
-    values = [node.meta["val"] if isinstance(node, Node) else node for node in nodes]
-    return len({(it.shape, it.dtype) if isinstance(it, torch.Tensor) else it for it in values}) == 1
+    values = [node.meta["val"] for node in nodes if is_tensor(node)]
+    return len(values) == len(nodes) and len({(it.shape, it.dtype) for it in values}) == 1
 
 
 def _join(norm: _Norm) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
-from kvloom.generation._graphs import Rewriting, aten, called, is_call, tidy
+from kvloom.generation._graphs import Rewriting, aten, called, is_call, is_tensor, tidy
 
 _ATTEND = torch.ops.kvloom.attend_static.default
 _TAIL_KEY = [argument.name for argument in _ATTEND._schema.arguments].index("tail_key")
@@ -53,7 +53,9 @@ def _rope_of(turned: Any) -> _Rope | None:
         return None
     factors: Any = [it.args for it in turned.args]  # type: ignore[union-attr]
     (x, cos), (halves, sin) = factors
-    if not is_call(halves, aten.cat.default) or halves.args[1] not in (-1, 3) or not isinstance(x, Node):
+    if not is_call(halves, aten.cat.default) or halves.args[1:] not in ((-1,), (3,)):
+        return None
+    if not all(map(is_tensor, (x, cos, sin))):
         return None
     parts: Any = halves.args[0]
     if len(parts) != 2:
@@ -63,7 +65,7 @@ def _rope_of(turned: Any) -> _Rope | None:
     if not is_call(low, aten.slice.Tensor) or not is_call(high, aten.slice.Tensor):
         return None
     tokens, dim = x.meta["val"].shape[2:]
-    end: Any = high.args[3]
+    end: Any = high.args[3] if len(high.args) > 3 else dim
     is_half = low.args == (x, 3, 0, dim // 2) and high.args[:3] == (x, 3, dim // 2) and end >= dim
     is_one = tokens == 1 and all(it.meta["val"].shape[1:] == (1, 1, dim) for it in (cos, sin))
     return _Rope(turned, x, cos, sin) if is_half and is_one else None

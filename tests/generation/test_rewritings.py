@@ -19,7 +19,7 @@ from kvloom.generation._graphs import Rewriting
 from kvloom.generation._norms import JoinNorms
 from kvloom.generation._passes import Passes
 from kvloom.generation._products import JoinProducts
-from kvloom.generation._ropes import JoinRopes
+from kvloom.generation._ropes import JoinRopes, _rope_of
 from kvloom.generation._sums import SumRanks
 from kvloom.plan import TensorSpec
 from tests.cache import tiny
@@ -160,6 +160,7 @@ def test_a_residual_connection_and_its_norm_are_one(dtype: torch.dtype):
         lambda x, r, w, p: (linear(plain_norm(x + 2.0, w), p),),
         lambda x, r, w, p: (linear(plain_norm(x + r, r), p),),
         lambda x, r, w, p: (linear(plain_norm(torch.add(x, r, alpha=2), w), p),),
+        lambda x, r, w, p: (linear(w * (torch.rsqrt((x + r).abs()) * 2.0), p),),
         lambda x, r, w, p: (linear(torch.nn.functional.layer_norm(x + r, w.shape, w), p),),
     ],
     ids=[
@@ -170,6 +171,7 @@ def test_a_residual_connection_and_its_norm_are_one(dtype: torch.dtype):
         "a number",
         "a weight of each row",
         "alpha",
+        "no norm but a root",
         "layer norm",
     ],
 )
@@ -250,6 +252,35 @@ def test_tokens_of_whole_models(family: str, bits: str, monkeypatch: pytest.Monk
     assert seen.after["kvloom.add_norm.default"] == 2 * layers * is_llamas
     assert seen.after["kvloom.rope.default"] == packed
     assert seen.after["kvloom.turn.default"] == 2 * packed * (bits == "turned")
+
+
+def half_turned(x: torch.Tensor) -> list[torch.Tensor]:
+    return [-x[..., 8:], x[..., :8]]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, cos, sin: x * 2.0 + torch.cat(half_turned(x), dim=-1) * 3.0,
+        lambda x, cos, sin: x * cos + torch.cat([*half_turned(x), x[..., :0]], dim=-1) * sin,
+        lambda x, cos, sin: x * cos + torch.cat([-x[:1], x[1:]]) * sin,
+        lambda x, cos, sin: x * cos + x * sin,
+        lambda x, cos, sin: x + 1.0,
+    ],
+)
+def test_what_is_no_rope_is_none(function: Callable[..., torch.Tensor]):
+    """Numbers in place of angles, other parts, another dimension."""
+    args = numbers(2, 4, 1, 16), numbers(2, 1, 1, 16, seed=1), numbers(2, 1, 1, 16, seed=2)
+    graph = make_fx(function, tracing_mode="fake")(*args).graph
+    assert _rope_of(graph.output_node().args[0]) is None
+
+
+def test_a_rope_has_its_parts():
+    args = numbers(2, 4, 1, 16), numbers(2, 1, 1, 16, seed=1), numbers(2, 1, 1, 16, seed=2)
+    function = lambda x, cos, sin: x * cos + torch.cat(half_turned(x), dim=-1) * sin  # noqa: E731
+    graph = make_fx(function, tracing_mode="fake")(*args).graph
+    turned = graph.output_node().args[0]
+    assert _rope_of(turned) == (turned, *graph.find_nodes(op="placeholder"))
 
 
 def test_the_operators_of_a_step_are_what_they_stand_for():
