@@ -56,12 +56,14 @@ def _width(half: _Half) -> int:
 
 
 def _whole_half(part: Any) -> _Half | None:
-    """All of one weight's."""
+    """All of one weight's, without a bias."""
     products: Any = part.args[0]
     if not is_call(products, torch.ops.kvloom.products.default):
         return None
-    weights: Any = products.args[1]
-    weight = weights[part.args[1]]
+    each: Any = products.args[1:]
+    weight, bias = (it[part.args[1]] for it in each)
+    if bias is not None:
+        return None
     return _Half(products, weight, 0, weight.meta["val"].shape[0])
 
 

@@ -246,17 +246,20 @@ class Backend(ABC):
         made = self.attend_static(query, kv.gathered(with_new=True), **options)
         return made if out is None else out.copy_(made)
 
-    def products(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """``x @ weight.T`` of weights that share their rows: what a decode step spends most of its time on.
+    def products(
+        self, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
+        """``x @ weight.T + bias`` of weights that share their rows: what a decode step spends most of its time on.
 
         Args:
             x: ``[rows, channels]``.
             weights: ``[features, channels]`` each.
+            biases: ``[features]`` of each, or None.
 
         Returns:
             ``[rows, features]`` of each.
         """
-        return [x @ weight.T for weight in weights]
+        return [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
     def turn(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """``x @ matrix``: queries as they meet turned keys, or outputs turned back, of a decode step.
@@ -281,7 +284,7 @@ class Backend(ABC):
         Returns:
             ``[rows, features]``.
         """
-        gated, raised = self.products(x, [gate, up])
+        gated, raised = self.products(x, [gate, up], [None, None])
         return torch.nn.functional.silu(gated) * raised
 
     def add_norm(

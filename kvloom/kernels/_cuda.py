@@ -161,12 +161,14 @@ class CudaBackend(TorchBackend):
         is_graph_safe = self.is_graph_safe([group.layout for group in kv.pages], exact.key.dtype)
         return is_graph_safe and _aligned(exact) is exact
 
-    def products(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def products(
+        self, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
         """See `Backend.products`."""
-        if not _cuda_products.multiplies(x, weights):
-            return super().products(x, weights)
+        if not _cuda_products.multiplies(x, weights, biases):
+            return super().products(x, weights, biases)
         return self._unless_broken(
-            lambda: _cuda_products.products(x, weights), lambda other: other.products(x, weights)
+            lambda: _cuda_products.products(x, weights, biases), lambda other: other.products(x, weights, biases)
         )
 
     def turn(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -18,12 +18,15 @@ _MAX_TURNED = 1024  # rows
 _KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """``x @ weight.T`` of each weight, summed in fp32, in one launch.
+def products(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """``x @ weight.T + bias`` of each weight, summed in fp32, in one launch.
 
     Args:
         x: fp16 or bf16 ``[rows, channels]``, see `multiplies`.
         weights: ``[features, channels]`` each.
+        biases: ``[features]`` of each, or None.
 
     Returns:
         ``[rows, features]`` of each, contiguous.
@@ -32,7 +35,7 @@ def products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Ten
         KernelError: The kernel cannot be built.
     """
     outs = [x.new_empty((len(x), weight.shape[0])) for weight in weights]
-    _launch(x, list(zip(weights, outs, strict=True)), sum(weight.shape[0] for weight in weights) // _FEATURES)
+    _launch(x, list(zip(weights, biases, outs, strict=True)), sum(weight.shape[0] for weight in weights) // _FEATURES)
     return outs
 
 
@@ -51,7 +54,7 @@ def gated_product(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torc
         KernelError: The kernel cannot be built.
     """
     out = x.new_empty((len(x), gate.shape[0]))
-    _launch(x, [(gate, out), (up, out)], 2 * gate.shape[0] // _FEATURES, gated=True)
+    _launch(x, [(gate, None, out), (up, None, out)], 2 * gate.shape[0] // _FEATURES, gated=True)
     return out
 
 
@@ -70,15 +73,19 @@ def turn(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """
     rows = _rows(x)
     out = torch.empty_like(rows)
-    _launch(rows, [(matrix.T, out)], matrix.shape[1] // _FEATURES)
+    _launch(rows, [(matrix.T, None, out)], matrix.shape[1] // _FEATURES)
     return out.view(x.shape)
 
 
-def _launch(x: torch.Tensor, to: list[tuple[torch.Tensor, torch.Tensor]], blocks: int, *, gated: bool = False) -> None:
+_To = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""A weight, its bias, and where the product goes."""
+
+
+def _launch(x: torch.Tensor, to: Sequence[_To], blocks: int, *, gated: bool = False) -> None:
     parts: list[Any] = []
-    for weight, out in to:
-        parts += weight, int64(weight.stride(0)), out, weight.shape[0]
-    parts += [None, int64(0), None, 0] * (PRODUCT_WEIGHTS - len(to))
+    for weight, bias, out in to:
+        parts += weight, int64(weight.stride(0)), bias, out, weight.shape[0]
+    parts += [None, int64(0), None, None, 0] * (PRODUCT_WEIGHTS - len(to))
     rows, channels = x.shape
     warps = min(_MAX_WARPS, channels // _STEP)
     with torch.cuda.device(x.device):
@@ -91,7 +98,7 @@ def _launch(x: torch.Tensor, to: list[tuple[torch.Tensor, torch.Tensor]], blocks
         )
 
 
-def multiplies(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+def multiplies(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None] = ()) -> bool:
     """Whether `products` takes these."""
     return (
         x.dtype in _KINDS
@@ -100,6 +107,7 @@ def multiplies(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
         and 1 <= len(weights) <= PRODUCT_WEIGHTS
         and all(weight.dtype == x.dtype and weight.shape[0] % _FEATURES == 0 < weight.shape[0] for weight in weights)
         and all(map(_is_aligned, (x, *weights)))
+        and all(bias is None or (bias.dtype == x.dtype and bias.is_contiguous()) for bias in biases)
     )
 
 

@@ -105,13 +105,15 @@ def _(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((batch, queries, heads, dim))
 
 
-@torch.library.custom_op("kvloom::products", mutates_args=(), schema="(Tensor x, Tensor[] weights) -> Tensor[]")
-def _products(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    return backend(x.device).products(x, weights)
+@torch.library.custom_op(
+    "kvloom::products", mutates_args=(), schema="(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]"
+)
+def _products(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    return backend(x.device).products(x, weights, biases)
 
 
 @_products.register_fake
-def _(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+def _(x: torch.Tensor, weights: list[torch.Tensor], *_: Any) -> list[torch.Tensor]:
     return [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
 
 

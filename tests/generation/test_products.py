@@ -41,9 +41,9 @@ def joined(function, *args):
 def test_weights_that_share_their_rows_are_one_product():
     x, bias = torch.randn(8, 32, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
     traced, calls = joined(layer, x, weights(), bias)
-    assert calls["kvloom.products.default"] == 4  # query, key and value; output; gate and up; down
+    assert calls["kvloom.products.default"] == 5  # query, key and value; output; gate and up; down; with a bias
     assert calls["aten.mm.default"] == 1  # the weight that is computed
-    assert calls["aten.addmm.default"] == 1
+    assert calls["aten.addmm.default"] == 0
     for ours, theirs in zip(traced(x, weights(), bias), layer(x, weights(), bias), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
@@ -53,6 +53,48 @@ def test_nine_rows_are_left_as_they_are():
     _, calls = joined(layer, x, weights(), bias)
     assert calls["kvloom.products.default"] == 0
     assert calls["aten.mm.default"] == 8
+
+
+def test_biases_stay_with_their_weights():
+    """As in Qwen 2, whose output has none."""
+
+    def attention(x, w, biases):
+        return [torch.addmm(biases[name], x, w[name].permute(1, 0)) for name in "qk"] + [x @ w["v"].permute(1, 0)]
+
+    x = torch.randn(3, 32, dtype=torch.float64)
+    biases = {name: torch.randn(WEIGHTS[name], dtype=torch.float64) for name in "qk"}
+    traced, calls = joined(attention, x, weights(), biases)
+    assert calls["kvloom.products.default"] == 1
+    assert calls["aten.mm.default"] == calls["aten.addmm.default"] == 0
+    for ours, theirs in zip(traced(x, weights(), biases), attention(x, weights(), biases), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_what_is_added_otherwise_is_left():
+    def others(x, weight, bias, rows):
+        weight = weight.permute(1, 0)
+        return [
+            torch.addmm(bias, x, weight, beta=2),
+            torch.addmm(rows, x, weight),
+            torch.addmm(bias * 2, x, weight),
+        ]
+
+    args = torch.randn(3, 32), torch.randn(16, 32), torch.randn(16), torch.randn(3, 16)
+    traced, calls = joined(others, *args)
+    assert calls["kvloom.products.default"] == 0
+    assert calls["aten.addmm.default"] == 3
+    for ours, theirs in zip(traced(*args), others(*args), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_rows_may_be_a_product_that_is_joined():
+    def two(x, first, second):
+        return [x @ first.permute(1, 0) @ second.permute(1, 0)]
+
+    args = torch.randn(3, 32), torch.randn(16, 32), torch.randn(48, 16)
+    traced, calls = joined(two, *args)
+    assert calls["kvloom.products.default"] == 2
+    assert traced(*args)[0].equal(two(*args)[0])
 
 
 @pytest.mark.parametrize(("count", "launches"), [(1, 1), (4, 1), (5, 2), (9, 3)])

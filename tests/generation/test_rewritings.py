@@ -230,10 +230,11 @@ def test_a_sum_that_something_else_reads_stays():
     assert [node for node in traced.graph.nodes if "sum_ranks" in str(node.target)]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "gemma3"])
 @pytest.mark.parametrize("bits", ["eight bits", "turned"])
 def test_tokens_of_whole_models(family: str, bits: str, monkeypatch: pytest.MonkeyPatch):
     """Gemma's norms and gates are others, and so is how its sliding windows are read: its tokens stay."""
+    torch._dynamo.reset()
     seen = Seen(_step._PASSES)
     monkeypatch.setattr(_step, "_PASSES", seen)
     monkeypatch.setattr(_loop, "_compiles", lambda *_: True)

@@ -177,7 +177,11 @@ def test_turned_states(launches):
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_products(launches, count: int):
-    _cuda_products.products(torch.zeros(3, 128, dtype=HALF), [torch.zeros(32, 128, dtype=HALF)] * count)
+    _cuda_products.products(
+        torch.zeros(3, 128, dtype=HALF),
+        [torch.zeros(32, 128, dtype=HALF)] * count,
+        ([None, torch.zeros(32, dtype=HALF)] * 2)[:count],
+    )
     assert launches == ["products"]
 
 

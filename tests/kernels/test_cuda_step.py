@@ -174,7 +174,7 @@ def test_a_chain_of_launches_in_a_replayed_graph_is_the_one_that_waits(monkeypat
         kept.clear()
         for _ in range(30):
             stream, y = ours.add_norm(y, stream, scale, 1e-5, None)
-            query, key = ours.products(y, weights[:2])
+            query, key = ours.products(y, weights[:2], [None, scale])
             query, key = ours.rope(query.view(rows, 8, 1, 128), key.view(rows, 8, 1, 128), *angles)
             turned = ours.turn(query, weights[0][:128, :128].T)
             y = ours.gated_product((turned + key).view(rows, channels), *weights[2:])

@@ -65,20 +65,22 @@ __device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
 
 // Grid: (blocks of FEATURES of every weight, one weight's after another's, or, GATED, of FEATURES / 2 of the two; rows / ROWS,
 // rounded up). x [rows, channels] and weights [features, channels] by strides in elements, 16-byte aligned; out [rows,
-// features]. A weight of 0 features is none.
+// features]. A weight of 0 features is none; a bias [features] is added before rounding, null is none (GATED: all are).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     products(const ELEMENT* x, i64 x_row, int rows, int channels,
-             const ELEMENT* w0, i64 row0, ELEMENT* out0, int features0, const ELEMENT* w1, i64 row1, ELEMENT* out1, int features1,
-             const ELEMENT* w2, i64 row2, ELEMENT* out2, int features2, const ELEMENT* w3, i64 row3, ELEMENT* out3, int features3) {
+             const ELEMENT* w0, i64 row0, const ELEMENT* bias0, ELEMENT* out0, int features0,
+             const ELEMENT* w1, i64 row1, const ELEMENT* bias1, ELEMENT* out1, int features1,
+             const ELEMENT* w2, i64 row2, const ELEMENT* bias2, ELEMENT* out2, int features2,
+             const ELEMENT* w3, i64 row3, const ELEMENT* bias3, ELEMENT* out3, int features3) {
     __shared__ float part[WARPS][ROWS][FEATURES + 1];
-    const ELEMENT* w = w0;
+    const ELEMENT *w = w0, *bias = bias0;
     i64 w_row = row0;
     ELEMENT* out = out0;
     int features = features0, block = blockIdx.x;
 #if !GATED
 #define NEXT(n)                                      \
     if (features##n && block >= features / FEATURES) \
-        block -= features / FEATURES, w = w##n, w_row = row##n, out = out##n, features = features##n;
+        block -= features / FEATURES, w = w##n, w_row = row##n, bias = bias##n, out = out##n, features = features##n;
     NEXT(1) NEXT(2) NEXT(3)
 #endif
     x += (i64)ROWS * blockIdx.y * x_row;
@@ -109,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     for (int i = 0; i < 4; i++) part[warp][2 * c + i % 2][r + i / 2 * 8] = acc[i];
     __syncthreads();
     auto sum = [&](int row, int feature) {
-        float all = 0;
+        float all = bias ? float(bias[first + feature]) : 0;
 #pragma unroll
         for (int from = 0; from < WARPS; from++) all += part[from][row][feature];
         return ELEMENT(all);
