@@ -33,8 +33,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #define EACH(i, p) for (int i = 0, p = threadIdx.x; i < PIECES && p < pieces; i++, p += THREADS)
 #pragma unroll
     EACH(i, p) scale[i].bits = weight[p].bits;
-    let_next_begin();
     follow();
+    let_next_begin();
 #if RANKS > 1
     const Ranks ranks = {rank, buffers};
     unsigned epoch[PIECES];

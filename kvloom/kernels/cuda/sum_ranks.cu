@@ -8,8 +8,8 @@ extern "C" __global__ void __launch_bounds__(GROUP)
     const int piece = blockIdx.x * GROUP + threadIdx.x;
     const bool is_there = piece < pieces;
     const Ranks ranks = {rank, buffers};
-    let_next_begin();
     follow();
+    let_next_begin();
     const unsigned epoch = epochs[blockIdx.x];
     Piece own, sum;
     own.bits = is_there ? x[piece].bits : make_uint2(0, 0);
