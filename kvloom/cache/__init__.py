@@ -11,7 +11,7 @@ from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._layer import LoomLayer
 from kvloom.cache._made_by import made_by
 from kvloom.cache._rope import Rope, rope_of
-from kvloom.cache._rotation import SideRotation, side_rotation, turned
+from kvloom.cache._rotation import SideRotation, side_rotation
 from kvloom.cache._shard import Shard, local_shape, shard_of
 from kvloom.cache._step_layer import StepLayer
 
@@ -37,5 +37,4 @@ __all__ = [
     "rope_of",
     "shard_of",
     "side_rotation",
-    "turned",
 ]

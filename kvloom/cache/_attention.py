@@ -18,7 +18,6 @@ from kvloom.cache._autocast import without_autocast
 from kvloom.cache._invariant import fix_rows, free_rows
 from kvloom.cache._kept_kv import KeptKV
 from kvloom.cache._ring_kv import RingKV
-from kvloom.cache._rotation import turned, turned_step
 from kvloom.errors import ModelError
 from kvloom.pages import PagedKV, StaticKV
 
@@ -49,10 +48,10 @@ def _invariant(query: torch.Tensor, kv: PagedKV | StaticKV, **options: Any) -> t
 
 
 def _turned_in_fp64(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return turned(x.double(), matrix.double()).to(x.dtype)
+    return kernels.turned(x.double(), matrix.double()).to(x.dtype)
 
 
-_FUSED = _Way(kernels.dense_attention, _fused, turned)
+_FUSED = _Way(kernels.dense_attention, _fused, kernels.turned)
 _INVARIANT = _Way(kernels.invariant_attention, _invariant, _turned_in_fp64)
 
 
@@ -126,10 +125,11 @@ def _read(query: torch.Tensor, kv: PagedKV | StaticKV, way: _Way, options: dict[
     if isinstance(kv, PagedKV) and kv.own is not None:
         return way.dense(query, kv.own.key, kv.own.value, **options)
     with without_autocast(query.device):
-        turn = turned_step if isinstance(kv, StaticKV) else way.turned
-        asked = query if kv.query_turn is None else turn(query, kv.query_turn)
+        if isinstance(kv, StaticKV):  # kernels turn there
+            return way.paged(query, kv, **options)
+        asked = query if kv.query_turn is None else way.turned(query, kv.query_turn)
         out = way.paged(asked, kv, **options)
-        return out if kv.output_turn is None else turn(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
+        return out if kv.output_turn is None else way.turned(out.transpose(1, 2), kv.output_turn).transpose(1, 2)
 
 
 def invariant_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

@@ -201,7 +201,7 @@ class LoomLayer(OverSequences, CacheLayerMixin):
         return key, self.value_rotation.restored(value) if self.value_rotation else value
 
     def _query_turn(self) -> torch.Tensor | None:
-        return self.key_rotation.query_turn if self.key_rotation else None
+        return self.key_rotation.dual if self.key_rotation else None
 
     def _output_turn(self) -> torch.Tensor | None:
         return self.value_rotation.output_turn if self.value_rotation else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,13 +26,8 @@ class SideRotation(ABC):
     dual: torch.Tensor
 
     @property
-    def query_turn(self) -> torch.Tensor:
-        """``dual``, as queries are turned by it."""
-        return self.dual
-
-    @property
     def output_turn(self) -> torch.Tensor:
-        """``dual``, transposed, as what attention returns is turned by it."""
+        """``G^T``, by which what attention returns is turned, as queries are by ``G``."""
         return self.dual.transpose(-1, -2)
 
     @abstractmethod
@@ -46,7 +40,7 @@ class SideRotation(ABC):
 
     def restored(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of `cached`, up to rounding."""
-        return turned(x, self.output_turn)
+        return kernels.turned(x, self.output_turn)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is resident for this layer alone, by name."""
@@ -62,16 +56,9 @@ class HadamardRotation(SideRotation):
 
     Attributes:
         heads: KV heads that are turned; None for all.
-        by_columns: ``dual`` in memory column by column, as `kvloom.kernels.turn` reads it, like ``output_turn``.
     """
 
     heads: tuple[int, ...] | None
-    by_columns: torch.Tensor
-
-    @property
-    def query_turn(self) -> torch.Tensor:
-        """See `SideRotation.query_turn`."""
-        return self.by_columns
 
     def cached(self, x: torch.Tensor) -> torch.Tensor:
         """See `SideRotation.cached`."""
@@ -138,16 +125,10 @@ def side_rotation(
         return _calibrated(names, matrices, dtype, device)
     matrix = dual("hadamard", sides[0].head_dim, dtype, device)
     if len(heads) == len(names):
-        return HadamardRotation(matrix, None, _by_columns(sides[0].head_dim, dtype, device))
+        return HadamardRotation(matrix, None)
     each = torch.eye(len(matrix), dtype=dtype, device=device).repeat(len(names), 1, 1)
     each[list(heads)] = matrix
-    return HadamardRotation(each, heads, each)
-
-
-@lru_cache(maxsize=64)
-def _by_columns(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The Hadamard transform's ``dual``, one for all layers."""
-    return dual("hadamard", head_dim, dtype, device).T.contiguous().T
+    return HadamardRotation(each, heads)
 
 
 def _calibrated(
@@ -170,17 +151,3 @@ def _with_heads(x: torch.Tensor, heads: tuple[int, ...], others: torch.Tensor) -
     for head, other in zip(heads, others.unbind(1), strict=True):
         parts[head] = other
     return torch.stack(parts, dim=1) if heads else x
-
-
-def turned(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Heads ``[batch, heads, tokens, head_dim]`` times the matrix of all, or of the KV head they belong to."""
-    wide = x.to(matrix.dtype)
-    if matrix.dim() == 2:
-        return (wide @ matrix).to(x.dtype)
-    grouped: torch.Tensor = wide.unflatten(1, (len(matrix), -1)) @ matrix[:, None]
-    return grouped.flatten(1, 2).to(x.dtype)
-
-
-def turned_step(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """`turned` for a decode step that is to be replayed."""
-    return kernels.turn(x, matrix) if matrix.dim() == 2 else turned(x, matrix)

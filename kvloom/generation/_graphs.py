@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -58,6 +59,23 @@ def called(graph: Graph, target: Any, *args: Any, value: Any) -> Node:
     made = graph.call_function(target, args)
     made.meta["val"] = value
     return made
+
+
+def give(node: Node, parts: Mapping[int | str, Node]) -> None:
+    """Give a call other arguments, by place or by name.
+
+    The compiler keeps the values of operators' arguments as they were first traced, and goes by those.
+    """
+    node.args, node.kwargs = _changed(node.args, node.kwargs, parts)
+    if eager := node.meta.get("eager_input_vals"):
+        args, kwargs = eager
+        values = {at: part.meta["val"] for at, part in parts.items()}
+        node.meta["eager_input_vals"] = _changed(args, kwargs, values)
+
+
+def _changed(args: Sequence[Any], kwargs: Mapping[Any, Any], parts: Mapping[int | str, Any]) -> tuple[Any, Any]:
+    every: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs, **parts}
+    return tuple(every[place] for place in range(len(args))), {name: every[name] for name in kwargs}
 
 
 def tidy(graph: Graph) -> None:

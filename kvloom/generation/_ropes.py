@@ -1,50 +1,41 @@
-"""Rotary positions of a compiled step: those of a layer's query and key become one `Backend.rope`."""
+"""Rotary positions of a compiled step: appending a key and attending with a query turn them, too."""
 
 from __future__ import annotations
 
-from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
-from kvloom.generation._graphs import Rewriting, aten, called, is_call, is_tensor, tidy
+from kvloom.generation._graphs import Rewriting, aten, give, is_call, is_tensor, tidy
 
-_ATTEND = torch.ops.kvloom.attend_static.default
-_TAIL_KEY = [argument.name for argument in _ATTEND._schema.arguments].index("tail_key")
+_APPEND, _ATTEND = torch.ops.kvloom.append.default, torch.ops.kvloom.attend_static.default
+_PLACES = {argument.name: place for place, argument in enumerate(_ATTEND._schema.arguments)}
 
 
 class JoinRopes(Rewriting):
-    """Rotary positions of a layer's query and key become one.
+    """Rotary positions of a layer's query and key become those that `Backend.attend_static` and `Backend.append` know.
 
-    One launch in place of two, and one of ours begins while the one before it is ending. Halves of a head's channels
-    are turned against each other, as in Llama; other ways are left as they are.
+    Two launches less. Halves of a head's channels are turned against each other, as in Llama; other ways are left as
+    they are.
     """
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite a graph."""
         for attend in graph.find_nodes(op="call_function", target=_ATTEND):
-            append = _append_of(attend)
-            query, key = _rope_of(_unturned(attend.args[0])), _rope_of(append and append.kwargs["key"])
-            if append and query and key and query[2:] == key[2:]:
-                _join(append, query, key)
+            if rope := _rope_of(attend.args[_PLACES["query"]]):
+                give(attend, {_PLACES["query"]: rope.x, _PLACES["cos"]: rope.cos, _PLACES["sin"]: rope.sin})
+        for append in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
+            if append.args[0] is _APPEND and (rope := _rope_of(append.kwargs["key"])):
+                give(append, {"key": rope.x, "cos": rope.cos, "sin": rope.sin})
         tidy(graph)
 
 
 class _Rope(NamedTuple):
-    turned: Node
     x: Node
     cos: Node
     sin: Node
-
-
-def _append_of(attend: Node) -> Node | None:
-    """What appended the token that attention reads last, whose tail it has."""
-    tail: Any = attend.args[_TAIL_KEY]
-    made: Any = tail.args[0] if is_call(tail, getitem) else None
-    is_append = is_call(made, auto_functionalized_v2) and made.args[0] is torch.ops.kvloom.append.default
-    return made if is_append else None
 
 
 def _rope_of(turned: Any) -> _Rope | None:
@@ -52,10 +43,11 @@ def _rope_of(turned: Any) -> _Rope | None:
     if not is_call(turned, aten.add.Tensor) or not all(is_call(it, aten.mul.Tensor) for it in turned.args):
         return None
     factors: Any = [it.args for it in turned.args]  # type: ignore[union-attr]
-    (x, cos), (halves, sin) = factors
+    (x, of_x), (halves, of_halves) = factors
     if not is_call(halves, aten.cat.default) or halves.args[1:] not in ((-1,), (3,)):
         return None
-    if not all(map(is_tensor, (x, cos, sin))):
+    cos, sin = _of_all_heads(of_x), _of_all_heads(of_halves)
+    if not is_tensor(x) or cos is None or sin is None:
         return None
     parts: Any = halves.args[0]
     if len(parts) != 2:
@@ -67,20 +59,13 @@ def _rope_of(turned: Any) -> _Rope | None:
     tokens, dim = x.meta["val"].shape[2:]
     end: Any = high.args[3] if len(high.args) > 3 else dim
     is_half = low.args == (x, 3, 0, dim // 2) and high.args[:3] == (x, 3, dim // 2) and end >= dim
-    is_one = tokens == 1 and all(it.meta["val"].shape[1:] == (1, 1, dim) for it in (cos, sin))
-    return _Rope(turned, x, cos, sin) if is_half and is_one else None
+    is_one = tokens == 1 and all(it.meta["val"].shape[1:] == (1, dim) for it in (cos, sin))
+    is_alike = all(it.meta["val"].dtype is x.meta["val"].dtype for it in (cos, sin))
+    return _Rope(x, cos, sin) if is_half and is_one and is_alike else None
 
 
-def _unturned(query: Any) -> Any:
-    """A query before it was turned like the keys that it meets."""
-    return query.args[0] if is_call(query, torch.ops.kvloom.turn.default) else query
-
-
-def _join(append: Node, query: _Rope, key: _Rope) -> None:
-    graph = append.graph
-    like = [it.x.meta["val"].new_empty(it.x.meta["val"].shape) for it in (query, key)]
-    with graph.inserting_before(append):
-        joined = called(graph, torch.ops.kvloom.rope.default, query.x, key.x, query.cos, query.sin, value=tuple(like))
-        own = [called(graph, getitem, joined, i, value=like[i]) for i in range(2)]
-    for it, made in zip((query, key), own, strict=True):
-        it.turned.replace_all_uses_with(made)
+def _of_all_heads(angles: Any) -> Node | None:
+    """What had no heads before: of a view, the compiler makes a copy for every layer."""
+    is_view = is_call(angles, aten.unsqueeze.default) and angles.args[1] == 1
+    inner: Any = angles.args[0] if is_view else None
+    return inner if is_tensor(inner) else None

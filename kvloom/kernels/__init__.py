@@ -6,9 +6,10 @@ from kvloom.codecs import OUT_OF_RANGE
 from kvloom.kernels._base import PRODUCT_ROWS, PRODUCT_WEIGHTS, SUM_NBYTES, Backend, Reach
 from kvloom.kernels._between_pages import between_pages, is_between_pages
 from kvloom.kernels._invariant import INVARIANT, invariant_attention
-from kvloom.kernels._ops import append, attend_static, turn
+from kvloom.kernels._ops import append, attend_static
 from kvloom.kernels._registry import backend, backends
 from kvloom.kernels._torch import dense_attention
+from kvloom.kernels._turns import turned
 
 __all__ = [
     "INVARIANT",
@@ -26,5 +27,5 @@ __all__ = [
     "dense_attention",
     "invariant_attention",
     "is_between_pages",
-    "turn",
+    "turned",
 ]

@@ -12,6 +12,7 @@ import torch
 
 from kvloom.codecs import rotated, signs
 from kvloom.kernels._static import append_by_sequence, attend_by_sequence
+from kvloom.kernels._turns import Rope, roped, turned, turned_back
 from kvloom.pages import PagedKV, PageLayout, PooledKV, StaticKV
 
 PRODUCT_ROWS, PRODUCT_WEIGHTS = 8, 4
@@ -186,7 +187,7 @@ class Backend(ABC):
     def prepare(self, kv: StaticKV) -> None:  # noqa: B027 (most backends need nothing)
         """Make what steps with ``kv`` keep on the device: what a step made first would lie in its graph's memory."""
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV, rope: Rope | None = None) -> None:
         """Append one token to every sequence, and pack the page that is full with it.
 
         Sides whose layouts say ``hadamard`` are turned first; whoever calls has turned those that are ``calibrated``.
@@ -196,20 +197,33 @@ class Backend(ABC):
             key: ``[batch, kv_heads, 1, head_dim]``, compute dtype.
             value: The same shape.
             kv: The layer's cache, changed in place.
+            rope: Positions that the key is yet to be turned by; None if it was.
         """
+        self._append(roped(key, rope), value, kv)
+
+    def _append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+        """`append` of keys that have their positions."""
         append_by_sequence(self, key, value, kv)
 
-    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
-        """`attend` with a cache of fixed size.
+    def attend_static(
+        self, query: torch.Tensor, kv: StaticKV, rope: Rope | None = None, **options: Unpack[AttendOptions]
+    ) -> torch.Tensor:
+        """`attend` with a cache of fixed size. Queries are turned to match its keys, and outputs back from its values.
 
         Args:
             query: ``[batch, query_heads, 1, head_dim]``, of the token appended last.
             kv: The layer's cache.
+            rope: Positions that the query is yet to be turned by; None if it was.
             **options: See `attend`; the mask covers at least the slots held.
 
         Returns:
             ``[batch, 1, query_heads, head_dim]`` in the query's dtype.
         """
+        out = self._attend_static(turned(roped(query, rope), kv.query_turn), kv, **options)
+        return turned_back(out, kv.output_turn)
+
+    def _attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
+        """`attend_static` of what is turned, to what is yet to be turned back."""
         return attend_by_sequence(self, query, kv, options)
 
     def build_pooled(  # noqa: B027 (for backends without a compiler there is nothing to do)
@@ -261,18 +275,6 @@ class Backend(ABC):
         """
         return [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
-    def turn(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """``x @ matrix``: queries as they meet turned keys, or outputs turned back, of a decode step.
-
-        Args:
-            x: ``[batch, query_heads, tokens, head_dim]``.
-            matrix: ``[head_dim, head_dim]``.
-
-        Returns:
-            Shape and dtype of ``x``, contiguous.
-        """
-        return (x.to(matrix.dtype) @ matrix).to(x.dtype).contiguous()
-
     def gated_product(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """``silu(x @ gate.T) * (x @ up.T)``: the first half of a gated feed-forward layer.
 
@@ -312,26 +314,6 @@ class Backend(ABC):
         exact = h.float()
         unit = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
         return h, weight * unit.to(h.dtype)
-
-    def rope(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x * cos + [-x_2, x_1] * sin`` of the halves of a head's channels (rotary positions, arXiv:2104.09864).
-
-        Args:
-            query: ``[batch, query_heads, 1, head_dim]``.
-            key: ``[batch, kv_heads, 1, head_dim]``.
-            cos: ``[batch or 1, 1, 1, head_dim]``.
-            sin: Likewise.
-
-        Returns:
-            Both turned, contiguous.
-        """
-        turned = []
-        for x in (query, key):
-            first, second = x.chunk(2, dim=-1)
-            turned.append((x * cos + torch.cat((-second, first), dim=-1) * sin).contiguous())
-        return turned[0], turned[1]
 
     def sum_ranks(self, x: torch.Tensor, group_name: str) -> torch.Tensor:
         """Sum over the ranks of a process group, which all call this.

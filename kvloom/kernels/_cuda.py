@@ -12,13 +12,15 @@ from typing import Any, TypeVar, Unpack
 import torch
 
 from kvloom.errors import KernelError
-from kvloom.kernels import _cuda_norms, _cuda_pages, _cuda_products, _cuda_rope, _cuda_sums, _nvrtc
+from kvloom.kernels import _cuda_norms, _cuda_pages, _cuda_products, _cuda_sums, _nvrtc
 from kvloom.kernels._base import AttendOptions, Backend, Reach, head_index, rows_of_a_head
 from kvloom.kernels._cuda_ahead import Device, pooled_builds
 from kvloom.kernels._cuda_launch import (
+    NO_TURNS,
     ROWS,
     SOURCE,
     Kernel,
+    Turns,
     block_warps,
     exact_units,
     has_clusters,
@@ -27,8 +29,11 @@ from kvloom.kernels._cuda_launch import (
     spread,
 )
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
+from kvloom.kernels._cuda_turns import rope_arguments, ropes
+from kvloom.kernels._nvrtc import is_aligned
 from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.kernels._torch import TORCH, TorchBackend
+from kvloom.kernels._turns import Rope, is_by_format, roped, turned, turned_back
 from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, PooledKV, StaticKV
 
 # movmatrix, redux and cp.async: Ampere and later.
@@ -112,20 +117,25 @@ class CudaBackend(TorchBackend):
         for group in kv.pages:
             head_index(group.heads, kv.device)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV, rope: Rope | None = None) -> None:
         """See `Backend.append`."""
+        if rope is not None and not ropes(key, rope):
+            key, rope = roped(key, rope), None
         if not self.is_graph_safe([group.layout for group in kv.pages], key.dtype):
-            return super().append(key, value, kv)
+            return super().append(key, value, kv, rope)
         return self._unless_broken(
-            lambda: _cuda_pages.append(key, value, kv), lambda other: other.append(key, value, kv)
+            lambda: _cuda_pages.append(key, value, kv, rope), lambda other: other.append(key, value, kv, rope)
         )
 
-    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
+    def attend_static(
+        self, query: torch.Tensor, kv: StaticKV, rope: Rope | None = None, **options: Unpack[AttendOptions]
+    ) -> torch.Tensor:
         """See `Backend.attend_static`."""
         if not _served(query, kv, options.get("mask"), self._shared):
-            return super().attend_static(query, kv, **options)
+            return super().attend_static(query, kv, rope, **options)
         return self._unless_broken(
-            lambda: attend_pages(query, kv, **options)[0], lambda other: other.attend_static(query, kv, **options)
+            lambda: _attend_unturned(query, kv, rope, **options),
+            lambda other: other.attend_static(query, kv, rope, **options),
         )
 
     def build_pooled(self, layouts: tuple[PageLayout, ...], dtype: torch.dtype, reach: Reach) -> None:
@@ -151,7 +161,7 @@ class CudaBackend(TorchBackend):
         if not self._pools(kv) or rows_of_a_head(query, kv) > kv.page_tokens:
             return super().attend_pooled(query, kv, out, **options)
         return self._unless_broken(
-            lambda: attend_pages(query, kv, out=out, **options)[0],
+            lambda: _attend_unturned(query, kv, out=out, **options),
             lambda other: other.attend_pooled(query, kv, out, **options),
         )
 
@@ -170,12 +180,6 @@ class CudaBackend(TorchBackend):
         return self._unless_broken(
             lambda: _cuda_products.products(x, weights, biases), lambda other: other.products(x, weights, biases)
         )
-
-    def turn(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """See `Backend.turn`."""
-        if not _cuda_products.turns(x, matrix):
-            return super().turn(x, matrix)
-        return self._unless_broken(lambda: _cuda_products.turn(x, matrix), lambda other: other.turn(x, matrix))
 
     def gated_product(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """See `Backend.gated_product`."""
@@ -208,16 +212,6 @@ class CudaBackend(TorchBackend):
             lambda other: other.add_norm(x, residual, weight, eps),
         )
 
-    def rope(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Backend.rope`."""
-        if not _cuda_rope.turns(query, key, cos, sin):
-            return super().rope(query, key, cos, sin)
-        return self._unless_broken(
-            lambda: _cuda_rope.rope(query, key, cos, sin), lambda other: other.rope(query, key, cos, sin)
-        )
-
     def sum_ranks(self, x: torch.Tensor, group_name: str) -> torch.Tensor:
         """See `Backend.sum_ranks`."""
         meeting = _cuda_sums.meeting_of(group_name, x.device) if _cuda_sums.sums(x) else None
@@ -238,7 +232,8 @@ class CudaBackend(TorchBackend):
 @cache
 def _build_pooled(layouts: tuple[PageLayout, ...], dtype: torch.dtype, reach: Reach, device: int) -> None:
     facts = Device(multiprocessors(device), _nvrtc.shared_limit(device), has_clusters(device))
-    builds = (pooled_builds(heads, layout, dtype, reach, facts) for layout, heads in Counter(layouts).items())
+    turns = Turns(*(is_by_format(layouts, role) for role in ("key", "value")))
+    builds = (pooled_builds(heads, layout, dtype, reach, facts, turns) for layout, heads in Counter(layouts).items())
     _nvrtc.build_all(set().union(*builds), device)
 
 
@@ -261,6 +256,27 @@ def _is_covered(layouts: Sequence[PageLayout], dtype: torch.dtype, shared_limit:
     )
 
 
+def _attend_unturned(
+    query: torch.Tensor,
+    kv: StaticKV | PooledKV,
+    rope: Rope | None = None,
+    out: torch.Tensor | None = None,
+    **options: Unpack[AttendOptions],
+) -> torch.Tensor:
+    """`attend_pages` of queries yet to be turned as the keys are, to outputs turned back from the values."""
+    layouts = [group.layout for group in kv.pages]
+    by_kernel = Turns(*(is_by_format(layouts, role) for role in ("key", "value")))
+    if rope is not None and not (by_kernel.queries and ropes(query, rope)):
+        query, rope = roped(query, rope), None
+    if not by_kernel.queries:
+        query = turned(query, kv.query_turn)
+    turns = Turns(by_kernel.queries and kv.query_turn is not None, by_kernel.outputs and kv.output_turn is not None)
+    if by_kernel.outputs:
+        return attend_pages(query, kv, rope=rope, turns=turns, out=out, **options)[0]
+    made = turned_back(attend_pages(query, kv, rope=rope, turns=turns, **options)[0], kv.output_turn)
+    return made if out is None else out.copy_(made)
+
+
 def attend_pages(
     query: torch.Tensor,
     kv: PagedKV | StaticKV | PooledKV,
@@ -271,6 +287,8 @@ def attend_pages(
     sink_logits: torch.Tensor | None = None,
     lse: bool = False,
     out: torch.Tensor | None = None,
+    rope: Rope | None = None,
+    turns: Turns = NO_TURNS,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over sinks, pages and tail, one launch for each layout among the heads.
 
@@ -285,12 +303,14 @@ def attend_pages(
         sink_logits: See `Backend.attend`.
         lse: Whether to return the log-sum-exp too.
         out: Contiguous, of the shape returned; None makes one.
+        rope: Of the query, see `ropes`; None if it has its positions.
+        turns: What is turned by the formats of the heads, queries like keys, outputs back from values.
 
     Returns:
         ``[batch, queries, query_heads, head_dim]`` in the query's dtype, and the natural log-sum-exp of the scores,
         fp32 ``[batch, query_heads, queries]``, or None.
     """
-    query = _last_contiguous(query)
+    query = query if is_aligned(query) else query.contiguous()
     batch, query_heads, queries, dim = query.shape
     if out is None:
         out = query.new_empty((batch, queries, query_heads, dim))
@@ -302,7 +322,8 @@ def attend_pages(
     static = None if isinstance(kv, PagedKV) else kv
     with torch.cuda.device(query.device):
         for group in kv.pages:
-            launch = _launch(group, query, kv, exact, mask, softcap is not None)
+            facts = {"is_capped": softcap is not None, "is_roped": rope is not None}
+            launch = _launch(group, query, kv, exact, mask, turns.of(group.layout), **facts)
             sides = (group.layout.key, group.layout.value)
             data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
             launch.module.launch(
@@ -344,6 +365,7 @@ def attend_pages(
                 sums,
                 *(() if mask is None or isinstance(kv, PooledKV) else _places(group, kv)),
                 *(number for side in sides if has_codebook(side) for number in point_arguments(side)),
+                *rope_arguments(rope),
                 shared=launch.shared,
                 cluster=launch.cluster,
                 follows=True,
@@ -393,7 +415,10 @@ def _launch(
     kv: PagedKV | StaticKV | PooledKV,
     exact: _Exact,
     mask: torch.Tensor | None,
-    capped: bool,
+    turns: Turns,
+    *,
+    is_capped: bool,
+    is_roped: bool,
 ) -> _Launch:
     row_tiles = -(-rows_of_a_head(query, kv) // ROWS)
     device, layout = query.device.index, group.layout
@@ -402,7 +427,8 @@ def _launch(
     warps, splits = spread(layout, tiles, _pages_of_a_head(group, kv), units, *facts)
     masked = 1 if query.shape[2] > 1 else 0 if mask is None else 2
     place = 0 if mask is None or isinstance(kv, PooledKV) or kv.places is None else kv.places.itemsize
-    kernel = Kernel(layout, warps, query.dtype == torch.bfloat16, masked, capped, place, isinstance(kv, PooledKV))
+    is_bf16, is_pooled = query.dtype == torch.bfloat16, isinstance(kv, PooledKV)
+    kernel = Kernel(layout, warps, is_bf16, masked, is_capped, place, is_pooled, is_roped, turns)
     clustered = merges_in_cluster(kernel, splits, tiles, device)
     shared = kernel.shared if clustered else max(kernel.shared, ROWS * 4 * splits)
     module = _nvrtc.module(SOURCE, kernel.defines(clustered=clustered))

@@ -12,7 +12,17 @@ import torch
 
 from kvloom.kernels import _cuda_pages
 from kvloom.kernels._base import Reach
-from kvloom.kernels._cuda_launch import BLOCK_WARPS, MAX_CLUSTER, ROWS, SOURCE, Kernel, exact_units, spread
+from kvloom.kernels._cuda_launch import (
+    BLOCK_WARPS,
+    MAX_CLUSTER,
+    NO_TURNS,
+    ROWS,
+    SOURCE,
+    Kernel,
+    Turns,
+    exact_units,
+    spread,
+)
 from kvloom.kernels._nvrtc import Build
 from kvloom.pages import PageLayout
 
@@ -32,7 +42,9 @@ class Device:
     has_clusters: bool
 
 
-def pooled_builds(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach, device: Device) -> set[Build]:
+def pooled_builds(
+    heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach, device: Device, turns: Turns
+) -> set[Build]:
     """What packs, unpacks and attends to pages of a layout in `kvloom.pages.PooledKV`, and in prompts before it.
 
     Args:
@@ -41,6 +53,7 @@ def pooled_builds(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Rea
         dtype: Compute dtype, fp16 or bf16.
         reach: How far the cache goes.
         device: Where it is.
+        turns: What kernels turn of a token that is decoded.
     """
     found = {
         ("encode.cu", _cuda_pages.encode_defines(layout, dtype, append=False)),
@@ -49,10 +62,12 @@ def pooled_builds(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Rea
     }
     if "hadamard" in (layout.key.fmt.rotation, layout.value.fmt.rotation):
         found.add(("rotate.cu", _cuda_pages.rotate_defines(dtype, layout.head_dim)))
-    return found | set(_attention(heads, layout, dtype, reach, device))
+    return found | set(_attention(heads, layout, dtype, reach, device, turns))
 
 
-def _attention(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach, device: Device) -> Iterator[Build]:
+def _attention(
+    heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach, device: Device, turns: Turns
+) -> Iterator[Build]:
     most = layout.page_tokens
     steps = ((count * _row_tiles(reach.group), True) for count in range(1, reach.sequences + 1))
     chunks = ((_row_tiles(rows), False) for rows in range(2 * reach.group, most + 1, reach.group))
@@ -60,9 +75,14 @@ def _attention(heads: int, layout: PageLayout, dtype: torch.dtype, reach: Reach,
         for tail in (most,) if is_pooled else (1, 2 * most):
             spread_at = partial(_spread, layout, heads * row_tiles, exact_units(reach.sinks, tail), device)
             for warps, splits in map(spread_at, _page_counts(spread_at, reach.pages)):
-                masked = 0 if is_pooled else 1
                 kernel = Kernel(
-                    layout, warps, dtype == torch.bfloat16, masked, is_capped=reach.is_capped, is_pooled=is_pooled
+                    layout,
+                    warps,
+                    dtype == torch.bfloat16,
+                    0 if is_pooled else 1,
+                    is_capped=reach.is_capped,
+                    is_pooled=is_pooled,
+                    turns=turns.of(layout) if is_pooled else NO_TURNS,
                 )
                 for clustered in _merges(splits, device):
                     yield SOURCE, kernel.defines(clustered=clustered)

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from kvloom.kernels import _nvrtc
+from kvloom.kernels._cuda_turns import hadamard_defines
 from kvloom.kernels._nvrtc import Defines
 from kvloom.kernels._points import has_codebook
 from kvloom.pages import PageLayout, SideLayout
@@ -18,6 +19,27 @@ _STAGES = 2  # pages of a warp in shared memory, as in attend.cu
 MAX_CLUSTER = 16
 BLOCK_WARPS = (12, 8, 4, 2, 1)
 _EXACT_TOKENS = 16  # that a warp reads at a time
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What kernels turn where a format says so.
+
+    Attributes:
+        queries: As keys are turned.
+        outputs: Back, as values are turned.
+    """
+
+    queries: bool = False
+    outputs: bool = False
+
+    def of(self, layout: PageLayout) -> Turns:
+        """Those of heads of one layout."""
+        keys, values = (side.fmt.rotation == "hadamard" for side in (layout.key, layout.value))
+        return Turns(self.queries and keys, self.outputs and values)
+
+
+NO_TURNS = Turns()
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,8 @@ class Kernel:
         is_capped: Whether scores are.
         place: Bytes of a place; 0 where masks are by slot.
         is_pooled: Whether exact tokens lie in blocks.
+        is_roped: Whether queries have no positions yet.
+        turns: What is turned.
     """
 
     layout: PageLayout
@@ -41,6 +65,8 @@ class Kernel:
     is_capped: bool = False
     place: int = 0
     is_pooled: bool = False
+    is_roped: bool = False
+    turns: Turns = NO_TURNS
 
     def defines(self, *, clustered: bool) -> Defines:
         """Its macros."""
@@ -165,11 +191,15 @@ def _defines(kernel: Kernel, clustered: bool) -> Defines:
         "MASKED": kernel.masked,
         "PLACE": kernel.place,
         "POOLED": kernel.is_pooled,
+        "ROPED": kernel.is_roped,
+        "KTURNED": kernel.turns.queries,
+        "VTURNED": kernel.turns.outputs,
         "SOFTCAP": kernel.is_capped,
         "WARPS": kernel.warps,
         "CLUSTER": clustered,
     }
-    return tuple((name, int(number)) for name, number in numbers.items())
+    own = tuple((name, int(number)) for name, number in numbers.items())
+    return own if kernel.turns == NO_TURNS else (*own, *hadamard_defines(kernel.layout.head_dim))
 
 
 def _plane_bits(side: SideLayout) -> tuple[int, int]:
@@ -184,8 +214,8 @@ def _groups(side: SideLayout) -> int:
 
 
 def shared_bytes(layout: PageLayout, warps: int) -> int:
-    """The rings, or what merging the warps needs in their place; then what the blocks of a cluster send each other."""
+    """The rings, or what merging the warps needs in their place; queries; what blocks of a cluster send each other."""
     ring = max(_STAGES * layout.nbytes, (_STAGES - 1) * layout.nbytes + 32 * layout.head_dim)
     merge = warps * ROWS * (layout.head_dim + 4 + 2) * 4
     landing = ROWS * layout.head_dim * 4 + MAX_CLUSTER * (ROWS * 8 + 16)
-    return max(warps * ring, merge) + landing
+    return max(warps * ring, merge) + ROWS * layout.head_dim * 2 + landing

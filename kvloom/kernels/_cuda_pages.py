@@ -12,11 +12,13 @@ from functools import lru_cache
 
 import torch
 
-from kvloom.codecs import AFFINE, CLIPPED, LLOYD, NUQ, OUT_OF_RANGE, hadamard_power, signs
+from kvloom.codecs import AFFINE, CLIPPED, LLOYD, NUQ, OUT_OF_RANGE
 from kvloom.errors import CacheError, KernelError
 from kvloom.kernels._base import head_index
+from kvloom.kernels._cuda_turns import hadamard_defines, rope_arguments
 from kvloom.kernels._nvrtc import ALIGNMENT, ELEMENTS, Defines, is_aligned, module, strides
 from kvloom.kernels._points import has_codebook, point_arguments
+from kvloom.kernels._turns import Rope
 from kvloom.pages import ExactKV, PageLayout, PooledKV, SideLayout, StaticKV
 
 MAX_HEAD_DIM = 256
@@ -131,7 +133,7 @@ def rotates(x: torch.Tensor) -> bool:
     return x.dtype in ELEMENTS and x.shape[-1] <= MAX_HEAD_DIM and x.shape[-1] % ALIGNMENT == 0
 
 
-def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV) -> None:
+def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV, rope: Rope | None = None) -> None:
     """Append one token to every sequence, turned, and pack the page that is full with it: a launch for each layout.
 
     Args:
@@ -139,6 +141,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV) -> N
         value: The same shape and dtype.
         kv: The layer's cache, changed in place; what goes wrong on the device sets its flags. Exact tokens of a
             `PooledKV` lie at multiples of 16 bytes.
+        rope: Of the key, see `kvloom.kernels._cuda_turns.ropes`; None if it has its positions.
 
     Raises:
         KernelError: The kernels do not cover one of the layouts.
@@ -150,7 +153,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV) -> N
             _check_encoded(group.layout, key.dtype)
             data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
             defines, warps, shared = _encode_build(
-                group.layout, key.dtype, append=True, pooled=bool(target.block_tokens)
+                group.layout, key.dtype, append=True, pooled=bool(target.block_tokens), roped=rope is not None
             )
             module("encode.cu", defines).launch(
                 "append_token",
@@ -182,6 +185,7 @@ def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV | PooledKV) -> N
                 *point_arguments(group.layout.key),
                 *point_arguments(group.layout.value),
                 *target.block_tokens,
+                *rope_arguments(rope),
                 shared=shared,
                 follows=True,
             )
@@ -279,7 +283,7 @@ def decode_defines(layout: PageLayout, dtype: torch.dtype, *, tabled: bool) -> D
 
 @lru_cache(maxsize=1024)
 def _encode_build(
-    layout: PageLayout, dtype: torch.dtype, *, append: bool, pooled: bool = False
+    layout: PageLayout, dtype: torch.dtype, *, append: bool, pooled: bool = False, roped: bool = False
 ) -> tuple[Defines, int, int]:
     """Defines, warps of a block and bytes of shared memory of ``encode.cu``."""
     sides = (layout.key, layout.value)
@@ -293,9 +297,10 @@ def _encode_build(
         ("CHANNEL_TILE", tile),
         ("APPEND", int(append)),
         ("POOLED", int(pooled)),
+        ("ROPED", int(roped)),
         *((f"{name}_ROTATED", int(is_turned)) for name, is_turned in zip(("KEY", "VALUE"), turned, strict=True)),
         *((f"{name}_CODEC", side.fmt.codec.upper()) for name, side in zip(("KEY", "VALUE"), sides, strict=True)),
-        *(_hadamard_defines(layout.head_dim) if any(turned) else ()),
+        *(hadamard_defines(layout.head_dim) if any(turned) else ()),
     )
     return defines, warps, max(_encode_bytes(side, dtype, warps, tile) for side in sides)
 
@@ -314,14 +319,7 @@ def _decode_build(layout: PageLayout, dtype: torch.dtype, tabled: bool) -> tuple
 def rotate_defines(dtype: torch.dtype, head_dim: int) -> Defines:
     """Macros of ``rotate.cu``."""
     own = (("HEAD_DIM", head_dim), ("ELEMENT", ELEMENTS[dtype]), ("WARPS", _ROTATE_WARPS))
-    return *own, *_hadamard_defines(head_dim)
-
-
-def _hadamard_defines(head_dim: int) -> Defines:
-    """Those of ``hadamard.cuh``."""
-    bits = (signs("hadamard", head_dim) < 0).tolist()
-    words = (sum(bit << i for i, bit in enumerate(bits[at : at + 32])) for at in range(0, head_dim, 32))
-    return ("HADAMARD_POWER", hadamard_power(head_dim)), ("HADAMARD_SIGNS", ", ".join(f"{word}u" for word in words))
+    return *own, *hadamard_defines(head_dim)
 
 
 def _fullest(tiles: int, counts: range) -> int:

@@ -14,7 +14,6 @@ from kvloom.kernels._nvrtc import ALIGNMENT, ELEMENTS, Defines, int64, module
 _FEATURES = 16  # of a block
 _STEP = 64  # channels that a warp takes together
 _MAX_WARPS = 8
-_MAX_TURNED = 1024  # rows
 _KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -58,25 +57,6 @@ def gated_product(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torc
     return out
 
 
-def turn(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """See `Backend.turn`.
-
-    Args:
-        x: fp16 or bf16, see `turns`.
-        matrix: ``[head_dim, head_dim]``.
-
-    Returns:
-        Shape of ``x``, contiguous.
-
-    Raises:
-        KernelError: The kernel cannot be built.
-    """
-    rows = _rows(x)
-    out = torch.empty_like(rows)
-    _launch(rows, [(matrix.T, None, out)], matrix.shape[1] // _FEATURES)
-    return out.view(x.shape)
-
-
 _To = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 """A weight, its bias, and where the product goes."""
 
@@ -91,7 +71,7 @@ def _launch(x: torch.Tensor, to: Sequence[_To], blocks: int, *, gated: bool = Fa
     with torch.cuda.device(x.device):
         module("products.cu", _build(x.dtype, gated, warps)).launch(
             "products",
-            (blocks, -(-rows // PRODUCT_ROWS), 1),
+            (blocks, 1, 1),
             (32 * warps, 1, 1),
             *(x, int64(x.stride(0)), rows, channels, *parts),
             follows=True,
@@ -109,15 +89,6 @@ def multiplies(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequenc
         and all(map(_is_aligned, (x, *weights)))
         and all(bias is None or (bias.dtype == x.dtype and bias.is_contiguous()) for bias in biases)
     )
-
-
-def turns(x: torch.Tensor, matrix: torch.Tensor) -> bool:
-    """Whether `turn` takes these: no more rows than there are in a decode step."""
-    return 0 < x.numel() <= _MAX_TURNED * x.shape[-1] and multiplies(_rows(x)[:PRODUCT_ROWS], [matrix.T])
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _is_aligned(matrix: torch.Tensor) -> bool:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from kvloom.kernels._base import AttendOptions
 from kvloom.kernels._registry import backend
+from kvloom.kernels._turns import Rope
 from kvloom.pages import ExactKV, HeadPages, KeptRecords, StaticKV, layouts_of
 
+# Else the compiler copies angles, which it has no reason to keep, for each of their uses.
+_ANY_STRIDES = (torch.Tag.flexible_layout,)
 _CHANGED = ("pages", "sink_key", "sink_value", "tail_key", "tail_value", "state", "flags")
 _APPEND = """(
-    Tensor key, Tensor value, Tensor(a!)[] pages, Tensor(b!) sink_key, Tensor(c!) sink_value, Tensor(d!) tail_key,
-    Tensor(e!) tail_value, Tensor(f!) state, Tensor(g!) flags, Tensor filled, Tensor? table, Tensor? places,
-    Tensor[] extents, Tensor[] page_places, int page_tokens, str layouts
+    Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor(a!)[] pages, Tensor(b!) sink_key, Tensor(c!) sink_value,
+    Tensor(d!) tail_key, Tensor(e!) tail_value, Tensor(f!) state, Tensor(g!) flags, Tensor filled, Tensor? table,
+    Tensor? places, Tensor[] extents, Tensor[] page_places, int page_tokens, str layouts
 ) -> ()"""
 _ATTEND = """(
-    Tensor query, float scaling, Tensor? mask, float? softcap, Tensor? sink_logits, Tensor[] pages, Tensor sink_key,
-    Tensor sink_value, Tensor tail_key, Tensor tail_value, Tensor state, Tensor flags, Tensor filled, Tensor? table,
-    Tensor? places, Tensor[] extents, Tensor[] page_places, int page_tokens, str layouts
+    Tensor query, Tensor? cos, Tensor? sin, float scaling, Tensor? mask, float? softcap, Tensor? sink_logits,
+    Tensor? query_turn, Tensor? output_turn, Tensor[] pages, Tensor sink_key, Tensor sink_value, Tensor tail_key,
+    Tensor tail_value, Tensor state, Tensor flags, Tensor filled, Tensor? table, Tensor? places, Tensor[] extents,
+    Tensor[] page_places, int page_tokens, str layouts
 ) -> Tensor"""
 
 
 def append(key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
     """`Backend.append`, by the backend of the device."""
-    torch.ops.kvloom.append(key, value, *_parts(kv))
+    torch.ops.kvloom.append(key, value, None, None, *_parts(kv))
 
 
 def attend_static(
@@ -38,13 +44,9 @@ def attend_static(
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`Backend.attend_static`, by the backend of the device."""
-    out: torch.Tensor = torch.ops.kvloom.attend_static(query, scaling, mask, softcap, sink_logits, *_parts(kv))
-    return out
-
-
-def turn(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """`Backend.turn`, by the backend of the device."""
-    out: torch.Tensor = torch.ops.kvloom.turn(x, matrix)
+    options = (scaling, mask, softcap, sink_logits)
+    turns = (kv.query_turn, kv.output_turn)
+    out: torch.Tensor = torch.ops.kvloom.attend_static(query, None, None, *options, *turns, *_parts(kv))
     return out
 
 
@@ -80,23 +82,33 @@ def _whole(
     return StaticKV(groups, sinks, tail, state, flags, filled, page_tokens, table, places=places)
 
 
-@torch.library.custom_op("kvloom::append", mutates_args=_CHANGED, schema=_APPEND)
-def _append(key: torch.Tensor, value: torch.Tensor, *parts: Any) -> None:
-    backend(key.device).append(key, value, _whole(*parts))
+def _rope(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Rope | None:
+    return None if cos is None or sin is None else (cos, sin)
 
 
-@torch.library.custom_op("kvloom::attend_static", mutates_args=(), schema=_ATTEND)
+@torch.library.custom_op("kvloom::append", mutates_args=_CHANGED, schema=_APPEND, tags=_ANY_STRIDES)
+def _append(
+    key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, *parts: Any
+) -> None:
+    backend(key.device).append(key, value, _whole(*parts), _rope(cos, sin))
+
+
+@torch.library.custom_op("kvloom::attend_static", mutates_args=(), schema=_ATTEND, tags=_ANY_STRIDES)
 def _attend_static(
     query: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     scaling: float,
     mask: torch.Tensor | None,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
+    query_turn: torch.Tensor | None,
+    output_turn: torch.Tensor | None,
     *parts: Any,
 ) -> torch.Tensor:
-    return backend(query.device).attend_static(
-        query, _whole(*parts), scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits
-    )
+    kv = replace(_whole(*parts), query_turn=query_turn, output_turn=output_turn)
+    options: AttendOptions = {"scaling": scaling, "mask": mask, "softcap": softcap, "sink_logits": sink_logits}
+    return backend(query.device).attend_static(query, kv, _rope(cos, sin), **options)
 
 
 @_attend_static.register_fake
@@ -153,27 +165,3 @@ def _add_norm(
 @_add_norm.register_fake
 def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@torch.library.custom_op(
-    "kvloom::rope", mutates_args=(), schema="(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)"
-)
-def _rope(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return backend(query.device).rope(query, key, cos, sin)
-
-
-@_rope.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape)
-
-
-@torch.library.custom_op("kvloom::turn", mutates_args=(), schema="(Tensor x, Tensor matrix) -> Tensor")
-def _turn(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return backend(x.device).turn(x, matrix)
-
-
-@_turn.register_fake
-def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)

@@ -86,17 +86,15 @@ class TorchBackend(Backend):
         is_one = all(layout.is_readable and layout == layouts[0] for layout in layouts)
         return is_one or self.is_graph_safe(layouts, dtype)
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
-        """See `Backend.append`."""
+    def _append(self, key: torch.Tensor, value: torch.Tensor, kv: StaticKV) -> None:
         if is_between_pages():
             append_token(self, key, value, kv)
         else:
-            super().append(key, value, kv)
+            super()._append(key, value, kv)
 
-    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
-        """See `Backend.attend_static`."""
+    def _attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         if not is_between_pages():
-            return super().attend_static(query, kv, **options)
+            return super()._attend_static(query, kv, **options)
         mask = mask_of_room(kv, options.get("mask"), query.shape[1])
         others: _Options = {
             "scaling": options["scaling"],

@@ -133,10 +133,9 @@ class TritonBackend(TorchBackend):
             return super().attend(query, kv, **options)
         return self._attend_pages(query, kv, **options)
 
-    def attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
-        """See `Backend.attend_static`."""
+    def _attend_static(self, query: torch.Tensor, kv: StaticKV, **options: Unpack[AttendOptions]) -> torch.Tensor:
         if not _serves(query, kv):
-            return super().attend_static(query, kv, **options)
+            return super()._attend_static(query, kv, **options)
         return self._attend_pages(query, kv, **options)
 
     def _attend_pages(

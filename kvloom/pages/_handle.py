@@ -197,8 +197,8 @@ class StaticKV(_Handle):
         filled: int32 ``[length + 1]``, pages that are full by number of tokens.
         page_tokens: Tokens in a page.
         table: int32 ``[batch, num_pages]``, which record of the pool holds a page of a sequence; None if in order.
-        query_turn: See `PagedKV`.
-        output_turn: See `PagedKV`.
+        query_turn: See `PagedKV`; `kvloom.kernels.Backend.attend_static` turns by it.
+        output_turn: Likewise.
         places: See `PagedKV`; ``[batch, kv_heads, length]``, of tokens to come, too.
         layouts: Heads and layouts of ``pages`` as text, see `layouts_of`.
     """

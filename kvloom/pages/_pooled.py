@@ -28,6 +28,8 @@ class PooledKV:
         state: See `StaticKV`, of the sequences with their new tokens.
         flags: See `StaticKV`.
         filled: See `StaticKV`.
+        query_turn: See `PagedKV`.
+        output_turn: See `PagedKV`.
     """
 
     pages: tuple[HeadPages, ...]
@@ -40,6 +42,8 @@ class PooledKV:
     state: torch.Tensor
     flags: torch.Tensor
     filled: torch.Tensor
+    query_turn: torch.Tensor | None = None
+    output_turn: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -90,6 +94,8 @@ class PooledKV:
             self.filled,
             self.page_tokens,
             table=self.page_table[:, : self.num_pages],
+            query_turn=self.query_turn,
+            output_turn=self.output_turn,
         )
 
     def put_newest(self, kv: StaticKV) -> None:

@@ -316,4 +316,5 @@ def paged_together(stores, table):
     )
     levels = torch.cat([s.levels().flatten() for s in stores])
     state = torch.cat([levels, levels.new_zeros(64)])
-    return StaticKV(tuple(pages), sinks, tail, state, first.flags, first.filled, first.page_tokens, table)
+    turns = {"query_turn": first.query_turn, "output_turn": first.output_turn}
+    return StaticKV(tuple(pages), sinks, tail, state, first.flags, first.filled, first.page_tokens, table, **turns)

@@ -157,6 +157,11 @@ def test_compiled_steps(request, which):
     assert alike > 0
     for ours, theirs in zip(actual.logits[:alike], expected.logits[:alike], strict=True):
         assert float((ours.float() - theirs.float()).norm() / theirs.float().norm()) < 6e-2
+    stores = [cache.packed_layers[min(cache.packed_layers)].store for cache in (plain, looped)]
+    slots = stores[0].ring_slots(96, 96 + alike)  # of the tokens that are the same, behind four sinks
+    for side in ("key", "value"):
+        ours, theirs = (getattr(store.tail, side)[:, :, slots].float() for store in stores)
+        assert float((ours - theirs).norm() / theirs.norm()) < 2e-2
 
 
 def test_a_model_that_waits_is_told_of_and_still_right(model, plan, monkeypatch):

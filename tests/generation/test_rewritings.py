@@ -251,37 +251,48 @@ def test_tokens_of_whole_models(family: str, bits: str, monkeypatch: pytest.Monk
     layers, packed = model.config.num_hidden_layers, len(plan.model.packed_layers)
     assert seen.after["kvloom.gated_product.default"] == layers * is_llamas
     assert seen.after["kvloom.add_norm.default"] == 2 * layers * is_llamas
-    assert seen.after["kvloom.rope.default"] == packed
-    assert seen.after["kvloom.turn.default"] == 2 * packed * (bits == "turned")
+    assert seen.before["aten.neg.default"] >= 2 * layers
+    assert seen.after["aten.neg.default"] == 2 * (layers - packed)  # positions are left to appending and attending
 
 
 def half_turned(x: torch.Tensor) -> list[torch.Tensor]:
     return [-x[..., 8:], x[..., :8]]
 
 
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return x * cos.unsqueeze(1) + torch.cat(half_turned(x), dim=-1) * sin.unsqueeze(1)
+
+
+def rope_found(function: Callable[..., torch.Tensor], dtype: torch.dtype = torch.float32) -> tuple[Any, list[Any]]:
+    """What is found of a rope, and the inputs."""
+    angles = (numbers(2, 1, 16, seed=seed).to(dtype) for seed in (1, 2))
+    graph = make_fx(function, tracing_mode="fake")(numbers(2, 4, 1, 16), *angles).graph
+    return _rope_of(graph.output_node().args[0]), graph.find_nodes(op="placeholder")
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda x, cos, sin: x * 2.0 + torch.cat(half_turned(x), dim=-1) * 3.0,
-        lambda x, cos, sin: x * cos + torch.cat([*half_turned(x), x[..., :0]], dim=-1) * sin,
-        lambda x, cos, sin: x * cos + torch.cat([-x[:1], x[1:]]) * sin,
-        lambda x, cos, sin: x * cos + x * sin,
+        lambda x, cos, sin: x * cos[:, None] + torch.cat([*half_turned(x), x[..., :0]], dim=-1) * sin[:, None],
+        lambda x, cos, sin: x * cos[:, None] + torch.cat([-x[:1], x[1:]]) * sin[:, None],
+        lambda x, cos, sin: x * cos[:, None] + x * sin[:, None],
         lambda x, cos, sin: x + 1.0,
+        lambda x, cos, sin: x * cos[..., None, :] + torch.cat(half_turned(x), dim=-1) * sin[..., None, :],
     ],
 )
 def test_what_is_no_rope_is_none(function: Callable[..., torch.Tensor]):
-    """Numbers in place of angles, other parts, another dimension."""
-    args = numbers(2, 4, 1, 16), numbers(2, 1, 1, 16, seed=1), numbers(2, 1, 1, 16, seed=2)
-    graph = make_fx(function, tracing_mode="fake")(*args).graph
-    assert _rope_of(graph.output_node().args[0]) is None
+    """Numbers in place of angles, other parts, another dimension, angles that are not of all heads."""
+    assert rope_found(function)[0] is None
 
 
 def test_a_rope_has_its_parts():
-    args = numbers(2, 4, 1, 16), numbers(2, 1, 1, 16, seed=1), numbers(2, 1, 1, 16, seed=2)
-    function = lambda x, cos, sin: x * cos + torch.cat(half_turned(x), dim=-1) * sin  # noqa: E731
-    graph = make_fx(function, tracing_mode="fake")(*args).graph
-    turned = graph.output_node().args[0]
-    assert _rope_of(turned) == (turned, *graph.find_nodes(op="placeholder"))
+    found, inputs = rope_found(rope)
+    assert found == tuple(inputs)
+
+
+def test_angles_of_another_dtype_are_left():
+    assert rope_found(rope, torch.float64)[0] is None
 
 
 def test_the_operators_of_a_step_are_what_they_stand_for():

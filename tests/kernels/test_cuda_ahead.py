@@ -13,11 +13,13 @@ from kvloom.codecs import signs
 from kvloom.errors import KernelError
 from kvloom.kernels import Reach, _cuda, _cuda_launch, _cuda_pages, _nvrtc
 from kvloom.kernels._cuda_ahead import Device, pooled_builds
+from kvloom.kernels._cuda_launch import Turns
 from kvloom.pages import Format, page_layout
 from tests.kernels.pooled import next_step, pooled
 from tests.kernels.tabled import tabled_case
 
 HOPPER, AMPERE = Device(132, 227 * 1024, has_clusters=True), Device(108, 163 * 1024, has_clusters=False)
+TURNS = Turns(queries=True, outputs=True)
 LAYOUTS = [page_layout(Format(4, "per_channel", 64), Format(2, "per_token", dim), dim, 2) for dim in (64, 128)] + [
     page_layout(
         Format(3, "per_channel", 64, rotation="hadamard"), Format(3, "per_token", 128, rotation="hadamard"), 128, 2
@@ -55,12 +57,12 @@ def test_nothing_is_met_that_was_not_built(launched, layout):
         group = case.query.shape[1] // heads
         reach = Reach(group=group, sequences=300, pages=40, sinks=kv.num_sinks, is_capped=bool(seed % 2))
         softcap = 20.0 if reach.is_capped else None
-        _cuda.attend_pages(case.query, kv, scaling=0.1, softcap=softcap)
+        _cuda.attend_pages(case.query, kv, scaling=0.1, softcap=softcap, turns=TURNS)
         _cuda_pages.append(*torch.zeros(2, batch, heads, 1, layout.head_dim, dtype=torch.bfloat16), next_step(kv))
         one, queries, _ = case.one(0, 3)
         if one.num_pages and group * 3 <= one.page_tokens:
             _cuda.attend_pages(queries.expand(-1, -1, 3, -1).contiguous(), one, scaling=0.1, softcap=softcap)
-        built = pooled_builds(heads, layout, torch.bfloat16, reach, device)
+        built = pooled_builds(heads, layout, torch.bfloat16, reach, device, TURNS)
         assert seen <= built
         seen.clear()
     assert len(built) < 40
@@ -71,7 +73,7 @@ def test_every_number_of_pages_is_built_for(queries, tail):
     """One sequence alone: what other numbers of sequences are built for does not stand in."""
     layout = page_layout(Format(4, "per_channel", 128), Format(2, "per_token", 128), 128, 2, 128)
     heads, reach = 4, Reach(5, sequences=1, pages=200, sinks=4, is_capped=False)
-    built, is_pooled = pooled_builds(heads, layout, torch.bfloat16, reach, HOPPER), queries == 1
+    built, is_pooled = pooled_builds(heads, layout, torch.bfloat16, reach, HOPPER, TURNS), queries == 1
     facts = _cuda_launch.exact_units(reach.sinks, tail), HOPPER.processors, HOPPER.shared_limit
     met = set()
     for pages in range(1, reach.pages + 1):
@@ -86,14 +88,14 @@ def test_every_number_of_pages_is_built_for(queries, tail):
 def test_what_is_built_does_not_depend_on_torchs_defaults():
     """vLLM makes layers within a default device and dtype of its own."""
     reach = Reach(4, sequences=8, pages=8, sinks=0, is_capped=False)
-    wanted = pooled_builds(2, LAYOUTS[2], torch.bfloat16, reach, HOPPER)
+    wanted = pooled_builds(2, LAYOUTS[2], torch.bfloat16, reach, HOPPER, TURNS)
     for cached in (_cuda_pages._encode_build, _cuda_pages.rotate_defines, signs):
         cached.cache_clear()
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
         with torch.device("meta"):
-            assert pooled_builds(2, LAYOUTS[2], torch.bfloat16, reach, HOPPER) == wanted
+            assert pooled_builds(2, LAYOUTS[2], torch.bfloat16, reach, HOPPER, TURNS) == wanted
             assert signs("hadamard", 128).dtype == torch.float32
     finally:
         torch.set_default_dtype(before)

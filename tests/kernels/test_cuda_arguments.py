@@ -19,10 +19,11 @@ from kvloom.kernels import (
     _cuda_norms,
     _cuda_pages,
     _cuda_products,
-    _cuda_rope,
     _cuda_sums,
+    _cuda_turns,
     _nvrtc,
 )
+from kvloom.kernels._cuda_launch import Turns
 from kvloom.pages import Format, PageLayout, page_layout, page_tokens_of
 from tests.kernels.codebooks import CASES, codebook_formats
 from tests.kernels.kept import kept_case
@@ -66,7 +67,7 @@ def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
         return SimpleNamespace(launch=launch, active_clusters=lambda *_: 1 << 20)
 
-    for user in (_nvrtc, _cuda_norms, _cuda_pages, _cuda_products, _cuda_rope, _cuda_sums):
+    for user in (_nvrtc, _cuda_norms, _cuda_pages, _cuda_products, _cuda_sums):
         monkeypatch.setattr(user, "module", module)
     monkeypatch.setattr(_nvrtc, "shared_limit", lambda _: SHARED)
     monkeypatch.setattr(_cuda, "multiprocessors", lambda _: 132)
@@ -185,11 +186,10 @@ def test_products(launches, count: int):
     assert launches == ["products"]
 
 
-def test_gated_products_and_turns(launches):
-    x, matrix = torch.zeros(2, 128, dtype=HALF), torch.zeros(128, 128, dtype=HALF)
+def test_gated_products(launches):
+    x = torch.zeros(2, 128, dtype=HALF)
     assert _cuda_products.gated_product(x, *torch.zeros(2, 32, 128, dtype=HALF)).shape == (2, 32)
-    assert _cuda_products.turn(x.expand(3, 5, 2, 128), matrix).shape == (3, 5, 2, 128)
-    assert launches == ["products"] * 2
+    assert launches == ["products"]
 
 
 @pytest.mark.parametrize("channels", [4, 896, 4096, 5120, 16384])
@@ -207,13 +207,18 @@ def test_norms(launches, channels: int, ranks: int):
     assert launches == ["add_norm"]
 
 
-@pytest.mark.parametrize("dim", [16, 80, 128, 256])
-def test_ropes(launches, dim: int):
-    query, key = torch.zeros(3, 1, 8, dim, dtype=HALF).transpose(1, 2), torch.zeros(3, 2, 1, dim, dtype=HALF)
-    angles = torch.zeros(2, 1, 1, 1, dim, dtype=HALF)
-    assert _cuda_rope.turns(query, key, *angles)
-    assert [it.shape for it in _cuda_rope.rope(query, key, *angles)] == [query.shape, key.shape]
-    assert launches == ["rope"]
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("turns", [Turns(), Turns(True, False), Turns(False, True), Turns(True, True)])
+def test_positions_and_turns(launches, dim: int, turns: Turns):
+    case = tabled_case(2, (_turned_layout(dim),), dtype=HALF)
+    states, rope = torch.zeros(2, len(case.query), 1, 1, dim, dtype=HALF), torch.zeros(2, 1, 1, dim, dtype=HALF)
+    assert _cuda_turns.ropes(states[0], tuple(rope))
+    _cuda_pages.append(*states, case.kv, tuple(rope))
+    kv, _ = pooled(case.kv, 1)
+    for own in (case.kv, kv):
+        _cuda.attend_pages(case.query, own, scaling=0.1, rope=tuple(rope), turns=turns)
+        _cuda.attend_pages(case.query, own, scaling=0.1, turns=turns)
+    assert launches == ["append_token"] + ["attend"] * 4
 
 
 @pytest.mark.parametrize("elements", [2, 1 << 16])
@@ -238,14 +243,17 @@ def _first_reads(source: str, defines: _nvrtc.Defines, folder: Path) -> list[str
     text = subprocess.run([disassembler, compiled], capture_output=True, text=True, check=True).stdout
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", text)
     assert code.count("ACQBULK") == 1
-    assert "PREEXIT" in code
+    assert ("PREEXIT" in code) == (source != "attend.cu")  # nothing waits beside attention
     touches = ("LDG", "LD.", "STG", "ST.", "ATOM", "RED.", "LDGSTS", "UBLKCP")
     return [name for name in code[: code.index("ACQBULK")] if name.startswith(touches)]
 
 
-def _turned_layout() -> PageLayout:
-    key, value = (Format(4, how, 64, rotation="hadamard") for how in ("per_channel", "per_token"))
-    return page_layout(key, value, 128, 2)
+def _turned_layout(dim: int = 128) -> PageLayout:
+    key, value = Format(4, "per_channel", 64, rotation="hadamard"), Format(4, "per_token", dim, rotation="hadamard")
+    return page_layout(key, value, dim, 2)
+
+
+_ALL = {"is_roped": True, "turns": Turns(queries=True, outputs=True)}
 
 
 @pytest.mark.parametrize(
@@ -256,11 +264,12 @@ def _turned_layout() -> PageLayout:
         ("products.cu", _cuda_products._build(HALF, False, 2), "LDG.E.NA.128"),
         ("add_norm.cu", _cuda_norms._build(torch.bfloat16, 1024, 1, 1)[0], "LDG.E.64.CONSTANT"),
         ("add_norm.cu", _cuda_norms._build(HALF, 4096, 8, 1)[0], "LDG.E.64.CONSTANT"),
-        ("rope.cu", _cuda_rope._build(HALF, 80), None),
         ("sum_ranks.cu", _cuda_sums.rank_defines(torch.float32, 2, 1), None),
         ("rotate.cu", _cuda_pages.rotate_defines(HALF, 96), None),
-        ("encode.cu", _cuda_pages._encode_build(_turned_layout(), HALF, append=True)[0], None),
+        ("encode.cu", _cuda_pages._encode_build(_turned_layout(), HALF, append=True, roped=True)[0], None),
         ("attend.cu", _cuda_launch.Kernel(_turned_layout(), 8, False).defines(clustered=True), None),
+        ("attend.cu", _cuda_launch.Kernel(_turned_layout(), 8, True, **_ALL).defines(clustered=True), None),
+        ("attend.cu", _cuda_launch.Kernel(_turned_layout(80), 4, False, **_ALL).defines(clustered=False), None),
         ("attend.cu", _cuda_launch.Kernel(_turned_layout(), 4, True, masked=1, place=8).defines(clustered=False), None),
     ],
 )

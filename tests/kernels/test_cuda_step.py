@@ -1,4 +1,4 @@
-"""What a decode step does between attention and weights, on a GPU: norms, gates, rotary positions and turns."""
+"""What a decode step does between attention and weights, on a GPU: norms and gates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvloom.kernels import _cuda_norms, _cuda_products, _cuda_rope, _cuda_sums, _nvrtc
+from kvloom.kernels import _cuda_norms, _cuda_pages, _cuda_products, _cuda_sums, _nvrtc
 from tests.kernels.ranks import Ranks
 
 pytestmark = pytest.mark.gpu
@@ -125,48 +125,12 @@ def test_gated_products(seed: int):
     assert out.equal(ours.gated_product(x, gate, up))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (16, 1)])
-def test_ropes_are_transformers(heads: tuple[int, int], dim: int, dtype: torch.dtype):
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    batch = 3
-    whole = numbers(batch, 1, sum(heads), dim, dtype=dtype, seed=0)
-    query, key = whole.transpose(1, 2).split(heads, dim=1)
-    angles = numbers(batch, 1, dim, dtype=torch.float32, seed=1)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    assert _cuda_rope.turns(query, key, cos[:, None], sin[:, None])
-    for of in (slice(None), slice(1)):  # of each sequence, or one for all
-        expected = apply_rotary_pos_emb(query, key, cos[of], sin[of])
-        for one, other in zip(ours.rope(query, key, cos[of, None], sin[of, None]), expected, strict=True):
-            assert one.is_contiguous()
-            assert one.equal(other)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "is_ours"), [(64, True), (128, True), (256, True), (80, False)])
-def test_turns(dim: int, is_ours: bool, dtype: torch.dtype):
-    by_columns = numbers(dim, dim, dtype=dtype, seed=1).T
-    for shape in ((1, 1, 1, dim), (8, 32, 1, dim), (5, 7, 1, dim)):
-        x = numbers(*shape, dtype=dtype, seed=2)
-        assert _cuda_products.turns(x, by_columns) == is_ours
-        assert_near(ours.turn(x, by_columns), x.double() @ by_columns.double(), 3)
-        crossed = x.transpose(1, 2).contiguous().transpose(1, 2)
-        assert ours.turn(crossed, by_columns).equal(ours.turn(x, by_columns))
-    assert not _cuda_products.turns(x, by_columns.T)
-    long = numbers(1, 8, 700, dim, dtype=dtype, seed=3)
-    assert not _cuda_products.turns(long, by_columns)
-    assert_near(ours.turn(long, by_columns), long.double() @ by_columns.double(), 3)
-
-
 def test_a_chain_of_launches_in_a_replayed_graph_is_the_one_that_waits(monkeypatch: pytest.MonkeyPatch):
     """Launches that begin early read nothing too early: fresh numbers at every replay, outputs poisoned between."""
     dtype, rows, channels = torch.bfloat16, 8, 1024
     weights = [numbers(channels, channels, dtype=dtype, seed=n) / channels**0.5 for n in range(4)]
     scale = numbers(channels, dtype=dtype, seed=8)
     x, r = (numbers(rows, channels, dtype=dtype, seed=n) for n in (20, 21))
-    angles = [numbers(rows, 1, 1, 128, dtype=dtype, seed=n) for n in (30, 31)]
     kept: list[torch.Tensor] = []
 
     def chain() -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,9 +139,8 @@ def test_a_chain_of_launches_in_a_replayed_graph_is_the_one_that_waits(monkeypat
         for _ in range(30):
             stream, y = ours.add_norm(y, stream, scale, 1e-5, None)
             query, key = ours.products(y, weights[:2], [None, scale])
-            query, key = ours.rope(query.view(rows, 8, 1, 128), key.view(rows, 8, 1, 128), *angles)
-            turned = ours.turn(query, weights[0][:128, :128].T)
-            y = ours.gated_product((turned + key).view(rows, channels), *weights[2:])
+            turned = _cuda_pages.rotate(query.view(rows, 8, 1, 128))
+            y = ours.gated_product((turned + key.view(turned.shape)).view(rows, channels), *weights[2:])
             kept.extend([stream, y, query, key, turned])
         return stream, y
 

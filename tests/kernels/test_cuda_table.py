@@ -76,7 +76,7 @@ def test_contiguous_pages_and_a_table_of_them_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_tritons_is_float64s(seed: int, monkeypatch) -> None:
-    monkeypatch.delattr("kvloom.kernels._base.Backend.attend_static")
+    monkeypatch.delattr("kvloom.kernels._base.Backend._attend_static")
     case, dtype, softcap = drawn(seed)
     out = TritonBackend().attend_static(case.query, case.kv, scaling=0.1, softcap=softcap)
     assert error(out, case.expected(0.1, softcap)) < (4e-3 if dtype == torch.float16 else 1.5e-2)

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvloom import kernels
-from kvloom.cache import SideRotation, side_rotation, turned
+from kvloom.cache import SideRotation, side_rotation
 from kvloom.integrations.vllm._blocks import Blocks, Index, index
 from kvloom.integrations.vllm._decoding import Decoding
 from kvloom.integrations.vllm._layout import BlockLayout
@@ -240,7 +240,8 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
             for each in stretch.sequences
         }
         if decoding is not None:
-            now = decoding.append(blocks, *self._appended(_one_each(key, decoding), _one_each(value, decoding)))
+            appended = self._appended(_one_each(key, decoding), _one_each(value, decoding))
+            now = decoding.append(blocks, *appended, self._query_turn(query), self._output_turn(query))
         # Reading comes after all appends: a sequence may share new blocks.
         for stretch in stretches:
             if self.varlen is not None and self._reads_begun(stretch):
@@ -256,12 +257,12 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
 
     def _attend_one_each(self, query: torch.Tensor, decoding: Decoding, kv: PooledKV, output: torch.Tensor) -> None:
         """Attention of the tokens that are decoded; straight into ``output`` where that is one piece of it."""
-        turned_query = self._turned(_one_each(query, decoding))
         own = output[decoding.tokens][:, None] if isinstance(decoding.tokens, slice) else None
-        is_there = own is not None and own.is_contiguous() and self._rotation("value", query) is None
-        out = kernels.backend(query.device).attend_pooled(turned_query, kv, own if is_there else None, **self._options)
-        if not is_there:
-            output[decoding.tokens] = self._restored(out)[:, 0]
+        own = own if own is not None and own.is_contiguous() else None
+        query = _one_each(query, decoding)
+        out = kernels.backend(query.device).attend_pooled(query, kv, own, **self._options)
+        if own is None:
+            output[decoding.tokens] = out[:, 0]
 
     def _reads_begun(self, stretch: Stretch) -> bool:
         """Whether attention reads the pass's own states and nothing else: unturned, then, which gives the same."""
@@ -300,13 +301,21 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
 
     def _turned(self, query: torch.Tensor) -> torch.Tensor:
         """Queries ``[batch, num_heads, tokens, head_dim]`` to match the cached keys."""
-        rotation = self._rotation("key", query)
-        return turned(query, rotation.dual) if rotation else query
+        return kernels.turned(query, self._query_turn(query))
 
     def _restored(self, out: torch.Tensor) -> torch.Tensor:
         """What attention returns, ``[batch, tokens, num_heads, head_dim]``, turned back."""
-        rotation = self._rotation("value", out)
-        return rotation.restored(out.transpose(1, 2)).transpose(1, 2) if rotation else out
+        return kernels.turned(out.transpose(1, 2), self._output_turn(out)).transpose(1, 2)
+
+    def _query_turn(self, like: torch.Tensor) -> torch.Tensor | None:
+        """See `kvloom.pages.PagedKV`."""
+        rotation = self._rotation("key", like)
+        return rotation.dual if rotation else None
+
+    def _output_turn(self, like: torch.Tensor) -> torch.Tensor | None:
+        """See `kvloom.pages.PagedKV`."""
+        rotation = self._rotation("value", like)
+        return rotation.output_turn if rotation else None
 
     def _rotation(self, side: Role, states: torch.Tensor) -> SideRotation | None:
         if side not in self._rotations:

@@ -46,13 +46,22 @@ class Decoding:
         self._pages = max(0, most - sinks) // page_tokens
         self._filled = _filled(capacity, sinks, page_tokens, table.device)
 
-    def append(self, blocks: Blocks, key: torch.Tensor, value: torch.Tensor) -> PooledKV:
+    def append(
+        self,
+        blocks: Blocks,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_turn: torch.Tensor | None = None,
+        output_turn: torch.Tensor | None = None,
+    ) -> PooledKV:
         """Append each sequence's token to a layer's blocks, and pack the pages that are full with it.
 
         Args:
             blocks: Those of the layer.
             key: ``[sequences, kv_heads, 1, head_dim]``, as `kvloom.kernels.Backend.append` takes it.
             value: The same shape.
+            query_turn: See `kvloom.pages.PagedKV`.
+            output_turn: Likewise.
 
         Returns:
             What the tokens are to attend to.
@@ -68,6 +77,8 @@ class Decoding:
             self._state,
             blocks.flags,
             self._filled,
+            query_turn,
+            output_turn,
         )
         kernels.backend(key.device).append_pooled(key, value, kv)
         return kv

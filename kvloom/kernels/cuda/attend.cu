@@ -10,7 +10,8 @@
 // Shape of the problem: D channels, P tokens in a page. KB0 + KB1, VB0 + VB1: bits of the planes (KB0 = 16: raw
 // elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored. KPOINTS,
 // VPOINTS: codes stand for the points of a codebook. MASKED: 1 by mask, position and pages, query by query; 2 by the mask of
-// the one query there is. PLACE: bytes of the place of a token in its sequence, by which the mask is; 0: it is by slot.
+// the one query there is. ROPED: queries have no positions yet. KTURNED, VTURNED: pages and exact tokens hold keys and values
+// turned by hadamard.cuh (then with its defines), queries and outputs are not. PLACE: bytes of the place of a token in its sequence, by which the mask is; 0: it is by slot.
 #ifndef D
 #define D 128
 #define P 64
@@ -29,6 +30,9 @@
 #define BF16 0
 #define MASKED 0
 #define PLACE 0
+#define ROPED 0
+#define KTURNED 0
+#define VTURNED 0
 #define SOFTCAP 0
 #define WARPS 4
 #define CLUSTER 0
@@ -39,7 +43,18 @@ typedef unsigned char u8;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#define HEAD_DIM D
 #include "follow.cuh"
+#include "rope.cuh"
+#if KTURNED || VTURNED
+#include "hadamard.cuh"
+#endif
+
+#if BF16
+typedef __nv_bfloat16 Element;
+#else
+typedef __half Element;
+#endif
 
 constexpr int STAGES = 2, MT = P / 16, DT = D / 16, PAIRS = D / 8;
 constexpr bool KRAW = KB0 == 16, VRAW = VB0 == 16;
@@ -54,9 +69,10 @@ constexpr float KZERO = KPOINTS ? 0.f : -0.5f * ((1 << KB) - 1), VZERO = VPOINTS
 constexpr int PAGE = KCODES + KPARAMS + VCODES + VPARAMS;
 // Shared bytes of a warp: pages on their way, the last slot shared with 16 exact values before it is needed.
 constexpr int RING = STAGES * PAGE > (STAGES - 1) * PAGE + 32 * D ? STAGES * PAGE : (STAGES - 1) * PAGE + 32 * D;
-// Past the rings, or what merging the warps needs in their place, lies what the blocks of a cluster send each other.
+// Past the rings, or what merging the warps needs in their place, lie queries as keys meet them, and then what the blocks of a
+// cluster send each other.
 constexpr int PITCH = D + 4, MERGE = WARPS * 8 * (PITCH + 2) * 4;
-constexpr int LANDING = WARPS * RING > MERGE ? WARPS * RING : MERGE;
+constexpr int MADE = WARPS * RING > MERGE ? WARPS * RING : MERGE, LANDING = MADE + 8 * D * 2;
 #ifndef HELD
 #define HELD 32  // words of codes that a thread holds at a time
 #endif
@@ -447,7 +463,8 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // mask [batch, query, slot]. visible: pages each query may read. extents [batch, heads of `pages`, 2]: first record of a
 // head, and how many pages it has before those that have slots. With PLACE there is a mask [batch, query, place];
 // page_places: of the records, by strides in elements; exact_places
-// [batch, kv_heads, slot] by strides. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
+// [batch, kv_heads, slot] by strides. With ROPED cos and sin [batch, 1, D] by the first one's stride in elements; queries are
+// then, as with KTURNED, at multiples of 16 bytes. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
 // [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     const u8* q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
@@ -468,9 +485,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
 #if VPOINTS
     , u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1
 #endif
+#if ROPED
+    , const Element* cos, i64 cos_batch, const Element* sin, i64 sin_batch
+#endif
 ) {
     follow();
-    let_next_begin();
 #if KPOINTS
     const Points key_points(key_low0, key_low1, key_high0, key_high1);
 #endif
@@ -517,24 +536,61 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
         }
         asm volatile("cp.async.commit_group;");
     };
+    auto query_row = [&](int i) {  // of the row tile
+        const int r = row0 + (i < rows ? i : 0);
+        return q + 2 * (batch * q_batch + (i64)(head * group + r / queries) * q_head + (r % queries) * q_query);
+    };
+#if ROPED || KTURNED
+    // Eight channels a thread, asked for before the pages: behind them they would come last.
+    const int eights = rows * (D / 8);
+    auto ask = [&](int i) {
+        const Element* row = reinterpret_cast<const Element*>(query_row(i / (D / 8)));
+#if ROPED
+        return Roped<Element>(row, cos + batch * cos_batch, sin + batch * sin_batch, i % (D / 8));
+#else
+        return Eight<Element>(row, i % (D / 8));
+#endif
+    };
+    auto asked = ask(threadIdx.x);
+    Element* made = reinterpret_cast<Element*>(shared + MADE);  // [rows][D]
+#endif
     // The query, normalised by a power of two so that products with scales stay in fp16: row g, channels t * D/4 ..
-    const u8* q_row;
-    {
-        const int r = row0 + (g < rows ? g : 0);
-        q_row = q + 2 * (batch * q_batch + (i64)(head * group + r / queries) * q_head + (r % queries) * q_query + t * (D / 4));
-    }
+#if ROPED || KTURNED
+    const u8* q_row = shared + MADE + 2 * (g * D + t * (D / 4));
+#else
+    const u8* q_row = query_row(g) + 2 * t * (D / 4);
+#endif
     auto load_query = [&](u32* raw) {
 #pragma unroll
         for (int p = 0; p < PAIRS; p++) raw[p] = g < rows ? reinterpret_cast<const u32*>(q_row)[p] : 0u;
     };
     u32 raw_query[PAIRS];
-    load_query(raw_query);  // asked for before the pages: behind them it would come last
+#if !ROPED && !KTURNED
+    load_query(raw_query);  // before the pages, too
+#endif
 
     // The last slot of the ring is free from the start where no exact tokens need it.
     const bool is_free = first_unit == last_unit;
 #pragma unroll
     for (int i = 0; i < STAGES; i++)
         if (i < STAGES - 1 || is_free) fetch(first + i);
+
+#if ROPED || KTURNED
+    for (int i = threadIdx.x; i - lane < eights; i += WARPS * 32) {  // by whole warps
+        if (i >= WARPS * 32) asked = ask(i);
+#if ROPED
+        Eight<Element> own = asked.turned();
+#else
+        Eight<Element> own = asked;
+#endif
+#if KTURNED
+        hadamard_turn(own, i % (D / 8), HADAMARD_DUAL_UNIT);
+#endif
+        if (i < eights) own.store(made, i);
+    }
+    __syncthreads();
+    load_query(raw_query);
+#endif
 
     half2 q2[PAIRS];
     float down;            // brings the query's largest element to [0.5, 1)
@@ -929,28 +985,44 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     float* my_o = part_o + (tile * splits + split) * 8 * D;
     float* my_ml = part_ml + (tile * splits + split) * 16;
 #endif
-    for (int i = threadIdx.x; i < rows * D / 4; i += WARPS * 32) {
-        const int r = 4 * i / D, c = 4 * i % D;
-        float mx = NEVER, l = 0.f;
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    // A thread has 4 channels of a row, or 8 that are turned back: every split's own, since sums of splits are linear in them.
+    constexpr int CHANNELS = VTURNED ? 8 : 4;
+    for (int i = threadIdx.x; (VTURNED ? i - lane : i) < rows * D / CHANNELS; i += WARPS * 32) {
+        const bool is_there = !VTURNED || i < rows * D / CHANNELS;
+        const int r = is_there ? CHANNELS * i / D : 0, c = CHANNELS * i % D;
+        float mx = NEVER, l = 0.f, sum[CHANNELS] = {};
 #pragma unroll
         for (int w = 0; w < WARPS; w++) mx = fmaxf(mx, sml[(w * 8 + r) * 2]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
             const float f = exp2_(sml[(w * 8 + r) * 2] - mx);
-            const float4 v = *reinterpret_cast<const float4*>(so + (w * 8 + r) * PITCH + c);
             l += f * sml[(w * 8 + r) * 2 + 1];
-            sum.x += f * v.x; sum.y += f * v.y; sum.z += f * v.z; sum.w += f * v.w;
+#pragma unroll
+            for (int e = 0; e < CHANNELS; e += 4) {
+                const float4 v = *reinterpret_cast<const float4*>(so + (w * 8 + r) * PITCH + c + e);
+                sum[e] += f * v.x; sum[e + 1] += f * v.y; sum[e + 2] += f * v.z; sum[e + 3] += f * v.w;
+            }
         }
+#if VTURNED
+        hadamard_turn_back(sum, c / 8);
+        if (!is_there) continue;
+#endif
+#pragma unroll
+        for (int e = 0; e < CHANNELS; e += 4) {
+            const int result = (CHANNELS * i + e) / 4;
+            const float4 x = make_float4(sum[e], sum[e + 1], sum[e + 2], sum[e + 3]);
 #if CLUSTER
-        const u32 to = in_block((u32)__cvta_generic_to_shared(land_o + i / splits * splits + split), i % splits);
-        asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w) : "memory");
-        for (int to_block = c / 4; to_block < splits; to_block += D / 4) {
-            const u32 to_ml = in_block((u32)__cvta_generic_to_shared(land_ml + split * 8 + r), to_block);
-            asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to_ml), "f"(mx), "f"(l) : "memory");
-        }
+            const u32 to = in_block((u32)__cvta_generic_to_shared(land_o + result / splits * splits + split), result % splits);
+            asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+            for (int to_block = (c + e) / 4; to_block < splits; to_block += D / 4) {
+                const u32 to_ml = in_block((u32)__cvta_generic_to_shared(land_ml + split * 8 + r), to_block);
+                asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to_ml), "f"(mx), "f"(l) : "memory");
+            }
 #else
-        reinterpret_cast<float4*>(my_o)[i] = sum;
+            reinterpret_cast<float4*>(my_o)[result] = x;
+#endif
+        }
+#if !CLUSTER
         if (c == 0) { my_ml[2 * r] = mx; my_ml[2 * r + 1] = l; }
 #endif
     }

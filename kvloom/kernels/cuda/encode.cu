@@ -9,7 +9,8 @@
 // Defines: PAGE_TOKENS, HEAD_DIM, ELEMENT (float, __half, __nv_bfloat16), WARPS, CHANNEL_TILE (channels of a warp in
 // per_channel groups), VALUE_OFFSET (first byte of the values), and for KEY and VALUE: _BITS, _LOW_BITS (of the first plane),
 // _LOW_TILES, _HIGH_TILES (tiles of a chunk, by plane), _PER_CHANNEL, _GROUP, _SYMMETRIC, _CODEC (a name in capitals), _ROTATED
-// (what is appended is to be turned; then those of hadamard.cuh, too). APPEND: which of the two kernels.
+// (what is appended is to be turned; then those of hadamard.cuh, too). APPEND: which of the two kernels. ROPED: keys that are
+// appended have no positions yet.
 //
 // Codecs that search for a group's grid keep its elements in the registers of a few lanes, see `quantise_by_search`.
 //
@@ -25,6 +26,7 @@ typedef unsigned long long u64;
 
 #include "follow.cuh"
 #include "points.cuh"
+#include "rope.cuh"
 #if APPEND && (KEY_ROTATED || VALUE_ROTATED)
 #include "hadamard.cuh"
 #endif
@@ -648,7 +650,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // of a head, and how many pages it has before those that are counted. The rest: see Points.
 // With POOLED exact tokens lie in the blocks of the records, block_tokens of them in each, sink_batch elements apart: those of
 // page p from block table[p + 1] on, so that the page can be packed into block table[p], and sinks in the block before
-// table[0]; the ring is room for one page.
+// table[0]; the ring is room for one page. With ROPED cos and sin are [batch, 1, D] by the first one's stride in elements.
 extern "C" __global__ void __launch_bounds__(THREADS)
     append_token(const ELEMENT* key, i64 key_batch, i64 key_head, const ELEMENT* value, i64 value_batch, i64 value_head,
                  const int* heads, ELEMENT* sink_key, ELEMENT* sink_value, i64 sink_batch, i64 sink_head, i64 sink_token,
@@ -658,6 +660,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  u64 key_high0, u64 key_high1, u64 value_low0, u64 value_low1, u64 value_high0, u64 value_high1
 #if POOLED
                  , int block_tokens
+#endif
+#if ROPED
+                 , const ELEMENT* cos, i64 cos_batch, const ELEMENT* sin, i64 sin_batch
 #endif
     ) {
     extern __shared__ __align__(16) u8 shared[];
@@ -684,13 +689,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
         ELEMENT* to = at < 0 ? sinks + length * sink_token : own + at % ring * ring_token;
 #endif
-#if KEY_ROTATED || VALUE_ROTATED
-        if (is_key ? Keys::ROTATED : Values::ROTATED) {
-            if (threadIdx.x < 32) hadamard_turn(from, to, threadIdx.x, threadIdx.x < HADAMARD_LANES);
-        } else
+        if (threadIdx.x < 32) {
+            const int lane = threadIdx.x, there = min(lane, D / 8 - 1);
+#if ROPED
+            Eight<ELEMENT> token = is_key ? Roped<ELEMENT>(from, cos + batch * cos_batch, sin + batch * sin_batch, there).turned()
+                                          : Eight<ELEMENT>(from, there);
+#else
+            Eight<ELEMENT> token(from, there);
 #endif
-            for (int v = threadIdx.x; v < D / V; v += THREADS)
-                reinterpret_cast<uint4*>(to)[v] = __ldcs(reinterpret_cast<const uint4*>(from) + v);
+#if KEY_ROTATED || VALUE_ROTATED
+            if (is_key ? Keys::ROTATED : Values::ROTATED) hadamard_turn(token, lane, HADAMARD_UNIT);
+#endif
+            if (lane == there) token.store(to, lane);
+        }
         if (pages > page) {
             __syncthreads();
             const i64 number = table ? table[batch * table_stride + page] : page;

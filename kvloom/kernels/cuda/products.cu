@@ -63,8 +63,8 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const Step& s) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
 
-// Grid: (blocks of FEATURES of every weight, one weight's after another's, or, GATED, of FEATURES / 2 of the two; rows / ROWS,
-// rounded up). x [rows, channels] and weights [features, channels] by strides in elements, 16-byte aligned; out [rows,
+// Grid: (blocks of FEATURES of every weight, one weight's after another's, or, GATED, of FEATURES / 2 of the two). x [rows,
+// channels], at most ROWS of them, and weights [features, channels] by strides in elements, 16-byte aligned; out [rows,
 // features]. A weight of 0 features is none; a bias [features] is added before rounding, null is none (GATED: all are).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     products(const ELEMENT* x, i64 x_row, int rows, int channels,
@@ -83,9 +83,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         block -= features / FEATURES, w = w##n, w_row = row##n, bias = bias##n, out = out##n, features = features##n;
     NEXT(1) NEXT(2) NEXT(3)
 #endif
-    x += (i64)ROWS * blockIdx.y * x_row;
-    out += (i64)ROWS * blockIdx.y * features;
-    rows = min(ROWS, rows - ROWS * (int)blockIdx.y);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
 #if GATED
     const int first = block * (FEATURES / 2);

@@ -6,6 +6,7 @@
 
 typedef long long i64;
 
+#include "channels.cuh"
 #include "follow.cuh"
 #include "hadamard.cuh"
 
@@ -18,6 +19,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     let_next_begin();
     const int own = threadIdx.x % 32 / HADAMARD_LANES, lane = threadIdx.x % 32 % HADAMARD_LANES;
     const i64 token = ((i64)blockIdx.x * WARPS + threadIdx.x / 32) * TOKENS + own, head = blockIdx.y, batch = blockIdx.z;
-    hadamard_turn(x + batch * x_batch + head * x_head + token * x_token, out + ((batch * gridDim.y + head) * tokens + token) * HEAD_DIM,
-                  lane, own < TOKENS && token < tokens);
+    const bool is_there = own < TOKENS && token < tokens;
+    Eight<ELEMENT> row(x + batch * x_batch + head * x_head + (is_there ? token : 0) * x_token, lane);
+    hadamard_turn(row, lane, HADAMARD_UNIT);
+    if (is_there) row.store(out + ((batch * gridDim.y + head) * tokens + token) * HEAD_DIM, lane);
 }
