@@ -11,7 +11,8 @@
 // elements). KTOK: keys are grouped per token; VCH: values per channel. KSYM, VSYM: no zero points are stored. KPOINTS,
 // VPOINTS: codes stand for the points of a codebook. MASKED: 1 by mask, position and pages, query by query; 2 by the mask of
 // the one query there is. ROPED: queries have no positions yet. KTURNED, VTURNED: pages and exact tokens hold keys and values
-// turned by hadamard.cuh (then with its defines), queries and outputs are not. PLACE: bytes of the place of a token in its sequence, by which the mask is; 0: it is by slot.
+// turned by hadamard.cuh (then with its defines), queries and outputs are not. PLACE: bytes of the place of a token in its
+// sequence, by which the mask is; 0: it is by slot.
 #ifndef D
 #define D 128
 #define P 64
@@ -462,10 +463,10 @@ __device__ __forceinline__ u32 in_block(u32 address, u32 rank) {  // the same pl
 // each, tail_batch elements apart: those behind page p from block table[p + 2] on, sinks in the one before table[0].
 // mask [batch, query, slot]. visible: pages each query may read. extents [batch, heads of `pages`, 2]: first record of a
 // head, and how many pages it has before those that have slots. With PLACE there is a mask [batch, query, place];
-// page_places: of the records, by strides in elements; exact_places
-// [batch, kv_heads, slot] by strides. With ROPED cos and sin [batch, 1, D] by the first one's stride in elements; queries are
-// then, as with KTURNED, at multiples of 16 bytes. Out [batch, queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml:
-// [batch, tiles, splits, 8, D], [.., 8, 2]; turn: zeros [batch, tiles], left zero. The rest: see Points.
+// page_places: of the records, by strides in elements; exact_places [batch, kv_heads, slot] by strides. With ROPED cos and sin
+// [batch, 1, D] by the first one's stride in elements; queries are then, as with KTURNED, at multiples of 16 bytes. Out [batch,
+// queries, query_heads, D] contiguous; lse [batch, query_heads, queries], natural. part_o, part_ml: [batch, tiles, splits, 8,
+// D], [.., 8, 2]; turn: zeros [batch, tiles], left zero. The rest: see Points.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(
     const u8* q, i64 q_batch, i64 q_head, i64 q_query, int group, int queries, int query_heads,
     const u8* pages, i64 page_batch, i64 page_head, i64 page_bytes, const int* table, int table_stride,
