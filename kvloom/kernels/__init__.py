@@ -9,7 +9,7 @@ from kvloom.kernels._invariant import INVARIANT, invariant_attention
 from kvloom.kernels._ops import append, attend_static
 from kvloom.kernels._registry import backend, backends
 from kvloom.kernels._torch import dense_attention
-from kvloom.kernels._turns import turned
+from kvloom.kernels._turns import turned, turned_back
 
 __all__ = [
     "INVARIANT",
@@ -28,4 +28,5 @@ __all__ = [
     "invariant_attention",
     "is_between_pages",
     "turned",
+    "turned_back",
 ]

@@ -27,13 +27,14 @@ from kvloom.kernels._cuda_launch import (
     merges_in_cluster,
     multiprocessors,
     spread,
+    turns_by_format,
 )
 from kvloom.kernels._cuda_pages import MAX_HEAD_DIM
 from kvloom.kernels._cuda_turns import rope_arguments, ropes
 from kvloom.kernels._nvrtc import is_aligned
 from kvloom.kernels._points import has_codebook, point_arguments
 from kvloom.kernels._torch import TORCH, TorchBackend
-from kvloom.kernels._turns import Rope, is_by_format, roped, turned, turned_back
+from kvloom.kernels._turns import Rope, roped, turned, turned_back
 from kvloom.pages import ExactKV, HeadPages, PagedKV, PageLayout, PooledKV, StaticKV
 
 # movmatrix, redux and cp.async: Ampere and later.
@@ -232,7 +233,7 @@ class CudaBackend(TorchBackend):
 @cache
 def _build_pooled(layouts: tuple[PageLayout, ...], dtype: torch.dtype, reach: Reach, device: int) -> None:
     facts = Device(multiprocessors(device), _nvrtc.shared_limit(device), has_clusters(device))
-    turns = Turns(*(is_by_format(layouts, role) for role in ("key", "value")))
+    turns = turns_by_format(layouts)
     builds = (pooled_builds(heads, layout, dtype, reach, facts, turns) for layout, heads in Counter(layouts).items())
     _nvrtc.build_all(set().union(*builds), device)
 
@@ -264,16 +265,16 @@ def _attend_unturned(
     **options: Unpack[AttendOptions],
 ) -> torch.Tensor:
     """`attend_pages` of queries yet to be turned as the keys are, to outputs turned back from the values."""
-    layouts = [group.layout for group in kv.pages]
-    by_kernel = Turns(*(is_by_format(layouts, role) for role in ("key", "value")))
-    if rope is not None and not (by_kernel.queries and ropes(query, rope)):
+    able = turns_by_format(group.layout for group in kv.pages)
+    if rope is not None and not (able.queries and ropes(query, rope)):
         query, rope = roped(query, rope), None
-    if not by_kernel.queries:
+    if not able.queries:
         query = turned(query, kv.query_turn)
-    turns = Turns(by_kernel.queries and kv.query_turn is not None, by_kernel.outputs and kv.output_turn is not None)
-    if by_kernel.outputs:
-        return attend_pages(query, kv, rope=rope, turns=turns, out=out, **options)[0]
-    made = turned_back(attend_pages(query, kv, rope=rope, turns=turns, **options)[0], kv.output_turn)
+    turns = Turns(able.queries and kv.query_turn is not None, able.outputs and kv.output_turn is not None)
+    made, _ = attend_pages(query, kv, rope=rope, turns=turns, out=out if able.outputs else None, **options)
+    if able.outputs:
+        return made
+    made = turned_back(made, kv.output_turn)
     return made if out is None else out.copy_(made)
 
 
@@ -322,8 +323,10 @@ def attend_pages(
     static = None if isinstance(kv, PagedKV) else kv
     with torch.cuda.device(query.device):
         for group in kv.pages:
-            facts = {"is_capped": softcap is not None, "is_roped": rope is not None}
-            launch = _launch(group, query, kv, exact, mask, turns.of(group.layout), **facts)
+            own = turns.of(group.layout)
+            launch = _launch(
+                group, query, kv, exact, mask, own, is_capped=softcap is not None, is_roped=rope is not None
+            )
             sides = (group.layout.key, group.layout.value)
             data = group.data if group.kept is None else group.data.expand(batch, len(group.heads), -1, -1)
             launch.module.launch(
@@ -428,7 +431,17 @@ def _launch(
     masked = 1 if query.shape[2] > 1 else 0 if mask is None else 2
     place = 0 if mask is None or isinstance(kv, PooledKV) or kv.places is None else kv.places.itemsize
     is_bf16, is_pooled = query.dtype == torch.bfloat16, isinstance(kv, PooledKV)
-    kernel = Kernel(layout, warps, is_bf16, masked, is_capped, place, is_pooled, is_roped, turns)
+    kernel = Kernel(
+        layout,
+        warps,
+        is_bf16,
+        masked,
+        is_capped=is_capped,
+        place=place,
+        is_pooled=is_pooled,
+        is_roped=is_roped,
+        turns=turns,
+    )
     clustered = merges_in_cluster(kernel, splits, tiles, device)
     shared = kernel.shared if clustered else max(kernel.shared, ROWS * 4 * splits)
     module = _nvrtc.module(SOURCE, kernel.defines(clustered=clustered))

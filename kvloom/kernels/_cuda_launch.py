@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,6 +41,12 @@ class Turns:
 
 
 NO_TURNS = Turns()
+
+
+def turns_by_format(layouts: Iterable[PageLayout]) -> Turns:
+    """What kernels can turn of a layer: sides of which no head is turned by a matrix of its plan."""
+    rotations = [(layout.key.fmt.rotation, layout.value.fmt.rotation) for layout in layouts]
+    return Turns(*("calibrated" not in side for side in zip(*rotations, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from kvloom.codecs import hadamard_power, signs
 from kvloom.kernels._nvrtc import HALVES, Defines, int64, is_aligned
 from kvloom.kernels._turns import Rope
 
-_HALF = 8  # channels of a lane, whose partners lie half a head away
+_LANE = 8  # channels, whose partners lie half a head away
 
 
 def ropes(x: torch.Tensor, rope: Rope) -> bool:
     """Whether kernels turn these heads ``[batch, heads, 1, head_dim]`` by their positions."""
-    is_one = x.shape[2] == 1 and x.shape[3] % (2 * _HALF) == 0
+    is_one = x.shape[2] == 1 and x.shape[3] % (2 * _LANE) == 0
     return is_one and x.dtype in HALVES and all(it.dtype == x.dtype and is_aligned(it) for it in rope)
 
 

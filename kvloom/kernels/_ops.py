@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,13 +72,14 @@ def _whole(
     page_places: list[torch.Tensor],
     page_tokens: int,
     layouts: str,
+    **turns: torch.Tensor | None,
 ) -> StaticKV:
     known = layouts_of(layouts, tail_key.shape[-1], tail_key.itemsize, page_tokens)
     kept: Sequence[KeptRecords | None]
     kept = [KeptRecords(*each) for each in zip(extents, page_places, strict=True)] or [None] * len(pages)
     groups = tuple(HeadPages(*of, data, own) for of, data, own in zip(known, pages, kept, strict=True))
     sinks, tail = ExactKV(sink_key, sink_value), ExactKV(tail_key, tail_value)
-    return StaticKV(groups, sinks, tail, state, flags, filled, page_tokens, table, places=places)
+    return StaticKV(groups, sinks, tail, state, flags, filled, page_tokens, table, places=places, **turns)
 
 
 def _rope(cos: torch.Tensor | None, sin: torch.Tensor | None) -> Rope | None:
@@ -106,7 +106,7 @@ def _attend_static(
     output_turn: torch.Tensor | None,
     *parts: Any,
 ) -> torch.Tensor:
-    kv = replace(_whole(*parts), query_turn=query_turn, output_turn=output_turn)
+    kv = _whole(*parts, query_turn=query_turn, output_turn=output_turn)
     options: AttendOptions = {"scaling": scaling, "mask": mask, "softcap": softcap, "sink_logits": sink_logits}
     return backend(query.device).attend_static(query, kv, _rope(cos, sin), **options)
 

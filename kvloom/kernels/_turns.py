@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-
-from kvloom.pages import PageLayout, Role
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of rotary positions, ``[batch or 1, 1, head_dim]``, the same for all heads."""
@@ -35,8 +31,3 @@ def turned(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
 def turned_back(out: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
     """`turned`, of what attention returns, ``[batch, tokens, heads, head_dim]``."""
     return turned(out.transpose(1, 2), matrix).transpose(1, 2)
-
-
-def is_by_format(layouts: Sequence[PageLayout], role: Role) -> bool:
-    """Whether formats alone say how this side of all heads is turned: none by matrices of a plan."""
-    return all(getattr(layout, role).fmt.rotation != "calibrated" for layout in layouts)

@@ -6,6 +6,7 @@ import ctypes
 import re
 import subprocess
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from kvloom.kernels import (
     _nvrtc,
 )
 from kvloom.kernels._cuda_launch import Turns
-from kvloom.pages import Format, PageLayout, page_layout, page_tokens_of
+from kvloom.pages import Format, PageLayout, Rotation, page_layout, page_tokens_of
 from tests.kernels.codebooks import CASES, codebook_formats
 from tests.kernels.kept import kept_case
 from tests.kernels.pooled import next_step, pooled
@@ -219,6 +220,41 @@ def test_positions_and_turns(launches, dim: int, turns: Turns):
         _cuda.attend_pages(case.query, own, scaling=0.1, rope=tuple(rope), turns=turns)
         _cuda.attend_pages(case.query, own, scaling=0.1, turns=turns)
     assert launches == ["append_token"] + ["attend"] * 4
+
+
+@pytest.mark.parametrize(
+    ("rotations", "turns", "is_roped"),
+    [
+        (("hadamard", "hadamard"), Turns(True, True), True),
+        ((None, "hadamard"), Turns(False, True), True),
+        (("hadamard", "calibrated"), Turns(True, False), True),
+        (("calibrated", None), Turns(False, False), False),
+    ],
+)
+def test_what_formats_do_not_say_is_turned_before_and_behind(
+    launches, rotations: tuple[Rotation | None, ...], turns: Turns, is_roped: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A matrix of the plan turns what has its positions."""
+    formats = Format(4, "per_channel", 64), Format(4, "per_token", 64)
+    key, value = (replace(fmt, rotation=it) for fmt, it in zip(formats, rotations, strict=True))
+    case = tabled_case(2, (page_layout(key, value, 64, 2),), dtype=HALF)
+    matrices = [None if it is None else 2 * torch.eye(64) for it in rotations]
+    kv = replace(case.kv, query_turn=matrices[0], output_turn=matrices[1])
+    attend, met = _cuda.attend_pages, []
+
+    def watched(query, *args, **options):
+        out, lse = attend(query, *args, **options)
+        met.append((query, options["rope"] is not None, options["turns"]))
+        return out.fill_(1), lse
+
+    monkeypatch.setattr(_cuda, "attend_pages", watched)
+    rope = (torch.ones(1, 1, 64, dtype=HALF), torch.zeros(1, 1, 64, dtype=HALF))
+    out = _cuda._attend_unturned(case.query, kv, rope, scaling=0.1)
+    ((query, *how),) = met
+    assert how == [is_roped, turns]
+    assert query.equal(case.query * (2 if rotations[0] == "calibrated" else 1))
+    assert out.unique().tolist() == [2 if rotations[1] == "calibrated" else 1]
+    assert launches == ["attend"]
 
 
 @pytest.mark.parametrize("elements", [2, 1 << 16])

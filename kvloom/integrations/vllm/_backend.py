@@ -305,7 +305,7 @@ class KvloomImpl(AttentionImpl[_Metadata]):  # type: ignore[misc]
 
     def _restored(self, out: torch.Tensor) -> torch.Tensor:
         """What attention returns, ``[batch, tokens, num_heads, head_dim]``, turned back."""
-        return kernels.turned(out.transpose(1, 2), self._output_turn(out)).transpose(1, 2)
+        return kernels.turned_back(out, self._output_turn(out))
 
     def _query_turn(self, like: torch.Tensor) -> torch.Tensor | None:
         """See `kvloom.pages.PagedKV`."""

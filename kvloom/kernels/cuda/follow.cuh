@@ -11,7 +11,8 @@ __device__ __forceinline__ void follow() {
 
 // The next launch may begin when all blocks have called this or ended. Behind `follow`: what runs then has everything from two
 // launches before it and earlier, which kernels of others may build on, and no third launch waits on the device. Attention does
-// not call it: products that waited beside it made steps 8 % longer (benchmarks/LOG.md).
+// not call it: products that waited beside it made steps 1 % longer, 8 % where norms let the next begin before their wait
+// (benchmarks/LOG.md).
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
