@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvloom import kernels
 from kvloom.cache import SideRotation, side_rotation
@@ -125,6 +126,18 @@ def check(
     out = torch.full_like(outs[0], torch.nan)
     assert backend.attend_pooled(roped(query, rope), blocks, out, scaling=0.1) is out
     assert float((out.double() - expected).norm() / expected.norm()) < WITHIN[dtype]
+
+
+@pytest.mark.parametrize("dtype", WITHIN)
+@pytest.mark.parametrize("dim", [16, 80, 128])
+@pytest.mark.parametrize("one_rope", [False, True])
+def test_positions_are_transformers(dim: int, dtype: torch.dtype, one_rope: bool):
+    query, key = (torch.randn(3, 1, heads, dim).to(dtype).transpose(1, 2) for heads in (8, 2))
+    rope = rope_of(dim, dtype, CPU, 1 if one_rope else 3)
+    for ours, theirs in zip(
+        (roped(query, rope), roped(key, rope)), apply_rotary_pos_emb(query, key, *rope), strict=True
+    ):
+        assert ours.equal(theirs)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
